@@ -1,0 +1,547 @@
+//! The front door of the cache.
+
+mod config;
+mod observer;
+mod status;
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+use parking_lot::{Mutex, RwLock};
+use rustix::io::Errno;
+
+pub use config::EngineConfig;
+pub use observer::{CacheObserver, RemoveReason};
+pub use status::{
+    Cleared, Committed, EndedOwner, EngineStatus, PrefixLock, ReadLease, Reservation, SaltUsage,
+};
+
+use crate::clock::{Clock, SystemClock};
+use crate::error::{CacheError, LeaseError, ReadError, ReserveError};
+use crate::key::ObjectKey;
+use crate::l1::lease::{LeaseId, OwnerId};
+use crate::l1::{L1, L1Settings, Notice, Pinned};
+use crate::shm_pool::prefault::{Prefault, PrefaultThread};
+use crate::shm_pool::slot_allocator::SlotAllocator;
+use crate::shm_pool::{ReadFault, SegmentHealth, ShmPool};
+
+/// Objects handled per hold of the mutex in work that nobody waits for. At well under a
+/// microsecond each, a request never waits longer for it than for another request.
+const BACKGROUND_BATCH: u32 = 256;
+
+/// The cache of one server: keys, leases, pool and eviction behind one short mutex.
+///
+/// All methods take `&self`, may be called from any thread, and none waits for a disk, a
+/// peer or the observer. Dropping the engine removes the shared-memory segment.
+///
+/// An *owner* stands for whoever must give things back: one per worker registration or
+/// request session. Call [`end_owner`](Self::end_owner) for each
+/// [`new_owner`](Self::new_owner); [`EngineStatus::owners`] shows whether that happens.
+pub struct CacheEngine {
+    // Declared first: the thread must have ended before the pool goes.
+    _prefault: Option<PrefaultThread>,
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    config: EngineConfig,
+    pool: ShmPool,
+    clock: Box<dyn Clock>,
+    l1: Mutex<L1>,
+    observer: RwLock<Option<Arc<dyn CacheObserver>>>,
+    /// Held by the one thread that tells the observer; others leave their notices to it.
+    telling: Mutex<()>,
+    /// Held by the one thread that evicts at the watermark.
+    maintaining: Mutex<()>,
+    segment_repairs: AtomicU64,
+}
+
+impl CacheEngine {
+    /// Makes the pool and an empty cache.
+    ///
+    /// # Errors
+    /// [`CacheError`] if a setting is out of range, the pool does not fit, or its name is
+    /// taken by a running server. A segment left by a dead server is replaced.
+    pub fn open(config: EngineConfig) -> Result<Self, CacheError> {
+        Self::open_with_clock(config, Box::new(SystemClock))
+    }
+
+    /// As [`open`](Self::open), with lease deadlines measured by `clock`.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn open_with_clock(
+        config: EngineConfig,
+        clock: Box<dyn Clock>,
+    ) -> Result<Self, CacheError> {
+        config.check()?;
+        let pool = ShmPool::create(&config.backing, config.capacity_bytes)?;
+        let settings = L1Settings {
+            write_ttl: config.write_ttl,
+            read_ttl: config.read_ttl,
+            trigger_watermark: config.trigger_watermark,
+            eviction_ratio: config.eviction_ratio,
+            shared: pool.is_shared(),
+        };
+        let allocator = SlotAllocator::new(config.capacity_bytes, config.align_bytes);
+        let l1 = L1::new(settings, allocator, config.policy.build());
+        let (prefault, align) = (config.prefault, config.align_bytes);
+        let inner = Arc::new(Inner {
+            config,
+            pool,
+            clock,
+            l1: Mutex::new(l1),
+            observer: RwLock::new(None),
+            telling: Mutex::new(()),
+            maintaining: Mutex::new(()),
+            segment_repairs: AtomicU64::new(0),
+        });
+        let thread = if prefault {
+            let target: Arc<dyn Prefault> = Arc::clone(&inner) as _;
+            let thread = PrefaultThread::spawn(target, align).map_err(|source| CacheError::Os {
+                step: "start the thread that prepares the pool",
+                source,
+            })?;
+            Some(thread)
+        } else {
+            None
+        };
+        Ok(Self {
+            _prefault: thread,
+            inner,
+        })
+    }
+
+    /// The configuration the engine was opened with.
+    pub fn config(&self) -> &EngineConfig {
+        &self.inner.config
+    }
+
+    /// The name by which workers open the segment, without a leading slash; `None` for
+    /// private memory.
+    pub fn shm_name(&self) -> Option<&str> {
+        self.inner.pool.name()
+    }
+
+    /// Bytes of the pool as configured; the segment is exactly that long.
+    pub fn capacity_bytes(&self) -> u64 {
+        self.inner.config.capacity_bytes
+    }
+
+    /// Tells `observer` what happens from now on, in order; replaces the one before.
+    pub fn set_observer(&self, observer: Arc<dyn CacheObserver>) {
+        *self.inner.observer.write() = Some(observer);
+        self.inner.l1.lock().notices().want();
+    }
+
+    /// A new owner, never given out before.
+    pub fn new_owner(&self) -> OwnerId {
+        self.inner.l1.lock().new_owner()
+    }
+
+    /// Ends an owner: its reservations are aborted, never published, and its read locks
+    /// given back. Calls in its name find nothing from then on.
+    pub fn end_owner(&self, owner: OwnerId) -> EndedOwner {
+        self.inner.with_l1(|l1, _| l1.end_owner(owner))
+    }
+
+    /// Reserves a slot of `object_bytes` for each key that is neither readable nor
+    /// reserved; keys that occur twice get one slot. All or nothing, after evicting what
+    /// it takes. Follows `reserve_write` in LMCache's `v1/distributed/l1_manager.py`, with
+    /// demand eviction added.
+    ///
+    /// The slots are invisible to readers until [`commit`](Self::commit), and are taken
+    /// back when the write lease ends. After that a worker must not write to them any
+    /// more; nothing can stop one that does, because it maps the whole pool.
+    ///
+    /// # Errors
+    /// [`ReserveError`]; nothing is held or evicted then.
+    pub fn reserve(
+        &self,
+        owner: OwnerId,
+        keys: &[ObjectKey],
+        object_bytes: u64,
+    ) -> Result<Reservation, ReserveError> {
+        self.inner
+            .with_l1(|l1, now| l1.reserve(now, owner, keys, object_bytes))
+    }
+
+    /// Copies one object's bytes, the concatenation of `parts`, into its reserved slot.
+    ///
+    /// From the first call on, the lease publishes only objects that were written in full.
+    /// Writing an object again replaces its bytes.
+    ///
+    /// # Errors
+    /// [`LeaseError`]; the object counts as not written then. `WrongLength` if the parts
+    /// do not add up to the slot's length; no byte outside the slot is touched.
+    pub fn write<'a>(
+        &self,
+        owner: OwnerId,
+        lease: LeaseId,
+        key_index: usize,
+        parts: &mut dyn Iterator<Item = &'a [u8]>,
+    ) -> Result<(), LeaseError> {
+        let pinned = self
+            .inner
+            .with_l1(|l1, _| l1.begin_write(owner, lease, key_index))?;
+        let mut guard = WriteGuard {
+            inner: &self.inner,
+            lease,
+            pinned,
+            is_ended: false,
+        };
+        let result = self.inner.copy_in(&pinned, parts);
+        let ended = guard.end(result.ok());
+        result.map(|_| ()).and(ended)
+    }
+
+    /// Makes the lease's objects readable and ends the lease.
+    ///
+    /// In a shared pool the call vouches for what the worker wrote; objects that the
+    /// engine itself should have been given through [`write`](Self::write), and was not,
+    /// are discarded. Follows `finish_write` in LMCache's `v1/distributed/l1_manager.py`.
+    ///
+    /// # Errors
+    /// [`LeaseError`]; nothing is published then.
+    pub fn commit(&self, owner: OwnerId, lease: LeaseId) -> Result<Committed, LeaseError> {
+        self.inner.with_l1(|l1, _| l1.commit(owner, lease))
+    }
+
+    /// Takes the lease's slots back; returns how many there were.
+    ///
+    /// # Errors
+    /// [`LeaseError`] if there is no such write lease of this owner.
+    pub fn abort(&self, owner: OwnerId, lease: LeaseId) -> Result<usize, LeaseError> {
+        self.inner.with_l1(|l1, _| l1.abort(owner, lease))
+    }
+
+    /// Finds the longest prefix of chunks that is readable in every row, takes `readers`
+    /// (1..=128, clamped) read locks on each object of it, and counts as a use of them.
+    ///
+    /// A row is the keys of one rank in chunk order; rows may share a scope or not.
+    /// Follows the lookup of LMCache's `v1/distributed/storage_manager.py`.
+    pub fn lock_prefix(&self, owner: OwnerId, rows: &[Vec<ObjectKey>], readers: u32) -> PrefixLock {
+        self.inner
+            .with_l1(|l1, now| l1.lock_prefix(now, owner, rows, readers))
+    }
+
+    /// Gives back up to `readers` (1..=128, clamped) locks of a lookup on each object of
+    /// `chunks`, in all rows; returns how many locks that were. Chunks outside the lookup
+    /// are left out. A lookup without locks is over.
+    pub fn release_prefix(
+        &self,
+        owner: OwnerId,
+        lease: LeaseId,
+        chunks: Range<usize>,
+        readers: u32,
+    ) -> usize {
+        self.inner
+            .with_l1(|l1, _| l1.release_prefix(owner, lease, chunks, readers))
+    }
+
+    /// Turns one lock of a lookup, on each object of `chunks` in `row`, into a read lease
+    /// of `reader` with a full read TTL, and returns where the bytes are.
+    ///
+    /// `None`, and nothing changes, unless `chunks` is a non-empty range inside the lookup
+    /// and every object still has a lock of it and has not been withdrawn.
+    pub fn begin_read(
+        &self,
+        lookup_owner: OwnerId,
+        lookup: LeaseId,
+        reader: OwnerId,
+        row: usize,
+        chunks: Range<usize>,
+    ) -> Option<ReadLease> {
+        // Slots behind the end of a cut segment would be a SIGBUS in the worker.
+        self.inner.check_segment();
+        self.inner
+            .with_l1(|l1, now| l1.begin_read(now, lookup_owner, lookup, reader, row, chunks))
+    }
+
+    /// Appends one object of a read lease to `out`, after checking its checksum if it has
+    /// one.
+    ///
+    /// # Errors
+    /// [`ReadError`]; `out` is as before then. A corrupt object is withdrawn and counted.
+    pub fn read(
+        &self,
+        reader: OwnerId,
+        lease: LeaseId,
+        index: usize,
+        out: &mut Vec<u8>,
+    ) -> Result<(), ReadError> {
+        let pinned = self
+            .inner
+            .with_l1(|l1, _| l1.begin_copy(reader, lease, index))?;
+        let mut guard = CopyGuard {
+            inner: &self.inner,
+            pinned,
+            is_corrupt: false,
+        };
+        let result = self.inner.copy_out(&pinned, out);
+        guard.is_corrupt = result == Err(ReadError::Corrupt);
+        result
+    }
+
+    /// Ends a read lease. `false` if there is none any more, which tells a worker that
+    /// read from shared memory that its bytes may have been replaced under it.
+    pub fn finish_read(&self, reader: OwnerId, lease: LeaseId) -> bool {
+        self.inner.with_l1(|l1, _| l1.finish_read(reader, lease))
+    }
+
+    /// Counts as a use of the readable ones among `keys`, given in chunk order. Later
+    /// chunks become victims before earlier ones, as at the end of a session in LMCache
+    /// (`v1/multiprocess/session.py`).
+    pub fn touch(&self, keys: &[ObjectKey]) {
+        self.inner.with_l1(|l1, _| l1.touch(keys));
+    }
+
+    /// Withdraws all readable objects. Locked ones are kept unless `force`; with `force`
+    /// no read of them can begin any more, and their bytes stay until the last live lease
+    /// on them ends. Reservations are kept: what they store is newer than the clearing.
+    ///
+    /// Works in steps, so objects committed meanwhile may stay.
+    pub fn clear(&self, force: bool) -> Cleared {
+        let mut cleared = Cleared::default();
+        let mut start = 0_u32;
+        loop {
+            let end = start.saturating_add(BACKGROUND_BATCH);
+            let step = self
+                .inner
+                .with_l1(|l1, _| l1.clear_range(start..end, force));
+            let Some((removed, kept)) = step else {
+                return cleared;
+            };
+            cleared.removed += removed;
+            cleared.kept += kept;
+            start = end;
+        }
+    }
+
+    /// Does what time brings: ends leases whose deadline has come, evicts above the
+    /// watermark, and looks after the segment. To be called every 100 ms to 1 s.
+    ///
+    /// When at least `trigger_watermark` of the pool is used, reservations included, it
+    /// evicts until `eviction_ratio` of the used *bytes* are free, in small steps that let
+    /// requests through. Held objects are passed over and the next ones go instead.
+    pub fn maintain(&self) {
+        self.inner.check_segment();
+        self.inner.pool.report_unlinked_name();
+        let Some(_maintaining) = self.inner.maintaining.try_lock() else {
+            return;
+        };
+        let mut wanted = self.inner.with_l1(|l1, _| l1.bytes_over_watermark());
+        while wanted > 0 {
+            let steps = BACKGROUND_BATCH as usize;
+            let round = self.inner.with_l1(|l1, _| l1.evict_some(wanted, steps));
+            wanted = wanted.saturating_sub(round.freed_bytes);
+            if round.is_exhausted {
+                break;
+            }
+        }
+    }
+
+    /// Counts and sums as of now.
+    pub fn status(&self) -> EngineStatus {
+        let mut status = self.inner.with_l1(|l1, _| l1.status());
+        status.segment_repairs = self.inner.segment_repairs.load(Ordering::Relaxed);
+        status.salts.sort_unstable_by(|a, b| {
+            let by_bytes = b.bytes.cmp(&a.bytes);
+            by_bytes.then_with(|| a.cache_salt.cmp(&b.cache_salt))
+        });
+        status
+    }
+
+    /// Checks every sum, index and lease against all others. Takes time in proportion to
+    /// the objects, under the mutex: for tests and for looking into a suspected fault.
+    ///
+    /// # Errors
+    /// A sentence on the first thing that does not hold.
+    pub fn check_invariants(&self) -> Result<(), String> {
+        self.inner.with_l1(|l1, _| l1.check())
+    }
+}
+
+impl std::fmt::Debug for CacheEngine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("CacheEngine")
+            .field("config", &self.inner.config)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Inner {
+    /// Runs `work` under the mutex, after ending what has run out, and tells the observer
+    /// after releasing it.
+    fn with_l1<R>(&self, work: impl FnOnce(&mut L1, Instant) -> R) -> R {
+        let now = self.clock.now();
+        let mut l1 = self.l1.lock();
+        l1.expire_due(now);
+        let result = work(&mut l1, now);
+        let has_news = !l1.notices().is_empty();
+        drop(l1);
+        if has_news {
+            self.tell_observer();
+        }
+        result
+    }
+
+    /// Tells the observer all that waits, in order, from one thread at a time.
+    fn tell_observer(&self) {
+        loop {
+            let Some(telling) = self.telling.try_lock() else {
+                return; // Whoever holds it looks again below.
+            };
+            let notices = self.l1.lock().notices().take();
+            let observer = self.observer.read().clone();
+            if let Some(observer) = observer {
+                for notice in notices {
+                    match notice {
+                        Notice::Stored(keys) => observer.stored(&keys),
+                        Notice::Removed(keys, reason) => observer.removed(&keys, reason),
+                        Notice::AllocationFailed {
+                            needed_bytes,
+                            free_bytes,
+                            evictable_bytes,
+                        } => observer.allocation_failed(needed_bytes, free_bytes, evictable_bytes),
+                    }
+                }
+            }
+            drop(telling);
+            // A notice that came while this thread was telling was left to it.
+            if self.l1.lock().notices().is_empty() {
+                return;
+            }
+        }
+    }
+
+    /// Copies parts into a slot; returns the checksum if checksums are on.
+    fn copy_in<'a>(
+        &self,
+        pinned: &Pinned,
+        parts: &mut dyn Iterator<Item = &'a [u8]>,
+    ) -> Result<Option<u32>, LeaseError> {
+        let expected = pinned.slot.length;
+        let mut written = 0_u64;
+        let mut checksum = 0;
+        for part in parts {
+            let end = written.saturating_add(part.len() as u64);
+            if end > expected {
+                return Err(LeaseError::WrongLength { expected, got: end });
+            }
+            self.pool
+                .write_at(pinned.slot.offset + written, part)
+                .map_err(|errno| LeaseError::Io {
+                    errno: errno.raw_os_error(),
+                })?;
+            if self.config.checksum {
+                checksum = crc32c::crc32c_append(checksum, part);
+            }
+            written = end;
+        }
+        if written != expected {
+            return Err(LeaseError::WrongLength {
+                expected,
+                got: written,
+            });
+        }
+        Ok(self.config.checksum.then_some(checksum))
+    }
+
+    fn copy_out(&self, pinned: &Pinned, out: &mut Vec<u8>) -> Result<(), ReadError> {
+        let start = out.len();
+        let length = pinned.slot.length;
+        match self.pool.read_at(pinned.slot.offset, length, out) {
+            Ok(()) => {}
+            Err(ReadFault::Lost) => return Err(ReadError::Corrupt),
+            Err(ReadFault::OutOfMemory) => return Err(ReadError::OutOfMemory { bytes: length }),
+        }
+        let copied = out.get(start..).unwrap_or_default();
+        match pinned.checksum {
+            Some(expected) if crc32c::crc32c(copied) != expected => {
+                out.truncate(start);
+                Err(ReadError::Corrupt)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// If a peer changed the segment's length, withdraws what was cut off, and only then
+    /// gives the segment its length back, so that zeros are never taken for data.
+    fn check_segment(&self) {
+        let SegmentHealth::Resized { bytes } = self.pool.health() else {
+            return;
+        };
+        self.segment_repairs.fetch_add(1, Ordering::Relaxed);
+        let lost = self.with_l1(|l1, _| l1.lose_behind(bytes));
+        let restored = self.pool.restore_length();
+        tracing::error!(
+            found_bytes = bytes,
+            lost_objects = lost,
+            restored = restored.is_ok(),
+            "another process changed the length of the shared-memory segment"
+        );
+    }
+}
+
+impl Prefault for Inner {
+    fn cold_range(&self) -> (u64, u64) {
+        let mut l1 = self.l1.lock();
+        let allocator = l1.allocator();
+        (allocator.cold_start(), allocator.capacity())
+    }
+
+    fn populate(&self, offset: u64, length: u64) -> Result<(), Errno> {
+        self.pool.populate(offset, length)
+    }
+
+    fn mark_touched(&self, up_to: u64) {
+        self.l1.lock().allocator().mark_touched(up_to);
+    }
+
+    fn give_up_cold(&self) -> u64 {
+        self.l1.lock().allocator().give_up_cold()
+    }
+}
+
+/// Ends a copy into a slot even if the iterator of parts panics.
+struct WriteGuard<'e> {
+    inner: &'e Inner,
+    lease: LeaseId,
+    pinned: Pinned,
+    is_ended: bool,
+}
+
+impl WriteGuard<'_> {
+    fn end(&mut self, written: Option<Option<u32>>) -> Result<(), LeaseError> {
+        self.is_ended = true;
+        let (lease, object) = (self.lease, self.pinned.object);
+        self.inner
+            .with_l1(|l1, _| l1.end_write(lease, object, written))
+    }
+}
+
+impl Drop for WriteGuard<'_> {
+    fn drop(&mut self) {
+        if !self.is_ended {
+            // The copy failed half-way, so there is nothing to report beyond that.
+            let _ = self.end(None);
+        }
+    }
+}
+
+/// Ends a copy out of a slot.
+struct CopyGuard<'e> {
+    inner: &'e Inner,
+    pinned: Pinned,
+    is_corrupt: bool,
+}
+
+impl Drop for CopyGuard<'_> {
+    fn drop(&mut self) {
+        let (object, is_corrupt) = (self.pinned.object, self.is_corrupt);
+        self.inner.with_l1(|l1, _| l1.end_copy(object, is_corrupt));
+    }
+}

@@ -1,0 +1,37 @@
+//! Who is told what happens in the cache.
+
+use crate::key::ObjectKey;
+
+/// Why an object is no longer found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum RemoveReason {
+    /// Its room was needed.
+    Evicted,
+    /// Somebody cleared the cache.
+    Cleared,
+    /// Its bytes were not those that were committed, or were cut off.
+    Corrupt,
+}
+
+/// Is told of changes in the order in which they happened, from one thread at a time and
+/// never under the engine's mutex, so it may call the engine.
+///
+/// It runs on the thread of some request, so it must be quick: put things into a channel.
+/// If it falls behind, notices are dropped and counted in
+/// [`EngineStatus::dropped_notices`](crate::EngineStatus::dropped_notices).
+pub trait CacheObserver: Send + Sync {
+    /// These objects became readable, in the order of their reservation.
+    fn stored(&self, keys: &[ObjectKey]) {
+        let _ = keys;
+    }
+
+    /// These objects are not found any more.
+    fn removed(&self, keys: &[ObjectKey], reason: RemoveReason) {
+        let _ = (keys, reason);
+    }
+
+    /// A reservation found no room; all sizes in bytes.
+    fn allocation_failed(&self, needed_bytes: u64, free_bytes: u64, evictable_bytes: u64) {
+        let _ = (needed_bytes, free_bytes, evictable_bytes);
+    }
+}

@@ -1,0 +1,177 @@
+//! S3-FIFO: three queues that let one-time objects pass through quickly.
+//!
+//! After Yang et al., "FIFO queues are all you need for cache eviction" (SOSP 2023): new
+//! entries pass a small queue of about a tenth of the cache; those touched there move to
+//! the main queue, the others leave and are remembered in a ghost queue; an entry that
+//! comes back while remembered starts in the main queue. A touch only raises a counter.
+//! Not in LMCache.
+
+use std::collections::{HashMap, VecDeque};
+
+use super::order::{Links, List, Notes};
+use super::{EntryFacts, EntryId, EvictionPolicy};
+
+const SMALL: u32 = 1;
+const MAIN: u32 = 2;
+
+/// Touches beyond this number do not count, so that an old favourite can still leave.
+const MAX_USES: u8 = 3;
+
+/// The small queue gives way while it holds more than one entry in this many.
+const SMALL_SHARE: usize = 10;
+
+#[derive(Debug)]
+struct Note {
+    fingerprint: u64,
+    queue: u32,
+    uses: u8,
+}
+
+/// The small, main and ghost queues.
+#[derive(Debug)]
+pub struct S3Fifo {
+    links: Links,
+    small: List,
+    main: List,
+    known: Notes<Note>,
+    /// (fingerprint, generation), oldest first; an entry counts only while the map agrees.
+    ghost_order: VecDeque<(u64, u64)>,
+    ghosts: HashMap<u64, u64>,
+    ghost_generation: u64,
+}
+
+impl Default for S3Fifo {
+    fn default() -> Self {
+        Self {
+            links: Links::default(),
+            small: List::new(SMALL),
+            main: List::new(MAIN),
+            known: Notes::default(),
+            ghost_order: VecDeque::new(),
+            ghosts: HashMap::new(),
+            ghost_generation: 0,
+        }
+    }
+}
+
+impl S3Fifo {
+    fn remember(&mut self, fingerprint: u64) {
+        self.ghost_generation += 1;
+        self.ghosts.insert(fingerprint, self.ghost_generation);
+        self.ghost_order
+            .push_back((fingerprint, self.ghost_generation));
+        // As many ghosts as residents; superseded ones leave the queue like the others.
+        while self.ghost_order.len() > self.known.len().max(1) {
+            if let Some((oldest, generation)) = self.ghost_order.pop_front()
+                && self.ghosts.get(&oldest) == Some(&generation)
+            {
+                self.ghosts.remove(&oldest);
+            }
+        }
+    }
+
+    /// Takes from the small queue, moving on what was used there.
+    fn take_small(&mut self) -> Option<EntryId> {
+        while let Some(id) = self.small.pop_front(&mut self.links) {
+            match self.known.get_mut(id) {
+                Some(note) if note.uses > 0 => {
+                    note.uses = 0;
+                    note.queue = MAIN;
+                    self.main.push_back(&mut self.links, id);
+                }
+                _ => return Some(id),
+            }
+        }
+        None
+    }
+
+    /// Takes from the main queue; what was used goes round once more for each use.
+    fn take_main(&mut self) -> Option<EntryId> {
+        while let Some(id) = self.main.pop_front(&mut self.links) {
+            match self.known.get_mut(id) {
+                Some(note) if note.uses > 0 => {
+                    note.uses -= 1;
+                    self.main.push_back(&mut self.links, id);
+                }
+                _ => return Some(id),
+            }
+        }
+        None
+    }
+
+    fn unlink(&mut self, id: EntryId) {
+        if !self.small.remove(&mut self.links, id) {
+            self.main.remove(&mut self.links, id);
+        }
+    }
+}
+
+impl EvictionPolicy for S3Fifo {
+    fn insert(&mut self, id: EntryId, facts: EntryFacts) {
+        self.remove(id);
+        let fingerprint = facts.fingerprint;
+        let known_before = self.ghosts.remove(&fingerprint).is_some();
+        let queue = if known_before { MAIN } else { SMALL };
+        self.known.insert(
+            id,
+            Note {
+                fingerprint,
+                queue,
+                uses: 0,
+            },
+        );
+        match queue {
+            MAIN => self.main.push_back(&mut self.links, id),
+            _ => self.small.push_back(&mut self.links, id),
+        }
+    }
+
+    fn touch(&mut self, id: EntryId) {
+        if let Some(note) = self.known.get_mut(id) {
+            note.uses = (note.uses + 1).min(MAX_USES);
+            self.restore(id);
+        }
+    }
+
+    fn take(&mut self) -> Option<EntryId> {
+        let residents = self.small.len() + self.main.len();
+        if self.small.len() * SMALL_SHARE > residents {
+            self.take_small().or_else(|| self.take_main())
+        } else {
+            self.take_main().or_else(|| self.take_small())
+        }
+    }
+
+    fn park(&mut self, _id: EntryId) {}
+
+    fn restore(&mut self, id: EntryId) {
+        let Some(note) = self.known.get(id) else {
+            return;
+        };
+        if self.links.list_of(id).is_some() {
+            return;
+        }
+        match note.queue {
+            MAIN => self.main.push_front(&mut self.links, id),
+            _ => self.small.push_front(&mut self.links, id),
+        }
+    }
+
+    fn evicted(&mut self, id: EntryId) {
+        self.unlink(id);
+        if let Some(note) = self.known.remove(id)
+            && note.queue == SMALL
+        {
+            self.remember(note.fingerprint);
+        }
+    }
+
+    fn remove(&mut self, id: EntryId) {
+        self.unlink(id);
+        self.known.remove(id);
+    }
+
+    fn len(&self) -> usize {
+        self.known.len()
+    }
+}
