@@ -176,12 +176,12 @@ impl CacheEngine {
     /// # Errors
     /// [`LeaseError`]; the object counts as not written then. `WrongLength` if the parts
     /// do not add up to the slot's length; no byte outside the slot is touched.
-    pub fn write<'a>(
+    pub fn write(
         &self,
         owner: OwnerId,
         lease: LeaseId,
         key_index: usize,
-        parts: &mut dyn Iterator<Item = &'a [u8]>,
+        parts: &mut dyn Iterator<Item = &[u8]>,
     ) -> Result<(), LeaseError> {
         let pinned = self
             .inner
@@ -418,10 +418,10 @@ impl Inner {
     }
 
     /// Copies parts into a slot; returns the checksum if checksums are on.
-    fn copy_in<'a>(
+    fn copy_in(
         &self,
         pinned: &Pinned,
-        parts: &mut dyn Iterator<Item = &'a [u8]>,
+        parts: &mut dyn Iterator<Item = &[u8]>,
     ) -> Result<Option<u32>, LeaseError> {
         let expected = pinned.slot.length;
         let mut written = 0_u64;

@@ -148,20 +148,19 @@ pub(crate) struct L1 {
 /// Finds scopes by address first: keys of one row share theirs.
 #[derive(Default)]
 struct ScopeCursor<'k> {
-    last: Option<(&'k Arc<KeyScope>, Option<(ScopeId, u64)>)>,
+    last: Option<&'k Arc<KeyScope>>,
+    /// Number and fingerprint of the last scope.
+    found: Option<(ScopeId, u64)>,
 }
 
 impl<'k> ScopeCursor<'k> {
     /// Number and fingerprint of the scope, if any object uses it.
     fn find(&mut self, scopes: &ScopeTable, scope: &'k Arc<KeyScope>) -> Option<(ScopeId, u64)> {
-        if let Some((last, found)) = self.last
-            && Arc::ptr_eq(last, scope)
-        {
-            return found;
+        if !self.last.is_some_and(|last| Arc::ptr_eq(last, scope)) {
+            self.last = Some(scope);
+            self.found = scopes.find(scope).map(|id| (id, scopes.fingerprint(id)));
         }
-        let found = scopes.find(scope).map(|id| (id, scopes.fingerprint(id)));
-        self.last = Some((scope, found));
-        found
+        self.found
     }
 }
 
@@ -549,8 +548,11 @@ impl L1 {
         readers: u32,
     ) -> PrefixLock {
         let readers = readers.clamp(1, MAX_READERS);
+        if !self.leases.is_live(owner) {
+            return PrefixLock::default();
+        }
         let (mut objects, chunks) = self.readable_prefix(rows);
-        if chunks == 0 || !self.leases.is_live(owner) {
+        if chunks == 0 {
             return PrefixLock::default();
         }
         // Last chunk first, and within a chunk the last row first: the order in which

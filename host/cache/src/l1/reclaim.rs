@@ -17,6 +17,16 @@ pub(crate) struct EvictionRound {
     pub(crate) is_exhausted: bool,
 }
 
+/// A stretch of the pool without held objects, in bytes from its start.
+#[derive(Debug, Default)]
+struct Run {
+    start: u64,
+    end: u64,
+    /// Offset and number of its evictable objects, by rising offset.
+    victims: Vec<(u64, ObjectId)>,
+    victim_bytes: u64,
+}
+
 impl L1 {
     /// Bytes that eviction should free now: once `used >= watermark * capacity`, the share
     /// `eviction_ratio` of the used bytes. LMCache takes that share of the *keys*
@@ -153,49 +163,30 @@ impl L1 {
         done
     }
 
+    /// Places all ranges anew: each run of the pool between two held objects holds as many
+    /// as fit from its start on, and runs that cost the least eviction come first. So this
+    /// fails only if there is no way at all.
     fn take_by_address(&mut self, offsets: &mut Vec<u64>, count: usize, footprint: u64) -> bool {
-        // (start, end, victim): victims are passable, everything else is a wall.
-        let mut marks: Vec<(u64, u64, Option<ObjectId>)> = self
-            .objects
-            .iter()
-            .map(|(id, object)| {
-                let victim = object.is_evictable().then_some(id);
-                (object.offset, object.offset + object.footprint, victim)
-            })
-            .chain(
-                offsets
-                    .iter()
-                    .map(|&offset| (offset, offset + footprint, None)),
-            )
-            .collect();
-        marks.push((self.allocator.capacity(), u64::MAX, None));
-        marks.sort_unstable_by_key(|&(start, _, _)| start);
-
-        let mut missing = count - offsets.len();
-        let mut places = Vec::new();
+        if self.policy.is_empty() {
+            return false;
+        }
+        for offset in offsets.drain(..) {
+            self.allocator.free(offset, footprint);
+        }
+        let mut missing = count;
+        let mut places = Vec::with_capacity(count);
         let mut victims = Vec::new();
-        let mut run_start = 0;
-        let mut run_victims: Vec<(u64, ObjectId)> = Vec::new();
-        for (start, end, victim) in marks {
-            if let Some(id) = victim {
-                run_victims.push((start, id));
-                continue;
-            }
-            let room = start.saturating_sub(run_start) / footprint;
-            let fits = usize::try_from(room).unwrap_or(usize::MAX).min(missing);
-            let used_end = run_start + fits as u64 * footprint;
-            places.extend((0..fits as u64).map(|nth| run_start + nth * footprint));
-            victims.extend(
-                run_victims
-                    .drain(..)
-                    .filter(|&(start, _)| start < used_end)
-                    .map(|(_, id)| id),
-            );
-            missing -= fits;
+        for run in self.runs() {
+            let room = (run.end - run.start) / footprint;
+            let fits = usize::try_from(room).unwrap_or(usize::MAX).min(missing) as u64;
+            let used_end = run.start + fits * footprint;
+            places.extend((0..fits).map(|nth| run.start + nth * footprint));
+            let needed = run.victims.iter().filter(|&&(start, _)| start < used_end);
+            victims.extend(needed.map(|&(_, id)| id));
+            missing -= fits as usize;
             if missing == 0 {
                 break;
             }
-            run_start = end;
         }
         if missing > 0 {
             return false;
@@ -210,6 +201,33 @@ impl L1 {
             }
         }
         offsets.len() == count
+    }
+
+    /// The stretches of the pool that hold nothing but free ranges and evictable objects,
+    /// those with the fewest bytes to evict first.
+    fn runs(&self) -> Vec<Run> {
+        let mut objects: Vec<(ObjectId, &Object)> = self.objects.iter().collect();
+        objects.sort_unstable_by_key(|(_, object)| object.offset);
+        let mut runs = Vec::new();
+        let mut run = Run::default();
+        for (id, object) in objects {
+            if object.is_evictable() {
+                run.victim_bytes += object.footprint;
+                run.victims.push((object.offset, id));
+            } else {
+                run.end = object.offset;
+                let start = object.offset + object.footprint;
+                let next = Run {
+                    start,
+                    ..Run::default()
+                };
+                runs.push(std::mem::replace(&mut run, next));
+            }
+        }
+        run.end = self.allocator.capacity();
+        runs.push(run);
+        runs.sort_by_key(|run| run.victim_bytes);
+        runs
     }
 
     fn is_evictable(&self, id: ObjectId) -> bool {

@@ -207,7 +207,7 @@ impl SlotAllocator {
     fn end_of(&self, offset: u64, length: u64) -> Option<u64> {
         let length = self.footprint(length).filter(|&length| length > 0)?;
         let end = offset.checked_add(length)?;
-        (offset % self.align == 0 && end <= self.capacity).then_some(end)
+        (offset.is_multiple_of(self.align) && end <= self.capacity).then_some(end)
     }
 
     /// Takes `offset..offset + length` out of the free warm range that covers it.
