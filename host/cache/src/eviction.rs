@@ -140,3 +140,5 @@ impl FromStr for PolicyKind {
         found.ok_or_else(|| UnknownPolicy(text.to_owned()))
     }
 }
+#[cfg(test)]
+mod tests;
