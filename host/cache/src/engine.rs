@@ -431,14 +431,16 @@ impl Inner {
             if end > expected {
                 return Err(LeaseError::WrongLength { expected, got: end });
             }
+            let sum = |step: &[u8]| {
+                if self.config.checksum {
+                    checksum = crc32c::crc32c_append(checksum, step);
+                }
+            };
             self.pool
-                .write_at(pinned.slot.offset + written, part)
+                .write_at(pinned.slot.offset + written, part, sum)
                 .map_err(|errno| LeaseError::Io {
                     errno: errno.raw_os_error(),
                 })?;
-            if self.config.checksum {
-                checksum = crc32c::crc32c_append(checksum, part);
-            }
             written = end;
         }
         if written != expected {
@@ -453,14 +455,19 @@ impl Inner {
     fn copy_out(&self, pinned: &Pinned, out: &mut Vec<u8>) -> Result<(), ReadError> {
         let start = out.len();
         let length = pinned.slot.length;
-        match self.pool.read_at(pinned.slot.offset, length, out) {
+        let mut checksum = 0;
+        let sum = |step: &[u8]| {
+            if pinned.checksum.is_some() {
+                checksum = crc32c::crc32c_append(checksum, step);
+            }
+        };
+        match self.pool.read_at(pinned.slot.offset, length, out, sum) {
             Ok(()) => {}
             Err(ReadFault::Lost) => return Err(ReadError::Corrupt),
             Err(ReadFault::OutOfMemory) => return Err(ReadError::OutOfMemory { bytes: length }),
         }
-        let copied = out.get(start..).unwrap_or_default();
         match pinned.checksum {
-            Some(expected) if crc32c::crc32c(copied) != expected => {
+            Some(expected) if checksum != expected => {
                 out.truncate(start);
                 Err(ReadError::Corrupt)
             }

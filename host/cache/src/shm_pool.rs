@@ -82,19 +82,26 @@ impl ShmPool {
         self.segment.name().is_some()
     }
 
-    /// Copies `bytes` to `offset`.
-    pub(crate) fn write_at(&self, offset: u64, bytes: &[u8]) -> rustix::io::Result<()> {
-        self.segment.write_at(offset, bytes)
+    /// Copies `bytes` to `offset`, showing each piece to `seen` on the way.
+    pub(crate) fn write_at(
+        &self,
+        offset: u64,
+        bytes: &[u8],
+        seen: impl FnMut(&[u8]),
+    ) -> rustix::io::Result<()> {
+        self.segment.write_at(offset, bytes, seen)
     }
 
-    /// Appends `length` bytes from `offset` to `out`; on failure `out` is as before.
+    /// Appends `length` bytes from `offset` to `out`, showing each piece to `seen`; on
+    /// failure `out` is as before.
     pub(crate) fn read_at(
         &self,
         offset: u64,
         length: u64,
         out: &mut Vec<u8>,
+        seen: impl FnMut(&[u8]),
     ) -> Result<(), ReadFault> {
-        self.segment.read_at(offset, length, out)
+        self.segment.read_at(offset, length, out, seen)
     }
 
     /// Gives `offset..offset + length` real pages, leaving their content alone.

@@ -12,9 +12,9 @@ use crate::error::CacheError;
 /// Longest segment name: a file name in `/dev/shm`.
 const MAX_NAME_BYTES: usize = 255;
 
-/// Bytes read at a time. The buffer must be zeroed before it may be read into; at this
-/// size that happens in the processor's cache and costs next to nothing.
-const READ_STEP_BYTES: usize = 256 << 10;
+/// Bytes copied at a time, so that what is done to them besides (zeroing the buffer before
+/// it may be read into, summing) finds them in the processor's cache.
+const STEP_BYTES: usize = 256 << 10;
 
 /// Times to begin again when another server starts or stops under the same name. Each
 /// round is lost to a rival that made progress, so a few are plenty.
@@ -128,7 +128,22 @@ impl Segment {
         fs::fstat(&self.descriptor).is_ok_and(|stat| stat.st_nlink > 0)
     }
 
-    pub(crate) fn write_at(&self, mut offset: u64, mut bytes: &[u8]) -> io::Result<()> {
+    /// Copies `bytes` to `offset`, showing each piece to `seen` on the way.
+    pub(crate) fn write_at(
+        &self,
+        mut offset: u64,
+        bytes: &[u8],
+        mut seen: impl FnMut(&[u8]),
+    ) -> io::Result<()> {
+        for step in bytes.chunks(STEP_BYTES) {
+            seen(step);
+            self.write_step(offset, step)?;
+            offset += step.len() as u64;
+        }
+        Ok(())
+    }
+
+    fn write_step(&self, mut offset: u64, mut bytes: &[u8]) -> io::Result<()> {
         while !bytes.is_empty() {
             match io::pwrite(&self.descriptor, bytes, offset) {
                 Ok(0) => return Err(Errno::NOSPC),
@@ -143,21 +158,30 @@ impl Segment {
         Ok(())
     }
 
+    /// Appends `length` bytes from `offset` to `out`, showing each piece to `seen`; on
+    /// failure `out` is as before.
     pub(crate) fn read_at(
         &self,
         offset: u64,
         length: u64,
         out: &mut Vec<u8>,
+        seen: impl FnMut(&[u8]),
     ) -> Result<(), ReadFault> {
         let start = out.len();
-        let result = self.append(offset, length, out);
+        let result = self.append(offset, length, out, seen);
         if result.is_err() {
             out.truncate(start);
         }
         result
     }
 
-    fn append(&self, offset: u64, length: u64, out: &mut Vec<u8>) -> Result<(), ReadFault> {
+    fn append(
+        &self,
+        offset: u64,
+        length: u64,
+        out: &mut Vec<u8>,
+        mut seen: impl FnMut(&[u8]),
+    ) -> Result<(), ReadFault> {
         let length = usize::try_from(length).map_err(|_| ReadFault::OutOfMemory)?;
         let start = out.len();
         let end = start.checked_add(length).ok_or(ReadFault::OutOfMemory)?;
@@ -168,7 +192,7 @@ impl Segment {
             let at = offset
                 .checked_add((filled - start) as u64)
                 .ok_or(ReadFault::Lost)?;
-            out.resize(filled + (end - filled).min(READ_STEP_BYTES), 0);
+            out.resize(filled + (end - filled).min(STEP_BYTES), 0);
             let step = out.get_mut(filled..).unwrap_or_default();
             let read = match io::pread(&self.descriptor, step, at) {
                 Ok(0) => return Err(ReadFault::Lost),
@@ -177,6 +201,7 @@ impl Segment {
                 Err(_) => return Err(ReadFault::Lost),
             };
             out.truncate(filled + read);
+            seen(out.get(filled..).unwrap_or_default());
         }
         Ok(())
     }

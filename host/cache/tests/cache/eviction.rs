@@ -46,6 +46,18 @@ fn lookups_and_ends_of_sessions_touch_but_reads_do_not() {
 }
 
 #[test]
+fn a_lookup_leaves_the_end_of_its_prefix_to_go_first() {
+    let cache = private(3);
+    for chunk in 0..3 {
+        cache.store(&keys(chunk..chunk + 1), 0);
+    }
+    assert_eq!(cache.hits(&keys(0..3)), 3);
+    cache.store(&keys(10..11), 0);
+    cache.store(&keys(11..12), 0);
+    assert_eq!(cache.present(&keys(0..3)), [true, false, false]);
+}
+
+#[test]
 fn locked_objects_are_passed_over_and_the_next_ones_go() {
     let cache = private(4);
     for chunk in 0..4 {
@@ -152,6 +164,24 @@ fn many_small_objects_make_room_for_a_large_one_by_address() {
     );
     assert!(cache.reserve(owner, &keys(101..102), 10 * PAGE).is_err());
     assert_eq!(cache.status().evicted_objects, 9);
+    cache.check_invariants().unwrap();
+}
+
+#[test]
+fn a_place_by_address_is_chosen_where_it_costs_least() {
+    let cache = private(200);
+    for chunk in 0..197 {
+        cache.store(&keys(chunk..chunk + 1), 0);
+    }
+    // The oldest are one in four, so freeing them in order joins nothing; the last four
+    // pages, behind a locked one, are free but for one.
+    let owner = cache.new_owner();
+    cache.touch(&keys((0..197).filter(|chunk| chunk % 4 != 1)));
+    cache.lock_prefix(owner, &[keys(195..196)], 1);
+    let reservation = cache.reserve(owner, &keys(300..301), 4 * PAGE).unwrap();
+    assert_eq!(reservation.slots[0].1.offset, 196 * PAGE);
+    assert_eq!(cache.status().evicted_objects, 1);
+    assert_eq!(cache.present(&keys([196, 1, 0])), [false, true, true]);
     cache.check_invariants().unwrap();
 }
 

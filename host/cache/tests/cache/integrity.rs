@@ -21,12 +21,39 @@ fn an_object_is_the_concatenation_of_its_parts() {
 }
 
 #[test]
+fn a_large_object_is_summed_and_copied_in_pieces() {
+    let length = (1 << 20) + 12_345;
+    let cache = shared(300);
+    let owner = cache.new_owner();
+    let lease = cache
+        .reserve(owner, &keys(0..1), length)
+        .unwrap()
+        .lease
+        .unwrap();
+    let bytes = bytes_of(3, length);
+    cache
+        .write(owner, lease, 0, &mut bytes.chunks(700_001))
+        .unwrap();
+    cache.commit(owner, lease).unwrap();
+    assert!(cache.fetch(&keys(0..1)).unwrap()[0] == bytes);
+    cache
+        .segment_file()
+        .write_all_at(&[!bytes[1 << 20]], 1 << 20)
+        .unwrap();
+    assert!(cache.fetch(&keys(0..1)).is_none());
+    assert_eq!(cache.status().corrupt_objects, 1);
+}
+
+#[test]
 fn an_object_of_the_wrong_length_is_not_published_and_touches_no_neighbour() {
     let cache = private(4);
-    cache.store(&keys(1..2), 40);
     let owner = cache.new_owner();
+    let (first, slots) = cache.reserve_all(owner, &keys(0..1));
+    cache.store(&keys(1..2), 40);
+    cache.abort(owner, first).unwrap();
     for length in [0, OBJECT - 1, OBJECT + 1, 3 * PAGE] {
-        let (lease, _) = cache.reserve_all(owner, &keys(0..1));
+        let (lease, again) = cache.reserve_all(owner, &keys(0..1));
+        assert_eq!(again, slots, "right before its neighbour");
         let bytes = bytes_of(1, length);
         let result = cache.write(owner, lease, 0, &mut bytes.chunks(1500));
         let Err(LeaseError::WrongLength {
@@ -220,4 +247,26 @@ fn a_panic_in_the_source_of_the_bytes_leaves_no_trace() {
     cache.write_bytes(owner, lease, 0, &bytes_of(3, OBJECT));
     assert_eq!(cache.commit(owner, lease).unwrap().admitted, 1);
     cache.check_invariants().unwrap();
+}
+
+#[test]
+fn a_short_read_is_an_error_even_without_a_checksum() {
+    let cache = shared(2);
+    let owner = cache.new_owner();
+    let (lease, slots) = cache.reserve_all(owner, &keys(0..1));
+    cache.worker_write(slots[0], &bytes_of(1, OBJECT));
+    cache.commit(owner, lease).unwrap();
+    let lookup = cache.lock_prefix(owner, &[keys(0..1)], 1).lease.unwrap();
+    let read = cache
+        .begin_read(owner, lookup, owner, 0, 0..1)
+        .unwrap()
+        .lease;
+    cache.segment_file().set_len(OBJECT - 1).unwrap();
+    let mut out = Vec::new();
+    assert_eq!(
+        cache.read(owner, read, 0, &mut out),
+        Err(ReadError::Corrupt)
+    );
+    assert!(out.is_empty());
+    assert_eq!(cache.hits(&keys(0..1)), 0);
 }

@@ -112,6 +112,24 @@ fn salts_ranks_and_models_do_not_see_each_other() {
 }
 
 #[test]
+fn equal_chunks_of_many_salts_are_never_confused() {
+    let cache = private(1000);
+    let chunk_of = |tenant: u32| tenant % 2;
+    for tenant in 0..1000 {
+        let chunk = chunk_of(tenant);
+        cache.store_unchecked(&keys_of(&format!("t{tenant}"), 0, [chunk]), tenant.into());
+    }
+    for tenant in 0..1000 {
+        let salt = format!("t{tenant}");
+        let chunk = chunk_of(tenant);
+        assert_eq!(cache.hits(&keys_of(&salt, 0, [1 - chunk])), 0, "{salt}");
+        let read = cache.fetch(&keys_of(&salt, 0, [chunk])).unwrap();
+        assert_eq!(read[0], bytes_of(tenant.into(), OBJECT));
+    }
+    cache.check_invariants().unwrap();
+}
+
+#[test]
 fn a_foreign_owner_can_do_nothing_with_a_lease() {
     let cache = private(16);
     cache.store(&keys(0..2), 0);
