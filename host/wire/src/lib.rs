@@ -10,6 +10,9 @@
 //! 2. Memory follows the bytes that arrived, never a length that they announce.
 //! 3. What LMCache's server answers is accepted; what it drops in silence is refused with the
 //!    operation, the field and the reason.
+//!
+//! [`pickle`] reads and writes the one kind of pickle that clients without shared memory
+//! send: a list of tensors. It resolves no names and runs nothing.
 #![forbid(unsafe_code)]
 
 pub mod dtype;
@@ -19,6 +22,7 @@ pub mod key;
 pub mod kv_event;
 mod msgpack;
 pub mod operation;
+pub mod pickle;
 pub mod register;
 pub mod request;
 pub mod response;
@@ -31,6 +35,7 @@ pub use frame::{Envelope, Limits, decode};
 pub use key::{CacheKey, KeyIdentity, RequestConfigs};
 pub use kv_event::{KvEvent, KvEventBatch, KvEventKind};
 pub use operation::Operation;
+pub use pickle::{PickleError, PickledTensor, read_tensors, write_tensors};
 pub use register::RegisterContext;
 pub use request::{BlockAllocation, InstanceId, Request, RequestId};
 pub use response::{Response, error_reply, reply, stream_end};
