@@ -1,0 +1,590 @@
+//! One connection as a state machine that its task polls.
+//!
+//! All state lives in [`Connection`] and none in a future's stack, so nothing is
+//! lost when a poll ends half-way. A turn is: handle what has arrived, poll the
+//! requests in flight, write, read, and so on until something must be waited for.
+
+use std::future::poll_fn;
+use std::io::{self, IoSlice};
+use std::panic::AssertUnwindSafe;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use bytes::BufMut;
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::time::{Instant, Sleep};
+use tokio_util::io::poll_read_buf;
+
+use crate::budget::Account;
+use crate::peer::{Ask, Link, Origin, Peer};
+use crate::server::{Handler, Outcome, Shared};
+use crate::stats::{DisconnectReason, add};
+use crate::zmtp::{Event, Frames, Mechanism, Message, Outbound, ProtocolError, Session};
+
+/// How long a connection that we close is still read, so that the last reply
+/// arrives: closing with unread input would make the kernel send a reset, which
+/// discards what the peer has not read yet.
+pub(crate) const LINGER: Duration = Duration::from_millis(500);
+/// Chunks handed to one vectored write.
+const WRITE_CHUNKS: usize = 32;
+/// Bytes read before other connections get their turn.
+const READ_BYTES_PER_TURN: usize = 1 << 20;
+/// A timer must have a deadline; nothing is due this far off.
+const FAR: Duration = Duration::from_secs(3600);
+
+pub(crate) struct Connection<H: Handler, S> {
+    io: S,
+    shared: Arc<Shared<H>>,
+    link: Arc<Link>,
+    origin: Origin,
+    peer: Option<Arc<Peer>>,
+    session: Session,
+    out: Outbound,
+    in_flight: FuturesUnordered<InFlight>,
+    in_flight_bytes: usize,
+    account: Account,
+    phase: Phase,
+    timer: Pin<Box<Sleep>>,
+    clock: Clock,
+}
+
+enum Phase {
+    /// Reading and writing.
+    Open,
+    /// Not reading; requests in flight finish and replies go out until `until`.
+    Draining {
+        reason: DisconnectReason,
+        until: Instant,
+        /// Whether we close first, and thus read on for [`LINGER`].
+        linger: bool,
+        /// Whether writing has failed.
+        deaf: bool,
+    },
+    /// Everything is written and our side is shut; input is thrown away.
+    Lingering {
+        reason: DisconnectReason,
+        until: Instant,
+    },
+}
+
+/// When things happened that a time limit counts from.
+struct Clock {
+    handshake_until: Instant,
+    received: Instant,
+    /// Whether the heartbeat interval has passed since `received`, and been acted on.
+    quiet: bool,
+    /// The silence after which the peer itself asked to be dropped.
+    ttl: Option<Duration>,
+    /// Since when the peer has accepted no byte of what waits for it.
+    stalled: Option<Instant>,
+    /// When the message now arriving began.
+    message: Option<Instant>,
+    /// Whether reading was held back, so that the peer's silence is our doing.
+    paused: bool,
+}
+
+/// Why handling messages stopped.
+enum Stop {
+    /// The next message is not complete.
+    NeedBytes,
+    /// Replies or requests in flight are at their bound.
+    Blocked,
+    /// Other connections are due.
+    TurnOver,
+}
+
+struct InFlight {
+    reply: Pin<Box<dyn Future<Output = Option<Frames>> + Send>>,
+    bytes: usize,
+}
+
+impl Future for InFlight {
+    type Output = (Option<Frames>, usize);
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let reply = ready!(self.reply.as_mut().poll(cx));
+        Poll::Ready((reply, self.bytes))
+    }
+}
+
+impl<H: Handler, S: AsyncRead + AsyncWrite + Unpin> Connection<H, S> {
+    pub(crate) fn new(
+        io: S,
+        shared: Arc<Shared<H>>,
+        link: Arc<Link>,
+        origin: Origin,
+        mechanism: Mechanism,
+        account: Account,
+    ) -> Self {
+        let now = Instant::now();
+        let mut out = Outbound::default();
+        let session = Session::accept(mechanism, shared.config.limits, &mut out);
+        let handshake_until = now + shared.config.handshake_timeout;
+        Self {
+            io,
+            link,
+            origin,
+            peer: None,
+            session,
+            out,
+            in_flight: FuturesUnordered::new(),
+            in_flight_bytes: 0,
+            account,
+            phase: Phase::Open,
+            timer: Box::pin(tokio::time::sleep_until(handshake_until)),
+            clock: Clock {
+                handshake_until,
+                received: now,
+                quiet: false,
+                ttl: None,
+                stalled: None,
+                message: None,
+                paused: false,
+            },
+            shared,
+        }
+    }
+
+    /// Runs the connection to its end. `known` is set as soon as the handler has
+    /// been told of the peer.
+    pub(crate) async fn run(&mut self, known: &mut Option<Arc<Peer>>) -> DisconnectReason {
+        poll_fn(|cx| {
+            // A panic of the handler ends this connection and no other.
+            let turn = std::panic::catch_unwind(AssertUnwindSafe(|| self.poll(cx, known)));
+            turn.unwrap_or(Poll::Ready(DisconnectReason::HandlerPanicked))
+        })
+        .await
+    }
+
+    fn poll(
+        &mut self,
+        cx: &mut Context<'_>,
+        known: &mut Option<Arc<Peer>>,
+    ) -> Poll<DisconnectReason> {
+        // Before the flags are read, or a wake between the two would be lost.
+        self.link.waker.register(cx.waker());
+        let now = Instant::now();
+        match self.link.asked() {
+            Ask::HANDLER => self.drain(DisconnectReason::Handler, now),
+            Ask::SHUTDOWN => self.drain(DisconnectReason::Shutdown, now),
+            _ => {}
+        }
+        let (mut messages, mut bytes) = (0, 0);
+        loop {
+            if let Phase::Lingering { reason, .. } = self.phase {
+                return self.poll_linger(cx, reason);
+            }
+            let stop = self.handle_messages(known, &mut messages, now);
+            self.poll_in_flight(cx);
+            if self.poll_write(cx, now).is_ready() && self.in_flight.is_empty() {
+                match self.phase {
+                    Phase::Draining {
+                        reason,
+                        linger: true,
+                        deaf: false,
+                        ..
+                    } => {
+                        let until = now + LINGER;
+                        self.phase = Phase::Lingering { reason, until };
+                        continue;
+                    }
+                    Phase::Draining { reason, .. } => return Poll::Ready(reason),
+                    _ => {}
+                }
+            }
+            match stop {
+                Stop::TurnOver => {
+                    cx.waker().wake_by_ref();
+                    break;
+                }
+                // Writing or a finished request may just have made room.
+                Stop::Blocked if self.may_handle() => continue,
+                Stop::Blocked => break,
+                Stop::NeedBytes => {}
+            }
+            if !self.may_handle() {
+                break;
+            }
+            if bytes >= READ_BYTES_PER_TURN {
+                cx.waker().wake_by_ref();
+                break;
+            }
+            match self.poll_read(cx, now) {
+                Poll::Pending => break,
+                Poll::Ready(count) => bytes += count,
+            }
+        }
+        self.note_pause(now);
+        self.poll_timer(cx, now)
+    }
+
+    /// Ends the connection in order: what is in flight or queued still goes out.
+    fn drain(&mut self, reason: DisconnectReason, now: Instant) {
+        if let Phase::Open = self.phase {
+            self.link.close();
+            let linger = !matches!(
+                reason,
+                DisconnectReason::PeerClosed | DisconnectReason::Io(_)
+            );
+            self.phase = Phase::Draining {
+                reason,
+                until: now + self.shared.config.drain_grace,
+                linger,
+                deaf: false,
+            };
+        }
+    }
+
+    /// Reading or writing failed: nothing can go out any more.
+    fn broken(&mut self, error: &io::Error, now: Instant) {
+        self.drain(DisconnectReason::Io(error.kind()), now);
+        self.fall_silent();
+    }
+
+    /// Writes nothing more; requests in flight may still finish.
+    fn fall_silent(&mut self) {
+        if let Phase::Draining { deaf, .. } = &mut self.phase {
+            *deaf = true;
+        }
+        self.out.clear();
+    }
+
+    /// Whether there is room for what the next message may cause.
+    fn may_handle(&self) -> bool {
+        let config = &self.shared.config;
+        matches!(self.phase, Phase::Open)
+            && self.in_flight.len() < config.max_in_flight
+            && self.has_outbound_room()
+    }
+
+    fn has_outbound_room(&self) -> bool {
+        let config = &self.shared.config;
+        self.out.queued_bytes() < config.max_outbound_bytes
+            && self.out.queued_messages() < config.max_outbound_messages
+    }
+
+    fn handle_messages(
+        &mut self,
+        known: &mut Option<Arc<Peer>>,
+        handled: &mut usize,
+        now: Instant,
+    ) -> Stop {
+        let mut messages = 0;
+        let stop = loop {
+            if !self.may_handle() {
+                break Stop::Blocked;
+            }
+            if *handled >= self.shared.config.messages_per_turn {
+                break Stop::TurnOver;
+            }
+            let event = match self.session.next(&mut self.out) {
+                Ok(Some(event)) => event,
+                Ok(None) => break Stop::NeedBytes,
+                Err(error) => {
+                    self.protocol_error(error, now);
+                    break Stop::Blocked;
+                }
+            };
+            *handled += 1;
+            match (event, &self.peer) {
+                (Event::Message(message), Some(peer)) => {
+                    messages += 1;
+                    let peer = Arc::clone(peer);
+                    self.handle(&peer, message, now);
+                }
+                (Event::Heartbeat(ttl), _) => self.clock.ttl = ttl.or(self.clock.ttl),
+                (Event::Ready(info), None) => {
+                    let peer = Arc::new(Peer {
+                        info,
+                        origin: self.origin.clone(),
+                        link: Arc::clone(&self.link),
+                    });
+                    self.peer = Some(Arc::clone(&peer));
+                    *known = Some(Arc::clone(&peer));
+                    self.shared.handler.connected(&peer);
+                }
+                // The session gives `Ready` once and before all messages.
+                (Event::Ready(_), Some(_)) | (Event::Message(_), None) => {}
+            }
+        };
+        if messages > 0 {
+            add(&self.shared.stats.messages_in, messages);
+            // Whatever is incomplete now began after those. Commands do not count:
+            // they may stand between the frames of a message and would prolong it.
+            self.clock.message = None;
+        }
+        let held = self.session.decoder().held_bytes() + self.in_flight_bytes;
+        self.account.release(held);
+        if !self.session.decoder().is_mid_message() {
+            self.clock.message = None;
+        } else if self.clock.message.is_none() {
+            self.clock.message = Some(now);
+        }
+        stop
+    }
+
+    fn handle(&mut self, peer: &Arc<Peer>, message: Message, now: Instant) {
+        let too_large = matches!(message, Message::TooLarge { .. });
+        let bytes = message.held_bytes();
+        match self.shared.handler.message(peer, message) {
+            Outcome::Reply(frames) => self.out.push_message(frames),
+            Outcome::Later(reply) => {
+                // A small frame may keep the whole buffer it was read into.
+                let bytes = bytes.max(self.session.decoder().read_bytes());
+                self.in_flight_bytes += bytes;
+                self.in_flight.push(InFlight { reply, bytes });
+            }
+            Outcome::Nothing => {}
+            Outcome::Close => self.drain(DisconnectReason::Handler, now),
+        }
+        if too_large {
+            add(&self.shared.stats.too_large, 1);
+            if self.session.decoder().is_stopped() {
+                self.drain(DisconnectReason::MessageTooLarge, now);
+            }
+        }
+    }
+
+    fn protocol_error(&mut self, error: ProtocolError, now: Instant) {
+        let reason = if self.peer.is_some() {
+            DisconnectReason::Protocol(error)
+        } else {
+            DisconnectReason::HandshakeFailed(error)
+        };
+        self.drain(reason, now);
+    }
+
+    fn poll_in_flight(&mut self, cx: &mut Context<'_>) {
+        if self.in_flight.is_empty() {
+            return;
+        }
+        while let Poll::Ready(Some((reply, bytes))) = self.in_flight.poll_next_unpin(cx) {
+            self.in_flight_bytes -= bytes;
+            if let Some(frames) = reply {
+                self.out.push_message(frames);
+            }
+        }
+        let held = self.session.decoder().held_bytes() + self.in_flight_bytes;
+        self.account.release(held);
+    }
+
+    /// Writes until nothing waits any more (ready) or the peer must read first.
+    fn poll_write(&mut self, cx: &mut Context<'_>, now: Instant) -> Poll<()> {
+        let (mut bytes, mut messages) = (0, 0);
+        let result = loop {
+            while self.has_outbound_room()
+                && let Some(frames) = self.link.pop()
+            {
+                self.out.push_message(frames);
+            }
+            if let Phase::Draining { deaf: true, .. } = self.phase {
+                self.out.clear();
+            }
+            if self.out.is_empty() {
+                break Poll::Ready(Ok(()));
+            }
+            let mut chunks = [IoSlice::new(&[]); WRITE_CHUNKS];
+            let used = self.out.chunks(&mut chunks);
+            match Pin::new(&mut self.io).poll_write_vectored(cx, &chunks[..used]) {
+                Poll::Pending => break Poll::Pending,
+                Poll::Ready(Ok(0)) => break Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
+                Poll::Ready(Ok(count)) => {
+                    bytes += count as u64;
+                    messages += self.out.advance(count);
+                }
+                Poll::Ready(Err(error)) => break Poll::Ready(Err(error)),
+            }
+        };
+        if bytes > 0 {
+            self.clock.stalled = None;
+            add(&self.shared.stats.bytes_out, bytes);
+            add(&self.shared.stats.messages_out, messages);
+        }
+        match result {
+            Poll::Pending => {
+                self.clock.stalled.get_or_insert(now);
+                Poll::Pending
+            }
+            Poll::Ready(result) => {
+                self.clock.stalled = None;
+                if let Err(error) = result {
+                    self.broken(&error, now);
+                }
+                Poll::Ready(())
+            }
+        }
+    }
+
+    /// Reads once; ready with the bytes read, 0 when the connection is at its end.
+    fn poll_read(&mut self, cx: &mut Context<'_>, now: Instant) -> Poll<usize> {
+        let decoder = self.session.decoder();
+        let wanted = decoder.held_bytes() + decoder.next_growth() + self.in_flight_bytes;
+        let waited = self.account.is_waiting();
+        if self.account.poll_cover(cx, wanted).is_pending() {
+            if !waited {
+                add(&self.shared.stats.budget_waits, 1);
+            }
+            return Poll::Pending;
+        }
+        let mut space = decoder.space();
+        let room = space.remaining_mut();
+        match ready!(poll_read_buf(Pin::new(&mut self.io), cx, &mut space)) {
+            Ok(0) => {
+                self.drain(DisconnectReason::PeerClosed, now);
+                Poll::Ready(0)
+            }
+            Ok(count) => {
+                self.session.decoder().note_read(count, room);
+                self.clock.received = now;
+                self.clock.quiet = false;
+                add(&self.shared.stats.bytes_in, count as u64);
+                Poll::Ready(count)
+            }
+            Err(error) => {
+                self.broken(&error, now);
+                Poll::Ready(0)
+            }
+        }
+    }
+
+    fn poll_linger(
+        &mut self,
+        cx: &mut Context<'_>,
+        reason: DisconnectReason,
+    ) -> Poll<DisconnectReason> {
+        let Phase::Lingering { until, .. } = self.phase else {
+            return Poll::Ready(reason);
+        };
+        if self.timer.deadline() != until {
+            self.timer.as_mut().reset(until);
+        }
+        if self.timer.as_mut().poll(cx).is_ready() {
+            return Poll::Ready(reason);
+        }
+        // Shutting down again is harmless, and is how a pending one goes on.
+        if matches!(
+            Pin::new(&mut self.io).poll_shutdown(cx),
+            Poll::Ready(Err(_))
+        ) {
+            return Poll::Ready(reason);
+        }
+        let mut scratch = [0; 8 << 10];
+        loop {
+            let mut chunk = ReadBuf::new(&mut scratch);
+            match ready!(Pin::new(&mut self.io).poll_read(cx, &mut chunk)) {
+                Ok(()) if !chunk.filled().is_empty() => {}
+                _ => return Poll::Ready(reason),
+            }
+        }
+    }
+
+    /// Keeps time limits on the peer from counting while we do not read.
+    fn note_pause(&mut self, now: Instant) {
+        let paused = self.account.is_waiting() || !self.may_handle();
+        if paused || self.clock.paused {
+            self.clock.received = now;
+            self.clock.quiet = false;
+            self.clock.message = self.clock.message.map(|_| now);
+        }
+        self.clock.paused = paused;
+    }
+
+    /// Acts on what is due and waits for what is due next.
+    fn poll_timer(&mut self, cx: &mut Context<'_>, now: Instant) -> Poll<DisconnectReason> {
+        loop {
+            let due = match self.next_due() {
+                (at, Some(reason)) if at <= now => {
+                    if matches!(self.phase, Phase::Open) && !self.in_flight.is_empty() {
+                        self.drain(reason, now);
+                        self.fall_silent();
+                        cx.waker().wake_by_ref();
+                        return Poll::Pending;
+                    }
+                    return Poll::Ready(reason);
+                }
+                (at, None) if at <= now => {
+                    self.quiet(now);
+                    // Its PING may find the socket full, which starts another limit.
+                    let _ = self.poll_write(cx, now);
+                    continue;
+                }
+                (at, _) => at,
+            };
+            // A timer that fires early only looks again, so moving a deadline back is free.
+            if due < self.timer.deadline() {
+                self.timer.as_mut().reset(due);
+            }
+            if self.timer.as_mut().poll(cx).is_pending() {
+                return Poll::Pending;
+            }
+            self.timer.as_mut().reset(due);
+        }
+    }
+
+    /// The next deadline, and the reason for which the connection ends at it; no
+    /// reason stands for the heartbeat interval.
+    fn next_due(&self) -> (Instant, Option<DisconnectReason>) {
+        type Reason = DisconnectReason;
+        let config = &self.shared.config;
+        let clock = &self.clock;
+        let mut next = (clock.received + FAR, None);
+        let mut at = |instant: Instant, reason: Option<Reason>| {
+            if instant < next.0 {
+                next = (instant, reason);
+            }
+        };
+        match self.phase {
+            Phase::Draining { until, reason, .. } | Phase::Lingering { until, reason } => {
+                return (until, Some(reason));
+            }
+            Phase::Open => {}
+        }
+        if let Some(since) = clock.stalled {
+            at(since + config.slow_reader_grace, Some(Reason::SlowReader));
+        }
+        if self.peer.is_none() {
+            at(clock.handshake_until, Some(Reason::HandshakeTimeout));
+        }
+        if clock.paused {
+            return next;
+        }
+        if let Some(since) = clock.message {
+            at(since + config.message_timeout, Some(Reason::MessageTimeout));
+        }
+        if let Some(peer) = &self.peer {
+            if let Some(ttl) = clock.ttl {
+                at(clock.received + ttl, Some(Reason::HeartbeatTimeout));
+            }
+            if !clock.quiet {
+                at(clock.received + config.heartbeat_interval, None);
+            } else if peer.info.heartbeats {
+                let silence = config.heartbeat_timeout;
+                at(clock.received + silence, Some(Reason::HeartbeatTimeout));
+            }
+        }
+        next
+    }
+
+    /// The peer has sent nothing for the heartbeat interval.
+    fn quiet(&mut self, now: Instant) {
+        let Some(peer) = &self.peer else {
+            // Only `FAR` can have passed; count it anew.
+            self.clock.received = now;
+            return;
+        };
+        if self.clock.quiet {
+            self.clock.received = now;
+            return;
+        }
+        self.clock.quiet = true;
+        if peer.info.heartbeats {
+            self.session.ping(&mut self.out);
+        }
+        self.session.decoder().shrink();
+        self.out.shrink();
+    }
+}

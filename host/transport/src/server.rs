@@ -1,0 +1,342 @@
+//! Accepts connections and ends them in order.
+
+use std::collections::HashMap;
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+use tokio_util::task::TaskTracker;
+
+use crate::budget::{Account, Budget};
+use crate::config::{Config, ConfigError};
+use crate::connection::{Connection, LINGER};
+use crate::listener::{Accepted, Listener, tune_tcp};
+use crate::peer::{Ask, Link, Origin, Peer, PeerAddress};
+use crate::stats::{DisconnectReason, Stats, add};
+use crate::zmtp::{Frames, Mechanism, Message};
+
+/// First and last wait after an accept that failed for want of something.
+const ACCEPT_BACKOFF: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
+/// Between two log lines about the same kind of refusal.
+const LOG_INTERVAL: Duration = Duration::from_secs(5);
+
+/// What a server does with messages.
+///
+/// All calls for one peer come from its connection's task, one after the other:
+/// `connected`, then any number of `message`, then `disconnected`. They must not
+/// block; what takes time goes into [`Outcome::Later`].
+pub trait Handler: Send + Sync + 'static {
+    /// A peer completed its handshake.
+    fn connected(&self, peer: &Arc<Peer>) {
+        let _ = peer;
+    }
+
+    /// A message came. Called in the order of arrival.
+    fn message(&self, peer: &Arc<Peer>, message: Message) -> Outcome;
+
+    /// The connection is gone, and its last [`Outcome::Later`] has ended or was dropped.
+    fn disconnected(&self, peer: &Arc<Peer>, reason: DisconnectReason) {
+        let _ = (peer, reason);
+    }
+}
+
+impl<H: Handler> Handler for Arc<H> {
+    fn connected(&self, peer: &Arc<Peer>) {
+        (**self).connected(peer);
+    }
+
+    fn message(&self, peer: &Arc<Peer>, message: Message) -> Outcome {
+        (**self).message(peer, message)
+    }
+
+    fn disconnected(&self, peer: &Arc<Peer>, reason: DisconnectReason) {
+        (**self).disconnected(peer, reason);
+    }
+}
+
+/// What becomes of a message.
+pub enum Outcome {
+    /// This is the reply.
+    Reply(Frames),
+    /// The reply comes when the future ends; replies overtake each other. The
+    /// future runs on the connection's task, so it must not block either. If the
+    /// peer goes away it gets `drain_grace` to end and is then dropped.
+    Later(Pin<Box<dyn Future<Output = Option<Frames>> + Send>>),
+    /// There is no reply.
+    Nothing,
+    /// The connection is closed once what is queued and in flight has gone out.
+    Close,
+}
+
+/// A ROUTER-like server over any number of listeners.
+pub struct Server<H> {
+    shared: Arc<Shared<H>>,
+}
+
+/// What all connections of a server share.
+pub(crate) struct Shared<H> {
+    pub(crate) handler: H,
+    pub(crate) config: Config,
+    pub(crate) stats: Arc<Stats>,
+    budget: Arc<Budget>,
+    next_id: AtomicU64,
+    links: Mutex<Links>,
+    refusals: LogLimiter,
+    disconnects: LogLimiter,
+}
+
+/// The connections of a server.
+#[derive(Default)]
+struct Links {
+    open: HashMap<u64, Arc<Link>>,
+    /// Whether the server stops and takes no more.
+    stopping: bool,
+}
+
+impl<H: Handler> Server<H> {
+    /// A server that is not started yet.
+    ///
+    /// # Errors
+    /// [`ConfigError`] when the settings contradict each other.
+    pub fn new(handler: H, config: Config) -> Result<Self, ConfigError> {
+        config.validate()?;
+        let budget = Arc::new(Budget::new(config.max_inbound_bytes));
+        Ok(Self {
+            shared: Arc::new(Shared {
+                handler,
+                config,
+                stats: Arc::default(),
+                budget,
+                next_id: AtomicU64::new(1),
+                links: Mutex::default(),
+                refusals: LogLimiter::default(),
+                disconnects: LogLimiter::default(),
+            }),
+        })
+    }
+
+    /// Its counters, which may be kept and read at any time.
+    pub fn stats(&self) -> Arc<Stats> {
+        Arc::clone(&self.shared.stats)
+    }
+
+    /// Serves until `shutdown` ends; then accepts no more, closes the listeners
+    /// (and removes their ipc files), stops reading, gives requests in flight
+    /// `drain_grace` to finish and replies to be read, and closes every connection.
+    ///
+    /// Dropped before that, it asks every connection to end in the same way but
+    /// does not wait for them.
+    pub async fn serve(self, listeners: Vec<Listener>, shutdown: impl Future<Output = ()>) {
+        let tracker = TaskTracker::new();
+        let ending = EndOnDrop(&self.shared);
+        let mut accepting = JoinSet::new();
+        for listener in listeners {
+            let shared = Arc::clone(&self.shared);
+            accepting.spawn(accept_from(listener, shared, tracker.clone()));
+        }
+        shutdown.await;
+        accepting.shutdown().await;
+        drop(ending);
+        tracker.close();
+        // Connections end by themselves in this time; a handler that blocks does not,
+        // and must not hold the shutdown up.
+        let grace = self.shared.config.drain_grace + LINGER + Duration::from_secs(1);
+        if tokio::time::timeout(grace, tracker.wait()).await.is_err() {
+            tracing::warn!(
+                connections = tracker.len(),
+                "connections outlived the drain grace; their handler may be blocking"
+            );
+        }
+    }
+}
+
+/// Asks all connections to end, also when `serve` is dropped half-way.
+struct EndOnDrop<'a, H>(&'a Shared<H>);
+
+impl<H> Drop for EndOnDrop<'_, H> {
+    fn drop(&mut self) {
+        let open: Vec<_> = {
+            let mut links = self.0.links.lock();
+            links.stopping = true;
+            links.open.values().cloned().collect()
+        };
+        for link in open {
+            link.ask(Ask::SHUTDOWN);
+        }
+    }
+}
+
+async fn accept_from<H: Handler>(listener: Listener, shared: Arc<Shared<H>>, tracker: TaskTracker) {
+    let mut backoff = ACCEPT_BACKOFF.0;
+    loop {
+        match listener.accept().await {
+            Ok((stream, origin)) => {
+                backoff = ACCEPT_BACKOFF.0;
+                let Some(admission) = Admission::new(&shared) else {
+                    refuse(&shared, &origin);
+                    continue;
+                };
+                let mechanism = listener.mechanism().clone();
+                match stream {
+                    Accepted::Tcp(stream) => {
+                        tune_tcp(&stream, shared.config.tcp_user_timeout);
+                        tracker.spawn(admission.run(stream, origin, mechanism));
+                    }
+                    Accepted::Ipc(stream) => {
+                        tracker.spawn(admission.run(stream, origin, mechanism));
+                    }
+                }
+            }
+            Err(error) => {
+                add(&shared.stats.accept_errors, 1);
+                if is_about_one_connection(&error) {
+                    continue;
+                }
+                if let Some(unsaid) = shared.refusals.turn() {
+                    tracing::warn!(
+                        endpoint = %listener.endpoint(),
+                        %error,
+                        unsaid,
+                        "could not accept; trying again (raise the open file limit if it is too many open files)"
+                    );
+                }
+                tokio::time::sleep(backoff).await;
+                backoff = (backoff * 2).min(ACCEPT_BACKOFF.1);
+            }
+        }
+    }
+}
+
+/// Whether an accept failed because of the connection that it would have returned.
+fn is_about_one_connection(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::ConnectionAborted
+            | io::ErrorKind::ConnectionReset
+            | io::ErrorKind::Interrupted
+    )
+}
+
+fn refuse<H>(shared: &Shared<H>, origin: &Origin) {
+    add(&shared.stats.refused, 1);
+    if let Some(unsaid) = shared.refusals.turn() {
+        tracing::warn!(
+            peer = %origin.address,
+            listener = %origin.listener,
+            max_connections = shared.config.max_connections,
+            unsaid,
+            "refused a connection: max_connections are open"
+        );
+    }
+}
+
+/// A connection's place among `max_connections` and in the list of links.
+struct Admission<H: Handler> {
+    shared: Arc<Shared<H>>,
+    link: Arc<Link>,
+    /// Set once the handler knows the peer.
+    peer: Option<Arc<Peer>>,
+    reason: DisconnectReason,
+}
+
+impl<H: Handler> Admission<H> {
+    fn new(shared: &Arc<Shared<H>>) -> Option<Self> {
+        let mut links = shared.links.lock();
+        if links.stopping || links.open.len() >= shared.config.max_connections {
+            return None;
+        }
+        let id = shared.next_id.fetch_add(1, Ordering::Relaxed);
+        let config = &shared.config;
+        let link = Arc::new(Link::new(
+            id,
+            config.max_push_bytes,
+            config.max_push_messages,
+            Arc::clone(&shared.stats),
+        ));
+        links.open.insert(id, Arc::clone(&link));
+        add(&shared.stats.accepted, 1);
+        add(&shared.stats.open, 1);
+        Some(Self {
+            shared: Arc::clone(shared),
+            link,
+            peer: None,
+            // Only a runtime that is torn down ends the task with this.
+            reason: DisconnectReason::Shutdown,
+        })
+    }
+
+    async fn run(
+        mut self,
+        stream: impl AsyncRead + AsyncWrite + Unpin,
+        origin: Origin,
+        mechanism: Mechanism,
+    ) {
+        let address = origin.address.clone();
+        let mut connection = Connection::new(
+            stream,
+            Arc::clone(&self.shared),
+            Arc::clone(&self.link),
+            origin,
+            mechanism,
+            Account::new(Arc::clone(&self.shared.budget)),
+        );
+        self.reason = connection.run(&mut self.peer).await;
+        // Drops the futures in flight before the handler hears of the end.
+        drop(connection);
+        self.log(&address);
+    }
+
+    fn log(&self, address: &PeerAddress) {
+        let (peer, reason) = (address, self.reason);
+        tracing::debug!(%peer, %reason, "connection ended");
+        let noteworthy = matches!(
+            reason,
+            DisconnectReason::HandshakeFailed(_)
+                | DisconnectReason::Protocol(_)
+                | DisconnectReason::MessageTooLarge
+                | DisconnectReason::MessageTimeout
+                | DisconnectReason::SlowReader
+                | DisconnectReason::HandlerPanicked
+        );
+        if noteworthy && let Some(unsaid) = self.shared.disconnects.turn() {
+            tracing::warn!(%peer, %reason, unsaid, "dropped a connection");
+        }
+    }
+}
+
+impl<H: Handler> Drop for Admission<H> {
+    fn drop(&mut self) {
+        self.link.close();
+        self.shared.links.lock().open.remove(&self.link.id);
+        self.shared.stats.open.fetch_sub(1, Ordering::Relaxed);
+        self.shared.stats.count_disconnect(self.reason);
+        if let Some(peer) = self.peer.take() {
+            self.shared.handler.disconnected(&peer, self.reason);
+        }
+    }
+}
+
+/// Lets one log line through per [`LOG_INTERVAL`].
+#[derive(Default)]
+pub(crate) struct LogLimiter(Mutex<(Option<Instant>, u64)>);
+
+impl LogLimiter {
+    /// Whether to log now, and how many lines were left out since the last time.
+    pub(crate) fn turn(&self) -> Option<u64> {
+        let mut state = self.0.lock();
+        let now = Instant::now();
+        if state.0.is_some_and(|last| now - last < LOG_INTERVAL) {
+            state.1 += 1;
+            return None;
+        }
+        let unsaid = std::mem::take(&mut state.1);
+        state.0 = Some(now);
+        Some(unsaid)
+    }
+}

@@ -1,0 +1,11 @@
+//! The server from outside: independent peers, raw sockets and hostile input.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
+
+mod harness;
+
+mod round_trip;
