@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-use parking_lot::{Mutex, RwLock};
+use parking_lot::{Mutex, MutexGuard, RwLock};
 use rustix::io::Errno;
 
 pub use config::EngineConfig;
@@ -55,6 +55,8 @@ struct Inner {
     telling: Mutex<()>,
     /// Held by the one thread that evicts at the watermark.
     maintaining: Mutex<()>,
+    /// Held by the one thread that mends the segment.
+    mending: Mutex<()>,
     segment_repairs: AtomicU64,
 }
 
@@ -96,6 +98,7 @@ impl CacheEngine {
             observer: RwLock::new(None),
             telling: Mutex::new(()),
             maintaining: Mutex::new(()),
+            mending: Mutex::new(()),
             segment_repairs: AtomicU64::new(0),
         });
         let thread = if prefault {
@@ -183,6 +186,8 @@ impl CacheEngine {
         key_index: usize,
         parts: &mut dyn Iterator<Item = &[u8]>,
     ) -> Result<(), LeaseError> {
+        // Writing behind the end of a cut segment would hide that it was cut.
+        self.inner.check_segment();
         let pinned = self
             .inner
             .with_l1(|l1, _| l1.begin_write(owner, lease, key_index))?;
@@ -310,7 +315,7 @@ impl CacheEngine {
             let end = start.saturating_add(BACKGROUND_BATCH);
             let step = self
                 .inner
-                .with_l1(|l1, _| l1.clear_range(start..end, force));
+                .with_l1_fairly(|l1, _| l1.clear_range(start..end, force));
             let Some((removed, kept)) = step else {
                 return cleared;
             };
@@ -335,7 +340,9 @@ impl CacheEngine {
         let mut wanted = self.inner.with_l1(|l1, _| l1.bytes_over_watermark());
         while wanted > 0 {
             let steps = BACKGROUND_BATCH as usize;
-            let round = self.inner.with_l1(|l1, _| l1.evict_some(wanted, steps));
+            let round = self
+                .inner
+                .with_l1_fairly(|l1, _| l1.evict_some(wanted, steps));
             wanted = wanted.saturating_sub(round.freed_bytes);
             if round.is_exhausted {
                 break;
@@ -376,12 +383,26 @@ impl Inner {
     /// Runs `work` under the mutex, after ending what has run out, and tells the observer
     /// after releasing it.
     fn with_l1<R>(&self, work: impl FnOnce(&mut L1, Instant) -> R) -> R {
+        self.with_l1_then(work, |l1| drop(l1))
+    }
+
+    /// As [`with_l1`](Self::with_l1), for work in a loop that nobody waits for: hands the
+    /// mutex to whoever is waiting instead of taking it again at once.
+    fn with_l1_fairly<R>(&self, work: impl FnOnce(&mut L1, Instant) -> R) -> R {
+        self.with_l1_then(work, |l1| MutexGuard::unlock_fair(l1))
+    }
+
+    fn with_l1_then<R>(
+        &self,
+        work: impl FnOnce(&mut L1, Instant) -> R,
+        unlock: impl FnOnce(MutexGuard<'_, L1>),
+    ) -> R {
         let now = self.clock.now();
         let mut l1 = self.l1.lock();
         l1.expire_due(now);
         let result = work(&mut l1, now);
         let has_news = !l1.notices().is_empty();
-        drop(l1);
+        unlock(l1);
         if has_news {
             self.tell_observer();
         }
@@ -477,9 +498,16 @@ impl Inner {
 
     /// If a peer changed the segment's length, withdraws what was cut off, and only then
     /// gives the segment its length back, so that zeros are never taken for data.
+    ///
+    /// A peer that cuts the segment and lengthens it again in between is not noticed: it
+    /// could as well have overwritten the bytes. Checksums notice both.
     fn check_segment(&self) {
-        let SegmentHealth::Resized { bytes } = self.pool.health() else {
+        if self.pool.health() == SegmentHealth::Intact {
             return;
+        }
+        let _mending = self.mending.lock();
+        let SegmentHealth::Resized { bytes } = self.pool.health() else {
+            return; // Another thread has mended it meanwhile.
         };
         self.segment_repairs.fetch_add(1, Ordering::Relaxed);
         let lost = self.with_l1(|l1, _| l1.lose_behind(bytes));

@@ -979,7 +979,7 @@ impl L1 {
             object_locks: self.tally.locks,
             owned_locks: self.owned_locks,
             owners: self.leases.owners(),
-            leases: self.leases.iter().count(),
+            leases: self.leases.len(),
             used_bytes,
             staging_bytes: self.tally.staging_bytes,
             evictable_bytes: self.tally.evictable_bytes,

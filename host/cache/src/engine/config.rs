@@ -12,6 +12,9 @@ const MAX_TTL: Duration = Duration::from_secs(365 * 24 * 3600);
 /// Largest alignment: the size of a large huge page.
 const MAX_ALIGN_BYTES: u64 = 1 << 30;
 
+/// Slots that objects can be numbered for.
+const MAX_SLOTS: u64 = u32::MAX as u64;
+
 /// Settings of an engine; names follow LMCache's flags.
 #[derive(Debug, Clone, PartialEq)]
 pub struct EngineConfig {
@@ -66,6 +69,11 @@ impl EngineConfig {
                 ("capacity_bytes", "must hold at least one aligned slot")
             } else if i64::try_from(self.capacity_bytes).is_err() {
                 ("capacity_bytes", "is beyond what a file can be")
+            } else if self.capacity_bytes / self.align_bytes >= MAX_SLOTS {
+                (
+                    "capacity_bytes",
+                    "holds 2^32 slots or more: raise align_bytes",
+                )
             } else if !share(self.trigger_watermark) {
                 ("trigger_watermark", "must be between 0.0 and 1.0")
             } else if !share(self.eviction_ratio) {

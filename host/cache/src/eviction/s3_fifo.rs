@@ -20,6 +20,10 @@ const MAX_USES: u8 = 3;
 /// The small queue gives way while it holds more than one entry in this many.
 const SMALL_SHARE: usize = 10;
 
+/// Entries spared for their uses in one search for a victim. Where everything has been
+/// used, one search would otherwise go round the whole cache while requests wait.
+const MAX_SPARED: u32 = 256;
+
 #[derive(Debug)]
 struct Note {
     fingerprint: u64,
@@ -72,9 +76,10 @@ impl S3Fifo {
 
     /// Takes from the small queue, moving on what was used there.
     fn take_small(&mut self) -> Option<EntryId> {
-        while let Some(id) = self.small.pop_front(&mut self.links) {
+        for spared in 0.. {
+            let id = self.small.pop_front(&mut self.links)?;
             match self.known.get_mut(id) {
-                Some(note) if note.uses > 0 => {
+                Some(note) if note.uses > 0 && spared < MAX_SPARED => {
                     note.uses = 0;
                     note.queue = MAIN;
                     self.main.push_back(&mut self.links, id);
@@ -87,9 +92,10 @@ impl S3Fifo {
 
     /// Takes from the main queue; what was used goes round once more for each use.
     fn take_main(&mut self) -> Option<EntryId> {
-        while let Some(id) = self.main.pop_front(&mut self.links) {
+        for spared in 0.. {
+            let id = self.main.pop_front(&mut self.links)?;
             match self.known.get_mut(id) {
-                Some(note) if note.uses > 0 => {
+                Some(note) if note.uses > 0 && spared < MAX_SPARED => {
                     note.uses -= 1;
                     self.main.push_back(&mut self.links, id);
                 }

@@ -202,6 +202,24 @@ fn s3_fifo_lets_one_time_keys_pass_and_keeps_the_used_ones() {
 }
 
 #[test]
+fn s3_fifo_does_not_go_round_a_large_cache_for_one_victim() {
+    let mut policy = S3Fifo::default();
+    for id in 0..10_000 {
+        policy.insert(
+            id,
+            EntryFacts {
+                fingerprint: id.into(),
+                salt: 0,
+                weight: 1,
+            },
+        );
+        policy.touch(id);
+    }
+    let victim = policy.take().unwrap();
+    assert_eq!(victim, 256, "the first that was not spared");
+}
+
+#[test]
 fn noop_gives_nothing_up() {
     check(Noop, "insert a b; touch a; evict 2", "");
     assert!(Noop.is_empty());

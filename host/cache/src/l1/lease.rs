@@ -221,6 +221,10 @@ impl LeaseTable {
         }
     }
 
+    pub(super) fn len(&self) -> usize {
+        self.leases.len()
+    }
+
     pub(super) fn iter(&self) -> impl Iterator<Item = (LeaseId, &Lease)> {
         self.leases.iter().map(|(&id, lease)| (id, lease))
     }

@@ -270,3 +270,27 @@ fn a_short_read_is_an_error_even_without_a_checksum() {
     assert!(out.is_empty());
     assert_eq!(cache.hits(&keys(0..1)), 0);
 }
+
+#[test]
+fn a_write_does_not_hide_that_the_segment_was_cut() {
+    let cache = shared(2);
+    let owner = cache.new_owner();
+    let (lease, slots) = cache.reserve_all(owner, &keys(0..1));
+    cache.worker_write(slots[0], &bytes_of(1, OBJECT));
+    cache.commit(owner, lease).unwrap();
+    let reservation = cache.reserve(owner, &keys(1..2), PAGE).unwrap();
+    cache.segment_file().set_len(0).unwrap();
+    // This fills the last page, which gives the segment its full length again.
+    let bytes = bytes_of(2, PAGE);
+    let lease = reservation.lease.unwrap();
+    cache
+        .write(owner, lease, 0, &mut [&bytes[..]].into_iter())
+        .unwrap();
+    assert_eq!(
+        cache.fetch(&keys(0..1)),
+        None,
+        "zeros are not what was committed"
+    );
+    assert_eq!(cache.commit(owner, lease).unwrap().admitted, 1);
+    assert_eq!(cache.fetch(&keys(1..2)).unwrap()[0], bytes);
+}

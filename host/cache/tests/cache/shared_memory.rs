@@ -160,6 +160,7 @@ fn a_pool_that_does_not_fit_is_refused_before_anything_is_made() {
     let segment = Segment::new();
     let huge = EngineConfig {
         capacity_bytes: 1 << 60,
+        align_bytes: 1 << 30,
         ..segment.config(1)
     };
     let error = CacheEngine::open(huge).unwrap_err();
@@ -168,6 +169,7 @@ fn a_pool_that_does_not_fit_is_refused_before_anything_is_made() {
     assert!(!segment.path().exists());
     let huge = EngineConfig {
         capacity_bytes: 1 << 60,
+        align_bytes: 1 << 30,
         ..config(1, Backing::Private)
     };
     let error = CacheEngine::open(huge).unwrap_err();
@@ -294,6 +296,10 @@ fn settings_out_of_range_are_refused_by_name() {
     bad("align_bytes", with(|c| c.align_bytes = 1 << 40));
     bad("capacity_bytes", with(|c| c.capacity_bytes = 0));
     bad("capacity_bytes", with(|c| c.capacity_bytes = u64::MAX));
+    bad(
+        "capacity_bytes",
+        with(|c| (c.capacity_bytes, c.align_bytes) = (1 << 36, 16)),
+    );
     bad(
         "trigger_watermark",
         with(|c| c.trigger_watermark = f64::NAN),
