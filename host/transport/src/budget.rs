@@ -68,7 +68,7 @@ impl Account {
         self.waiting.is_some()
     }
 
-    /// Gives back what `held` bytes no longer need.
+    /// Gives back what `held` bytes no longer need, a place in the queue included.
     pub(crate) fn release(&mut self, held: usize) {
         if self.steps.is_none() && self.overdraft.is_none() && self.waiting.is_none() {
             return;

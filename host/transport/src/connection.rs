@@ -317,8 +317,7 @@ impl<H: Handler, S: AsyncRead + AsyncWrite + Unpin> Connection<H, S> {
             // they may stand between the frames of a message and would prolong it.
             self.clock.message = None;
         }
-        let held = self.session.decoder().held_bytes() + self.in_flight_bytes;
-        self.account.release(held);
+        self.release();
         if !self.session.decoder().is_mid_message() {
             self.clock.message = None;
         } else if self.clock.message.is_none() {
@@ -368,8 +367,19 @@ impl<H: Handler, S: AsyncRead + AsyncWrite + Unpin> Connection<H, S> {
                 self.out.push_message(frames);
             }
         }
-        let held = self.session.decoder().held_bytes() + self.in_flight_bytes;
-        self.account.release(held);
+        self.release();
+    }
+
+    /// Bytes that must be covered before the next read. What it will allocate is
+    /// part of them, or a connection would give back at once what it waits for.
+    fn wanted_bytes(&mut self) -> usize {
+        let decoder = self.session.decoder();
+        decoder.held_bytes() + decoder.next_growth() + self.in_flight_bytes
+    }
+
+    fn release(&mut self) {
+        let wanted = self.wanted_bytes();
+        self.account.release(wanted);
     }
 
     /// Writes until nothing waits any more (ready) or the peer must read first.
@@ -421,8 +431,7 @@ impl<H: Handler, S: AsyncRead + AsyncWrite + Unpin> Connection<H, S> {
 
     /// Reads once; ready with the bytes read, 0 when the connection is at its end.
     fn poll_read(&mut self, cx: &mut Context<'_>, now: Instant) -> Poll<usize> {
-        let decoder = self.session.decoder();
-        let wanted = decoder.held_bytes() + decoder.next_growth() + self.in_flight_bytes;
+        let wanted = self.wanted_bytes();
         let waited = self.account.is_waiting();
         if self.account.poll_cover(cx, wanted).is_pending() {
             if !waited {
@@ -430,7 +439,7 @@ impl<H: Handler, S: AsyncRead + AsyncWrite + Unpin> Connection<H, S> {
             }
             return Poll::Pending;
         }
-        let mut space = decoder.space();
+        let mut space = self.session.decoder().space();
         let room = space.remaining_mut();
         match ready!(poll_read_buf(Pin::new(&mut self.io), cx, &mut space)) {
             Ok(0) => {

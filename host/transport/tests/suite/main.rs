@@ -9,3 +9,10 @@
 mod harness;
 
 mod round_trip;
+
+mod backpressure;
+mod handshake;
+mod heartbeat;
+mod hostile;
+mod listeners;
+mod shutdown;
