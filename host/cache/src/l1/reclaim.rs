@@ -1,7 +1,8 @@
 //! Making room: eviction at the watermark and on demand.
 
 use super::stage::Event;
-use super::{L1, Object, ObjectId, RemoveReason};
+use super::{L1, Object, ObjectId};
+use crate::engine::RemoveReason;
 
 /// How much more than is needed may be tried in policy order before places are chosen by
 /// address. Objects stored together lie together, so a few times the need will usually

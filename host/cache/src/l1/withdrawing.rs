@@ -1,0 +1,73 @@
+//! Objects that go before their turn: cleared, corrupt or cut off.
+
+use std::ops::Range;
+
+use super::stage::{Event, Stage};
+use super::{Contents, L1, ObjectId};
+use crate::engine::RemoveReason;
+
+impl L1 {
+    /// Clears the objects numbered `range`; see `CacheEngine::clear`. Returns how many
+    /// were withdrawn and how many stay, or `None` when there are no such numbers.
+    pub(crate) fn clear_range(&mut self, range: Range<u32>, force: bool) -> Option<(usize, usize)> {
+        if range.start as usize >= self.objects.numbers() {
+            return None;
+        }
+        let (mut removed, mut kept) = (0, 0);
+        for id in range {
+            let Some(object) = self.objects.get(id) else {
+                continue;
+            };
+            match object.stage {
+                Stage::Readable if force || !object.is_held() => {
+                    self.withdraw(id, RemoveReason::Cleared);
+                    removed += 1;
+                }
+                Stage::Readable | Stage::Reserved(_) => kept += 1,
+                Stage::Withdrawn => {}
+            }
+        }
+        Some((removed, kept))
+    }
+
+    /// Withdraws all objects with bytes at or behind `length`; what is being written there
+    /// will not be published. Returns the number of readable objects lost.
+    pub(crate) fn lose_behind(&mut self, length: u64) -> usize {
+        let lost: Vec<ObjectId> = self
+            .objects
+            .iter()
+            .filter(|(_, object)| object.offset.saturating_add(object.length) > length)
+            .map(|(id, _)| id)
+            .collect();
+        lost.into_iter().filter(|&id| self.quarantine(id)).count()
+    }
+
+    /// Marks an object's bytes as wrong and withdraws it; returns whether it was readable.
+    pub(super) fn quarantine(&mut self, id: ObjectId) -> bool {
+        let Some(object) = self.objects.get_mut(id) else {
+            return false;
+        };
+        object.contents = Contents::Lost;
+        let was_readable = object.is_readable();
+        if was_readable {
+            self.counters.corrupt_objects += 1;
+            self.withdraw(id, RemoveReason::Corrupt);
+        }
+        was_readable
+    }
+
+    /// Takes a readable object out of sight for another reason than its rank.
+    fn withdraw(&mut self, id: ObjectId, reason: RemoveReason) {
+        self.policy.remove(id);
+        self.notice_removal(id, reason);
+        self.apply(id, Event::Withdraw);
+    }
+
+    pub(super) fn notice_removal(&mut self, id: ObjectId, reason: RemoveReason) {
+        if self.notices.is_wanted()
+            && let Some(key) = self.key_of(id)
+        {
+            self.notices.push_removed(key, reason);
+        }
+    }
+}
