@@ -1,7 +1,36 @@
 //! Why a request could not be decoded: which operation, which field, what was wrong.
 
+use std::fmt;
+
 use crate::frame::Envelope;
 use crate::operation::Operation;
+
+/// What a limit counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unit {
+    /// Bytes of text.
+    Bytes,
+    /// Token ids.
+    Tokens,
+    /// Block or token ids of a report.
+    Ids,
+    /// Records of a report.
+    Records,
+    /// Object keys.
+    Keys,
+}
+
+impl fmt::Display for Unit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Bytes => "bytes",
+            Self::Tokens => "tokens",
+            Self::Ids => "ids",
+            Self::Records => "records",
+            Self::Keys => "keys",
+        })
+    }
+}
 
 /// What is wrong with one field of a request.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -57,7 +86,7 @@ pub enum FieldProblem {
         /// How many are accepted.
         limit: usize,
         /// What is counted.
-        unit: &'static str,
+        unit: Unit,
     },
     /// The marker byte 0xc1, which msgpack never uses.
     #[error("holds the byte 0xc1, which is not msgpack")]
@@ -107,7 +136,7 @@ pub enum DecodeError {
         /// The payload's or field's name, dotted for nested fields.
         field: &'static str,
         /// What is wrong with it.
-        problem: FieldProblem,
+        problem: Box<FieldProblem>,
     },
     /// One field is longer than [`Limits`](crate::Limits) allow.
     #[error("{operation}: {field} has {got} {unit}, the limit is {limit}")]
@@ -121,7 +150,7 @@ pub enum DecodeError {
         /// How many are accepted.
         limit: usize,
         /// What is counted.
-        unit: &'static str,
+        unit: Unit,
     },
 }
 
@@ -161,7 +190,7 @@ impl DecodeError {
             problem => Self::Field {
                 operation,
                 field,
-                problem,
+                problem: Box::new(problem),
             },
         }
     }

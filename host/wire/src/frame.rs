@@ -63,10 +63,6 @@ pub struct Envelope {
 ///
 /// # Errors
 /// [`Rejected`] carries the envelope to answer to, unless nobody would read the answer.
-#[expect(
-    clippy::result_large_err,
-    reason = "a refusal holds the envelope to answer to, and a request is larger still"
-)]
 pub fn decode(frames: Vec<Bytes>, limits: &Limits) -> Result<(Envelope, Request), Rejected> {
     let mut frames = frames.into_iter();
     let (Some(uid), Some(operation)) = (frames.next(), frames.next()) else {

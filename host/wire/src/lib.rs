@@ -30,7 +30,7 @@ pub mod slot;
 pub mod token_ids;
 
 pub use dtype::Dtype;
-pub use error::{DecodeError, FieldProblem, Rejected};
+pub use error::{DecodeError, FieldProblem, Rejected, Unit};
 pub use frame::{Envelope, Limits, decode};
 pub use key::{CacheKey, KeyIdentity, RequestConfigs};
 pub use kv_event::{KvEvent, KvEventBatch, KvEventKind};

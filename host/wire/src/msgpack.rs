@@ -3,7 +3,7 @@
 
 use rmp::Marker;
 
-use crate::error::FieldProblem;
+use crate::error::{FieldProblem, Unit};
 
 type Read<T> = Result<T, FieldProblem>;
 
@@ -248,7 +248,7 @@ impl<'a> Reader<'a> {
             Value::Str(bytes) if bytes.len() > max_bytes => Err(FieldProblem::TooLarge {
                 got: bytes.len(),
                 limit: max_bytes,
-                unit: "bytes",
+                unit: Unit::Bytes,
             }),
             Value::Str(bytes) => std::str::from_utf8(bytes).map_err(|_| FieldProblem::NotUtf8),
             other => Self::wrong("str", other),

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
-use crate::error::{DecodeError, FieldProblem};
+use crate::error::{DecodeError, FieldProblem, Unit};
 use crate::frame::Limits;
 use crate::key::{self, CacheKey};
 use crate::msgpack::{Reader, Value};
@@ -501,11 +501,7 @@ fn decode_max_events(fields: &Fields<'_>, frame: &Bytes) -> Result<u16, DecodeEr
     fields.of("max_events", max_events.ok_or(problem))
 }
 
-fn bounded_len(
-    reader: &mut Reader<'_>,
-    max: usize,
-    unit: &'static str,
-) -> Result<usize, FieldProblem> {
+fn bounded_len(reader: &mut Reader<'_>, max: usize, unit: Unit) -> Result<usize, FieldProblem> {
     match reader.array_len()? {
         got if got > max => Err(FieldProblem::TooLarge {
             got,
@@ -519,7 +515,7 @@ fn bounded_len(
 fn count_keys(fields: &Fields<'_>, frame: &Bytes) -> Result<u32, DecodeError> {
     let limits = fields.limits;
     fields.whole("keys", frame, |reader| {
-        let keys = bounded_len(reader, limits.max_records, "keys")?;
+        let keys = bounded_len(reader, limits.max_records, Unit::Keys)?;
         for _ in 0..keys {
             match reader.value(limits.depth())? {
                 Value::Map { .. } => {}
@@ -538,7 +534,7 @@ fn count_keys(fields: &Fields<'_>, frame: &Bytes) -> Result<u32, DecodeError> {
 
 fn decode_records(fields: &Fields<'_>, frame: &Bytes) -> Result<Vec<BlockAllocation>, DecodeError> {
     let mut reader = Reader::new(frame);
-    let count = bounded_len(&mut reader, fields.limits.max_records, "records");
+    let count = bounded_len(&mut reader, fields.limits.max_records, Unit::Records);
     let count = fields.of("records", count)?;
     // Grown as records arrive: a record is much larger than the byte that announces it.
     let mut records = Vec::new();
@@ -582,7 +578,7 @@ fn decode_record(
 }
 
 fn int_list(reader: &mut Reader<'_>, max: usize) -> Result<Vec<i64>, FieldProblem> {
-    let count = bounded_len(reader, max, "ids")?;
+    let count = bounded_len(reader, max, Unit::Ids)?;
     (0..count).map(|_| reader.int()).collect()
 }
 

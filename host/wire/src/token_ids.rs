@@ -4,7 +4,7 @@ use std::fmt;
 
 use bytes::Bytes;
 
-use crate::error::FieldProblem;
+use crate::error::{FieldProblem, Unit};
 use crate::msgpack::{Narrow, Reader, Value};
 
 /// Token ids as the token hasher takes them: four big-endian bytes each.
@@ -128,7 +128,7 @@ pub(crate) fn read(reader: &mut Reader<'_>, max_tokens: usize) -> Result<TokenId
         return Err(FieldProblem::TooLarge {
             got: count,
             limit: max_tokens,
-            unit: "tokens",
+            unit: Unit::Tokens,
         });
     }
     let mut bytes = vec![0; count * BYTES_PER_TOKEN];
