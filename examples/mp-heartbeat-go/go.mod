@@ -1,0 +1,3 @@
+module mp-heartbeat-go
+
+go 1.24
