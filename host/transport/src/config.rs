@@ -10,7 +10,8 @@ pub struct Config {
     /// What one message may be. Default: 16 MiB per frame, 32 MiB and 16 frames per
     /// message; up to 16 times the message limit is skipped rather than refused.
     pub limits: Limits,
-    /// Connections over all listeners; more are closed as soon as accepted. Default 4096.
+    /// Connections over all listeners; more are closed as soon as accepted. Keep it
+    /// below the limit of open files, at which accepting can only wait. Default 4096.
     pub max_connections: usize,
     /// Time from accept to the end of the handshake. Default 5 s.
     pub handshake_timeout: Duration,
@@ -29,12 +30,12 @@ pub struct Config {
     /// reached, its next messages stay unread. Default 256.
     pub max_in_flight: usize,
     /// Bytes of replies that wait for one peer to read; over it, its next messages
-    /// stay unread. A reply already made is always queued. Default 8 MiB.
+    /// stay unread. A reply already made is always queued, whatever its size. Default 1 MiB.
     pub max_outbound_bytes: usize,
     /// As `max_outbound_bytes`, in messages. Default 4096.
     pub max_outbound_messages: usize,
     /// Bytes that [`Peer::try_send`](crate::Peer::try_send) may have waiting for one
-    /// peer, apart from its replies. Default 4 MiB.
+    /// peer, apart from its replies; one message over it may wait alone. Default 1 MiB.
     pub max_push_bytes: usize,
     /// As `max_push_bytes`, in messages. Default 1024.
     pub max_push_messages: usize,
@@ -62,9 +63,9 @@ impl Default for Config {
             heartbeat_timeout: Duration::from_secs(45),
             tcp_user_timeout: Duration::from_secs(60),
             max_in_flight: 256,
-            max_outbound_bytes: 8 << 20,
+            max_outbound_bytes: 1 << 20,
             max_outbound_messages: 4096,
-            max_push_bytes: 4 << 20,
+            max_push_bytes: 1 << 20,
             max_push_messages: 1024,
             slow_reader_grace: Duration::from_secs(30),
             max_inbound_bytes: 256 << 20,

@@ -116,6 +116,7 @@ async fn only_socket_types_that_can_talk_to_a_router_get_in() {
         };
         assert!(error.starts_with(b"\x05ERROR"));
         raw.expect_end().await;
+        drop(raw);
         let count = at as u64 + 1;
         until("counted", || server.stats.handshake_failures() == count).await;
     }
@@ -142,6 +143,7 @@ async fn nothing_but_the_handshake_is_taken_before_it_ends() {
         raw.read_greeting().await;
         assert!(matches!(raw.receive().await, Received::Command(_)));
         raw.expect_end().await;
+        drop(raw);
         let count = at as u64 + 1;
         until("counted", || server.stats.handshake_failures() == count).await;
     }
@@ -214,6 +216,7 @@ async fn plain_peers_without_the_password_are_told_and_cut_off() {
             Received::Command(b"\x05ERROR\x03400".to_vec())
         );
         raw.expect_end().await;
+        drop(raw);
         let count = at as u64 + 1;
         until("counted", || server.stats.handshake_failures() == count).await;
     }

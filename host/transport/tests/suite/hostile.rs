@@ -1,6 +1,5 @@
 //! Peers that mean harm, and the clients beside them.
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use stockade_transport::{Config, Limit, Limits, Message, Outcome};
@@ -123,6 +122,7 @@ async fn garbage_after_the_handshake_ends_the_connection() {
         raw.handshake(1).await;
         raw.send(bytes).await;
         raw.expect_end().await;
+        drop(raw);
         assert_eq!(soon(ends.recv()).await.unwrap().name(), "protocol");
     }
     server.answers_a_fresh_client().await;
@@ -218,6 +218,7 @@ async fn a_message_left_unfinished_ends_with_the_connection_or_the_timeout() {
         raw.handshake(1).await;
         raw.send(&whole[..cut]).await;
         raw.expect_end().await;
+        drop(raw);
         assert_eq!(soon(ends.recv()).await.unwrap().name(), "message_timeout");
     }
     assert_eq!(server.stats.messages_in(), 0);
@@ -259,6 +260,7 @@ async fn a_handler_that_panics_ends_one_connection() {
         raw.handshake(1).await;
         raw.send(&message(&[name])).await;
         raw.expect_end().await;
+        drop(raw);
         assert_eq!(soon(ends.recv()).await.unwrap().name(), "handler_panicked");
     }
     assert_eq!(call(&mut beside, &[b"fine"]).await, [&b"fine"[..]]);
@@ -326,7 +328,8 @@ async fn the_handler_can_close_a_connection_after_its_last_reply() {
         raw.send(&[message(&[name]), more].concat()).await;
         raw.expect_message(&[name]).await;
         raw.expect_end().await;
+        drop(raw);
         assert_eq!(soon(ends.recv()).await.unwrap().name(), "handler");
     }
-    let _ = Arc::new(server);
+    server.answers_a_fresh_client().await;
 }

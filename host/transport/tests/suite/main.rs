@@ -14,5 +14,6 @@ mod backpressure;
 mod handshake;
 mod heartbeat;
 mod hostile;
+mod libzmq;
 mod listeners;
 mod shutdown;
