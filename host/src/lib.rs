@@ -1,1 +1,16 @@
-//! x
+//! The Stockade server: a KV cache that LMCache's clients use over ZMQ, with plugins that
+//! cannot hurt it.
+//!
+//! This crate composes; the work is done in `stockade-transport` (ZeroMQ), `stockade-wire`
+//! (messages), `stockade-cache` (the pool and what is in it) and `stockade-sandbox`
+//! (plugins), which do not know each other.
+#![forbid(unsafe_code)]
+
+pub mod config;
+pub mod telemetry;
+
+pub mod server;
+
+pub mod service;
+
+pub mod admin;

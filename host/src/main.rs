@@ -1,2 +1,98 @@
-//! x
-fn main() {}
+//! The `stockade` binary: arguments -> configuration -> log -> server -> exit code.
+#![forbid(unsafe_code)]
+
+use std::{ffi::OsString, io::Write as _, process::ExitCode};
+
+use stockade::{
+    config::{Command, Config},
+    server::Server,
+    telemetry,
+};
+use tokio::signal::unix::{SignalKind, signal};
+
+/// Wrong flags or file, as in sysexits.h.
+const EX_USAGE: u8 = 64;
+/// Something that the server needs cannot be had, as in sysexits.h.
+const EX_UNAVAILABLE: u8 = 69;
+/// Most threads that requests run on; the data path is memory bound beyond it.
+const MAX_WORKER_THREADS: usize = 8;
+/// Threads for large requests and file access.
+const BLOCKING_THREADS: usize = 16;
+
+fn main() -> ExitCode {
+    let mut args = std::env::args_os();
+    let program = args.next().unwrap_or_else(|| OsString::from("stockade"));
+    let mut args = args.peekable();
+    // The server is its own keeper and compiler; both are processes that must stay small.
+    if args
+        .peek()
+        .is_some_and(|first| first == stockade_sandbox::KEEPER_ARGUMENT)
+    {
+        return stockade_sandbox::keeper_main(args.skip(1));
+    }
+    if args
+        .peek()
+        .is_some_and(|first| first == stockade_sandbox::COMPILE_ARGUMENT)
+    {
+        return stockade_sandbox::compile_child_main(args.skip(1));
+    }
+    match Command::parse(std::iter::once(program).chain(args)) {
+        Ok(Command::Serve(config, warnings)) => serve(*config, &warnings),
+        Ok(Command::Print(text)) => {
+            // Whoever closed our stdout does not want the text.
+            let _ = std::io::stdout().write_all(text.as_bytes());
+            ExitCode::SUCCESS
+        }
+        Err(error) => fail(EX_USAGE, &error),
+    }
+}
+
+fn serve(config: Config, warnings: &[String]) -> ExitCode {
+    let _flush = match telemetry::init(config.log_level, config.log_format) {
+        Ok(guard) => guard,
+        Err(error) => return fail(EX_UNAVAILABLE, &error),
+    };
+    for warning in warnings {
+        tracing::warn!("{warning}");
+    }
+    let threads = std::thread::available_parallelism()
+        .map_or(2, |cores| cores.get().clamp(2, MAX_WORKER_THREADS));
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(threads)
+        .max_blocking_threads(BLOCKING_THREADS)
+        .thread_name("stockade")
+        .enable_all()
+        .build();
+    let runtime = match runtime {
+        Ok(runtime) => runtime,
+        Err(error) => return fail(EX_UNAVAILABLE, &error),
+    };
+    let result = runtime.block_on(async {
+        // Before anything is started, so that an early signal finds its handler.
+        let (mut interrupt, mut terminate) = (
+            signal(SignalKind::interrupt())?,
+            signal(SignalKind::terminate())?,
+        );
+        let server = Server::prepare(config).await?;
+        server
+            .run(async move {
+                tokio::select! {
+                    _ = interrupt.recv() => {}
+                    _ = terminate.recv() => {}
+                }
+            })
+            .await
+    });
+    // What still blocks, such as a read from a hanging file system, does not keep us.
+    runtime.shutdown_background();
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => fail(EX_UNAVAILABLE, &format_args!("{error:#}")),
+    }
+}
+
+fn fail(code: u8, error: &dyn std::fmt::Display) -> ExitCode {
+    // Whoever closed our stderr does not want the sentence.
+    let _ = writeln!(std::io::stderr(), "stockade: {error}");
+    ExitCode::from(code)
+}

@@ -1,0 +1,286 @@
+//! `/metrics`: the counters of the request path, and gauges read at the scrape.
+
+use std::{fmt, sync::atomic::AtomicU64};
+
+use prometheus_client::{
+    encoding::{
+        EncodeLabelSet,
+        text::{encode_eof, encode_registry},
+    },
+    metrics::{counter::ConstCounter, family::Family, gauge::Gauge},
+    registry::{Registry, Unit},
+};
+use stockade_transport::DisconnectReason;
+
+use super::Admin;
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct PluginLabels {
+    plugin: String,
+    kind: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct PluginStateLabels {
+    plugin: String,
+    state: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ReasonLabels {
+    reason: &'static str,
+}
+
+type FloatGauge = Gauge<f64, AtomicU64>;
+
+/// The OpenMetrics text. LMCache's names carry LMCache's meaning.
+pub(super) fn render(admin: &Admin) -> Result<String, fmt::Error> {
+    let mut text = String::new();
+    encode_registry(&mut text, &admin.registry.lock())?;
+    let mut now = Registry::default();
+    read_engine(admin, now.sub_registry_with_prefix("lmcache_mp"));
+    let own = now.sub_registry_with_prefix("stockade");
+    read_engine_details(admin, own);
+    read_transport(admin, own);
+    read_plugins(admin, own);
+    encode_registry(&mut text, &now)?;
+    encode_eof(&mut text)?;
+    Ok(text)
+}
+
+fn gauge(registry: &mut Registry, name: &str, help: &str, value: u64) {
+    let gauge = Gauge::<i64>::default();
+    gauge.set(i64::try_from(value).unwrap_or(i64::MAX));
+    registry.register(name, help, gauge);
+}
+
+fn counter(registry: &mut Registry, name: &str, help: &str, value: u64) {
+    registry.register(name, help, ConstCounter::new(value));
+}
+
+fn read_engine(admin: &Admin, registry: &mut Registry) {
+    let status = admin.service.engine().status();
+    let ratio = FloatGauge::default();
+    ratio.set(status.usage_ratio);
+    registry.register(
+        "l1_usage_ratio",
+        "Share of the pool in use, reservations included",
+        ratio,
+    );
+    gauge(
+        registry,
+        "l1_memory_usage_bytes",
+        "Bytes of the pool in use",
+        status.used_bytes,
+    );
+    gauge(
+        registry,
+        "l1_staging_bytes",
+        "Bytes reserved and not committed",
+        status.staging_bytes,
+    );
+    counter(
+        registry,
+        "l1_evicted_chunks",
+        "Chunks evicted",
+        status.evicted_objects,
+    );
+}
+
+fn read_engine_details(admin: &Admin, registry: &mut Registry) {
+    let status = admin.service.engine().status();
+    gauge(
+        registry,
+        "pool_capacity_bytes",
+        "Size of the pool",
+        status.capacity_bytes,
+    );
+    gauge(
+        registry,
+        "pool_touched_bytes",
+        "Bytes of the pool whose pages the kernel has given",
+        status.touched_bytes,
+    );
+    gauge(
+        registry,
+        "objects_readable",
+        "Objects that lookups find",
+        status.readable_objects as u64,
+    );
+    gauge(
+        registry,
+        "objects_reserved",
+        "Objects reserved and not committed",
+        status.reserved_objects as u64,
+    );
+    gauge(
+        registry,
+        "object_locks",
+        "Read locks on objects",
+        status.object_locks,
+    );
+    gauge(
+        registry,
+        "owned_locks",
+        "Read locks that leases own; equals object_locks",
+        status.owned_locks,
+    );
+    counter(
+        registry,
+        "demand_evicted_objects",
+        "Objects evicted because a reservation needed room",
+        status.demand_evicted_objects,
+    );
+    counter(
+        registry,
+        "corrupt_objects",
+        "Objects withdrawn because their bytes were not what was stored",
+        status.corrupt_objects,
+    );
+    counter(
+        registry,
+        "expired_write_leases",
+        "Reservations that were not committed in time",
+        status.expired_write_leases,
+    );
+    counter(
+        registry,
+        "expired_read_leases",
+        "Read leases that were not ended in time",
+        status.expired_read_leases,
+    );
+}
+
+fn read_transport(admin: &Admin, registry: &mut Registry) {
+    let stats = &admin.transport;
+    gauge(
+        registry,
+        "connections_open",
+        "Open connections",
+        stats.connections_open(),
+    );
+    counter(
+        registry,
+        "connections_accepted",
+        "Connections accepted",
+        stats.connections_accepted(),
+    );
+    counter(
+        registry,
+        "connections_refused",
+        "Connections over --max-connections",
+        stats.connections_refused(),
+    );
+    counter(
+        registry,
+        "accept_errors",
+        "Connections that the system could not give us",
+        stats.accept_errors(),
+    );
+    counter(
+        registry,
+        "messages_in",
+        "Messages received",
+        stats.messages_in(),
+    );
+    counter(
+        registry,
+        "messages_out",
+        "Messages sent",
+        stats.messages_out(),
+    );
+    counter(
+        registry,
+        "received_bytes",
+        "Bytes received",
+        stats.bytes_in(),
+    );
+    counter(registry, "sent_bytes", "Bytes sent", stats.bytes_out());
+    counter(
+        registry,
+        "messages_too_large",
+        "Messages over a limit",
+        stats.messages_too_large(),
+    );
+    counter(
+        registry,
+        "handshake_failures",
+        "Connections that did not speak ZMTP",
+        stats.handshake_failures(),
+    );
+    counter(
+        registry,
+        "slow_readers_dropped",
+        "Connections closed because they did not read",
+        stats.slow_readers_dropped(),
+    );
+    let disconnects = Family::<ReasonLabels, Gauge>::default();
+    for reason in DisconnectReason::NAMES {
+        let count = i64::try_from(stats.disconnects(reason)).unwrap_or(i64::MAX);
+        disconnects
+            .get_or_create(&ReasonLabels { reason })
+            .set(count);
+    }
+    registry.register(
+        "disconnects_by_reason",
+        "Connections closed so far, by reason",
+        disconnects,
+    );
+}
+
+fn read_plugins(admin: &Admin, registry: &mut Registry) {
+    let states = Family::<PluginStateLabels, Gauge>::default();
+    let restarts = Family::<PluginLabels, Gauge>::default();
+    let lines = Family::<PluginLabels, Gauge>::default();
+    let dropped = Family::<PluginLabels, Gauge>::default();
+    let memory = Family::<PluginLabels, Gauge>::default();
+    let cpu = Family::<PluginLabels, FloatGauge>::default();
+    let signed = |value: u64| i64::try_from(value).unwrap_or(i64::MAX);
+    for status in admin.supervisor.snapshot() {
+        let labels = PluginLabels {
+            plugin: status.name.to_string(),
+            kind: status.kind.name(),
+        };
+        states
+            .get_or_create(&PluginStateLabels {
+                plugin: status.name.to_string(),
+                state: status.state.name(),
+            })
+            .set(1);
+        restarts.get_or_create(&labels).set(signed(status.restarts));
+        lines.get_or_create(&labels).set(signed(status.logs.lines));
+        dropped
+            .get_or_create(&labels)
+            .set(signed(status.logs.dropped_lines));
+        if let Some(bytes) = status.memory_bytes {
+            memory.get_or_create(&labels).set(signed(bytes));
+        }
+        if let Some(time) = status.cpu_time {
+            cpu.get_or_create(&labels).set(time.as_secs_f64());
+        }
+    }
+    registry.register("plugin_state", "1 for the state a plugin is in", states);
+    registry.register(
+        "plugin_restarts",
+        "Restarts of a plugin since the server's start",
+        restarts,
+    );
+    registry.register("plugin_log_lines", "Lines a plugin has logged", lines);
+    registry.register(
+        "plugin_log_lines_dropped",
+        "Lines of a plugin that came too fast",
+        dropped,
+    );
+    registry.register_with_unit(
+        "plugin_memory",
+        "Linear memory of a sandboxed plugin",
+        Unit::Bytes,
+        memory,
+    );
+    registry.register_with_unit(
+        "plugin_cpu",
+        "CPU time of a sandboxed plugin's current run",
+        Unit::Seconds,
+        cpu,
+    );
+}

@@ -1,0 +1,401 @@
+//! Validated settings: flags win over environment, environment over file, file over defaults.
+
+mod lmcache_flags;
+mod plugin_json;
+mod settings;
+
+use std::{num::NonZeroUsize, path::PathBuf, str::FromStr, time::Duration};
+
+use anyhow::Context as _;
+use clap::{Args as _, CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
+use serde::Deserialize;
+use stockade_cache::PolicyKind;
+
+pub use settings::Settings;
+
+/// One GiB, the unit that LMCache calls GB.
+const GIB: f64 = (1u64 << 30) as f64;
+
+/// The command line of `stockade`.
+#[derive(Debug, Parser)]
+#[command(name = "stockade", version, about, disable_help_subcommand = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: CliCommand,
+}
+
+#[derive(Debug, Subcommand)]
+enum CliCommand {
+    /// Serve the KV cache to engines, with plugins beside it
+    Serve(Box<Settings>),
+}
+
+/// What the command line asks for.
+#[derive(Debug)]
+pub enum Command {
+    /// `stockade serve`: the configuration, and a warning line per flag that has no effect here.
+    Serve(Box<Config>, Vec<String>),
+    /// `--help` or `--version`: text to print before a clean exit.
+    Print(String),
+}
+
+/// Why the command line or the file cannot be used; shown as one line.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct UsageError(pub String);
+
+/// Format of the log on stderr.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LogFormat {
+    /// LMCache's line shape.
+    Human,
+    /// One JSON object a line.
+    Json,
+}
+
+/// Everything `stockade serve` needs, checked.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Host of the main ZMQ endpoint, as given.
+    pub host: String,
+    /// Port of the main ZMQ endpoint; 0 lets the kernel choose.
+    pub port: u16,
+    /// Further endpoints, `tcp://...` or `ipc://...`.
+    pub listen: Vec<String>,
+    /// Tokens per chunk.
+    pub chunk_size: NonZeroUsize,
+    /// Identity of this server.
+    pub instance_id: String,
+    /// `engine_driven` or `auto`, as given.
+    pub supported_transfer_mode: String,
+    /// Name of the segment without leading slash; empty when SHM is off, `None` to derive it from the port.
+    pub shm_name: Option<String>,
+    /// Silence after which a worker that pinged is reaped; zero never.
+    pub worker_reap_timeout: Duration,
+    /// Silence after which a worker that never pinged is reaped.
+    pub worker_registration_grace: Duration,
+    /// Idle time after which a session is reaped.
+    pub session_ttl: Duration,
+    /// Records kept for KV-event subscribers; zero turns the channel off.
+    pub kv_event_log_size: usize,
+    /// Largest request in bytes, all frames together.
+    pub max_message_bytes: usize,
+    /// Most connections at once.
+    pub max_connections: usize,
+    /// Time in which every request is answered.
+    pub request_deadline: Duration,
+    /// Size of the pool in bytes.
+    pub l1_size_bytes: u64,
+    /// Alignment of slots in bytes.
+    pub l1_align_bytes: u64,
+    /// Leave pages untouched until their first use.
+    pub l1_use_lazy: bool,
+    /// Life of a write reservation.
+    pub l1_write_ttl: Duration,
+    /// Life of an unused read lock.
+    pub l1_read_ttl: Duration,
+    /// Which key goes first.
+    pub eviction_policy: PolicyKind,
+    /// Use of the pool at which eviction starts, share of bytes.
+    pub eviction_trigger_watermark: f64,
+    /// Share of the bytes in use that one eviction frees.
+    pub eviction_ratio: f64,
+    /// Plugin files and directories.
+    pub runtime_plugin_locations: Vec<PathBuf>,
+    /// Extra configuration of plugins, a JSON object.
+    pub runtime_plugin_config: serde_json::Map<String, serde_json::Value>,
+    /// Where compiled plugins are kept; `None` for the user's cache directory.
+    pub plugin_cache_dir: Option<PathBuf>,
+    /// Host of the HTTP API.
+    pub http_host: String,
+    /// Port of the HTTP API; 0 lets the kernel choose.
+    pub http_port: u16,
+    /// A second port for /metrics.
+    pub prometheus_port: Option<u16>,
+    /// Most verbose level that is logged.
+    pub log_level: tracing::Level,
+    /// Shape of log lines.
+    pub log_format: LogFormat,
+}
+
+/// `stockade.toml`.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct File {
+    #[serde(default)]
+    serve: Settings,
+}
+
+impl Command {
+    /// Reads the command line, the environment and the file it names.
+    ///
+    /// # Errors
+    /// One sentence that names the flag or key and the way out.
+    pub fn parse(args: impl IntoIterator<Item = std::ffi::OsString>) -> Result<Self, UsageError> {
+        let command = Cli::command().mut_subcommand("serve", lmcache_flags::augment);
+        let matches = match command.try_get_matches_from(args) {
+            Ok(matches) => matches,
+            Err(error) if !error.use_stderr() => {
+                return Ok(Self::Print(error.render().to_string()));
+            }
+            Err(error) => return Err(UsageError(one_sentence(&error.render().to_string()))),
+        };
+        let warnings = match matches.subcommand() {
+            Some(("serve", serve)) => lmcache_flags::judge(serve).map_err(UsageError)?,
+            _ => Vec::new(),
+        };
+        let cli = Cli::from_arg_matches(&matches)
+            .map_err(|error| UsageError(one_sentence(&error.render().to_string())))?;
+        let CliCommand::Serve(flags) = cli.command;
+        let settings = match &flags.config {
+            Some(path) => {
+                let file =
+                    read_file(path).map_err(|error| UsageError(format!("--config: {error:#}")))?;
+                flags.or(file.serve)
+            }
+            None => *flags,
+        };
+        let config = Config::check(settings).map_err(UsageError)?;
+        Ok(Self::Serve(Box::new(config), warnings))
+    }
+}
+
+/// clap prints the problem, then usage and tips over several lines; the problem is what we keep.
+fn one_sentence(rendered: &str) -> String {
+    let mut problem = String::new();
+    for line in rendered
+        .lines()
+        .map(str::trim)
+        .take_while(|line| !line.starts_with("Usage:"))
+    {
+        if !line.is_empty() {
+            if !problem.is_empty() {
+                problem.push(' ');
+            }
+            problem.push_str(line);
+        }
+    }
+    let problem = problem.trim_start_matches("error: ").to_owned();
+    if problem.is_empty() {
+        "no sub-command given; try `stockade serve --help`".to_owned()
+    } else {
+        problem
+    }
+}
+
+fn read_file(path: &std::path::Path) -> anyhow::Result<File> {
+    let text =
+        std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+    toml::from_str(&text)
+        .with_context(|| format!("{} is not a valid configuration", path.display()))
+}
+
+/// Seconds as a duration; refuses what a clock cannot hold.
+fn seconds(flag: &str, value: f64) -> Result<Duration, String> {
+    if value.is_finite() && (0.0..=1e9).contains(&value) {
+        Ok(Duration::from_secs_f64(value))
+    } else {
+        Err(format!("--{flag} {value}: give seconds between 0 and 1e9"))
+    }
+}
+
+fn fraction(flag: &str, value: f64) -> Result<f64, String> {
+    if (0.0..=1.0).contains(&value) {
+        Ok(value)
+    } else {
+        Err(format!(
+            "--{flag} {value}: give a number between 0.0 and 1.0"
+        ))
+    }
+}
+
+fn only(flag: &str, given: Option<&str>, served: &[&str], why: &str) -> Result<String, String> {
+    let given = given.unwrap_or(served[0]);
+    if served.contains(&given) {
+        Ok(given.to_owned())
+    } else {
+        Err(format!(
+            "--{flag} {given} is not served: {why}; use {}",
+            served.join(" or ")
+        ))
+    }
+}
+
+impl Config {
+    /// Puts defaults in and checks every value.
+    fn check(settings: Settings) -> Result<Self, String> {
+        only(
+            "transport",
+            settings.transport.as_deref(),
+            &["zmq"],
+            "engines reach this server over ZMQ",
+        )?;
+        only(
+            "engine-type",
+            settings.engine_type.as_deref(),
+            &["default"],
+            "CacheBlend is not part of this server",
+        )?;
+        only(
+            "hash-algorithm",
+            settings.hash_algorithm.as_deref(),
+            &["blake3"],
+            "chunks are named by their blake3 hash",
+        )?;
+        let supported_transfer_mode = only(
+            "supported-transfer-mode",
+            settings.supported_transfer_mode.as_deref(),
+            &["engine_driven", "auto"],
+            "this server holds no device handles, engines copy KV themselves with LMCACHE_MP_TRANSFER_MODE=engine_driven",
+        )?;
+
+        let size_gb = settings.l1_size_gb.ok_or("--l1-size-gb is missing: say how many GiB of memory the pool may take, for example --l1-size-gb 10")?;
+        if !size_gb.is_finite() || size_gb <= 0.0 || size_gb > (1u64 << 24) as f64 {
+            return Err(format!(
+                "--l1-size-gb {size_gb}: give a number of GiB above 0"
+            ));
+        }
+        let l1_align_bytes = settings.l1_align_bytes.unwrap_or(4096);
+        if !l1_align_bytes.is_power_of_two() || !(64..=1 << 30).contains(&l1_align_bytes) {
+            return Err(format!(
+                "--l1-align-bytes {l1_align_bytes}: give a power of two between 64 and 1073741824"
+            ));
+        }
+        // Whole pages, so that the segment's size is what was asked for on every kernel.
+        let page = l1_align_bytes.max(4096);
+        let l1_size_bytes = ((size_gb * GIB) as u64 / page) * page;
+        if l1_size_bytes == 0 {
+            return Err(format!(
+                "--l1-size-gb {size_gb}: the pool would be smaller than one aligned slot of {page} bytes; give more"
+            ));
+        }
+
+        let chunk_size = settings.chunk_size.unwrap_or(256);
+        let chunk_size = NonZeroUsize::new(chunk_size as usize)
+            .filter(|&size| size.get() <= 1 << 20)
+            .ok_or(format!(
+                "--chunk-size {chunk_size}: give a number of tokens between 1 and 1048576"
+            ))?;
+
+        let shm_name = match settings.shm_name {
+            Some(name) => Some(shm_name(name)?),
+            None => None,
+        };
+        let reap = settings.worker_reap_timeout_seconds.unwrap_or(120.0);
+        let grace = settings.worker_registration_grace_seconds.unwrap_or(3600.0);
+        if reap > grace {
+            return Err(format!(
+                "--worker-registration-grace-seconds {grace}: must not be below --worker-reap-timeout-seconds ({reap})"
+            ));
+        }
+        let policy = settings.eviction_policy.as_deref().unwrap_or("LRU");
+        let eviction_policy = PolicyKind::from_str(policy)
+            .map_err(|error| format!("--eviction-policy {policy}: {error}"))?;
+
+        let extra = settings.runtime_plugin_config.as_deref().unwrap_or("{}");
+        let runtime_plugin_config = match serde_json::from_str(extra) {
+            Ok(serde_json::Value::Object(map)) => map,
+            Ok(_) => {
+                return Err(
+                    "--runtime-plugin-config: give a JSON object, for example '{\"key\": 1}'"
+                        .to_owned(),
+                );
+            }
+            Err(error) => return Err(format!("--runtime-plugin-config is not JSON: {error}")),
+        };
+        let max_message_mib = settings
+            .max_message_mib
+            .unwrap_or(match shm_name.as_deref() {
+                Some("") => 1024,
+                _ => 256,
+            });
+        if !(1..=65_536).contains(&max_message_mib) {
+            return Err(format!(
+                "--max-message-mib {max_message_mib}: give a number between 1 and 65536"
+            ));
+        }
+        let max_connections = settings.max_connections.unwrap_or(4096);
+        if max_connections == 0 {
+            return Err("--max-connections 0 would serve nobody: give a number above 0".to_owned());
+        }
+        let deadline = settings.request_deadline_seconds.unwrap_or(30.0);
+        if deadline <= 0.0 {
+            return Err(format!(
+                "--request-deadline-seconds {deadline}: give a number above 0"
+            ));
+        }
+        let level = settings.log_level.as_deref().unwrap_or("info");
+        let log_format = match settings.log_format.as_deref().unwrap_or("human") {
+            "human" => LogFormat::Human,
+            "json" => LogFormat::Json,
+            other => return Err(format!("--log-format {other}: give human or json")),
+        };
+        Ok(Self {
+            host: settings.host.unwrap_or_else(|| "localhost".to_owned()),
+            port: settings.port.unwrap_or(5555),
+            listen: settings.listen.unwrap_or_default(),
+            chunk_size,
+            instance_id: settings
+                .instance_id
+                .unwrap_or_else(|| uuid::Uuid::new_v4().to_string()),
+            supported_transfer_mode,
+            shm_name,
+            worker_reap_timeout: seconds("worker-reap-timeout-seconds", reap)?,
+            worker_registration_grace: seconds("worker-registration-grace-seconds", grace)?,
+            session_ttl: seconds(
+                "session-ttl-seconds",
+                settings.session_ttl_seconds.unwrap_or(600.0),
+            )?,
+            kv_event_log_size: settings.kv_event_log_size.unwrap_or(32_768) as usize,
+            max_message_bytes: (max_message_mib as usize) << 20,
+            max_connections: max_connections as usize,
+            request_deadline: seconds("request-deadline-seconds", deadline)?,
+            l1_size_bytes,
+            l1_align_bytes,
+            l1_use_lazy: settings.l1_use_lazy.unwrap_or(false)
+                && !settings.no_l1_use_lazy.unwrap_or(false),
+            l1_write_ttl: Duration::from_secs(
+                settings.l1_write_ttl_seconds.unwrap_or(600).min(1 << 30),
+            ),
+            l1_read_ttl: Duration::from_secs(
+                settings.l1_read_ttl_seconds.unwrap_or(300).min(1 << 30),
+            ),
+            eviction_policy,
+            eviction_trigger_watermark: fraction(
+                "eviction-trigger-watermark",
+                settings.eviction_trigger_watermark.unwrap_or(0.8),
+            )?,
+            eviction_ratio: fraction("eviction-ratio", settings.eviction_ratio.unwrap_or(0.2))?,
+            runtime_plugin_locations: settings.runtime_plugin_locations.unwrap_or_default(),
+            runtime_plugin_config,
+            plugin_cache_dir: settings.plugin_cache_dir,
+            http_host: settings.http_host.unwrap_or_else(|| "127.0.0.1".to_owned()),
+            http_port: settings.http_port.unwrap_or(8080),
+            prometheus_port: settings.prometheus_port,
+            log_level: tracing::Level::from_str(level).map_err(|_| {
+                format!("--log-level {level}: give error, warn, info, debug or trace")
+            })?,
+            log_format,
+        })
+    }
+}
+
+/// A segment's name as the wire carries it: no slash, short enough for a file in /dev/shm.
+fn shm_name(name: String) -> Result<String, String> {
+    let bare = name.strip_prefix('/').unwrap_or(&name).to_owned();
+    if bare.len() > 200 || bare.contains(['/', '\0']) || bare == "." || bare == ".." {
+        return Err(format!(
+            "--shm-name {name:?}: give a name of at most 200 bytes without '/', or \"\" to turn shared memory off"
+        ));
+    }
+    Ok(bare)
+}
+
+/// The schema of the command line, for help and golden tests.
+#[must_use]
+pub fn cli() -> clap::Command {
+    Settings::augment_args(clap::Command::new("serve"))
+}
+
+#[cfg(test)]
+mod tests;

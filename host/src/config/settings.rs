@@ -1,0 +1,219 @@
+//! Every setting of `stockade serve` once, read alike from flags, environment and file.
+
+use std::path::PathBuf;
+
+use clap::{ArgAction, Args};
+use serde::Deserialize;
+
+/// Settings as given, before defaults and checks; `None` means "not said here".
+///
+/// One struct serves the command line (with `STOCKADE_*` environment variables) and the
+/// `[serve]` table of `stockade.toml`, so a setting cannot exist in one and not the other.
+/// Names, meaning and units are LMCache 0.5.6's (`lmcache/v1/multiprocess/config.py`,
+/// `lmcache/v1/distributed/config.py`) unless the help says "ours".
+#[derive(Debug, Default, Clone, Args, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Settings {
+    /// Address to bind the ZMQ endpoint to [default: localhost]
+    #[arg(long, env = "STOCKADE_HOST", help_heading = "Server")]
+    pub host: Option<String>,
+    /// TCP port of the ZMQ endpoint, 0 for any free one [default: 5555]
+    #[arg(long, env = "STOCKADE_PORT", help_heading = "Server")]
+    pub port: Option<u16>,
+    /// Further endpoints to listen on, `tcp://HOST:PORT` or `ipc:///PATH`; repeatable (ours)
+    #[arg(
+        long,
+        value_name = "ENDPOINT",
+        env = "STOCKADE_LISTEN",
+        value_delimiter = ',',
+        help_heading = "Server"
+    )]
+    pub listen: Option<Vec<String>>,
+    /// Tokens per chunk [default: 256]
+    #[arg(long, env = "STOCKADE_CHUNK_SIZE", help_heading = "Server")]
+    pub chunk_size: Option<u32>,
+    /// Stable identity of this server; a random UUID when not given
+    #[arg(long, env = "STOCKADE_INSTANCE_ID", help_heading = "Server")]
+    pub instance_id: Option<String>,
+    /// Chunk hash; only `blake3` is served [default: blake3]
+    #[arg(long, env = "STOCKADE_HASH_ALGORITHM", help_heading = "Server")]
+    pub hash_algorithm: Option<String>,
+    /// Transfer path: `engine_driven` or `auto`, which here mean the same [default: engine_driven]
+    #[arg(
+        long,
+        env = "STOCKADE_SUPPORTED_TRANSFER_MODE",
+        help_heading = "Server"
+    )]
+    pub supported_transfer_mode: Option<String>,
+    /// Request transport; only `zmq` is served [default: zmq]
+    #[arg(long, env = "STOCKADE_TRANSPORT", help_heading = "Server")]
+    pub transport: Option<String>,
+    /// Cache engine; only `default` is served [default: default]
+    #[arg(long, env = "STOCKADE_ENGINE_TYPE", help_heading = "Server")]
+    pub engine_type: Option<String>,
+    /// Shared-memory segment of the pool; "" turns SHM off and moves KV inline [default: stockade-PORT]
+    #[arg(long, env = "STOCKADE_SHM_NAME", help_heading = "Server")]
+    pub shm_name: Option<String>,
+    /// Silence in seconds after which a worker that has pinged is reaped, 0 never [default: 120]
+    #[arg(
+        long,
+        env = "STOCKADE_WORKER_REAP_TIMEOUT_SECONDS",
+        help_heading = "Server"
+    )]
+    pub worker_reap_timeout_seconds: Option<f64>,
+    /// Silence in seconds after which a worker that never pinged is reaped [default: 3600]
+    #[arg(
+        long,
+        env = "STOCKADE_WORKER_REGISTRATION_GRACE_SECONDS",
+        help_heading = "Server"
+    )]
+    pub worker_registration_grace_seconds: Option<f64>,
+    /// Seconds a request session may stay idle before it is reaped [default: 600]
+    #[arg(long, env = "STOCKADE_SESSION_TTL_SECONDS", help_heading = "Server")]
+    pub session_ttl_seconds: Option<f64>,
+    /// Stored and removed records kept for KV-event subscribers, 0 turns the channel off [default: 32768]
+    #[arg(long, env = "STOCKADE_KV_EVENT_LOG_SIZE", help_heading = "Server")]
+    pub kv_event_log_size: Option<u32>,
+    /// Largest request in MiB, inline KV included [default: 1024 without SHM, 256 with] (ours)
+    #[arg(long, env = "STOCKADE_MAX_MESSAGE_MIB", help_heading = "Server")]
+    pub max_message_mib: Option<u32>,
+    /// Most connections at once; further ones are closed at once [default: 4096] (ours)
+    #[arg(long, env = "STOCKADE_MAX_CONNECTIONS", help_heading = "Server")]
+    pub max_connections: Option<u32>,
+    /// Seconds in which every request is answered, if need be with an error [default: 30] (ours)
+    #[arg(
+        long,
+        env = "STOCKADE_REQUEST_DEADLINE_SECONDS",
+        help_heading = "Server"
+    )]
+    pub request_deadline_seconds: Option<f64>,
+
+    /// Size of the pool in GiB; required
+    #[arg(long, env = "STOCKADE_L1_SIZE_GB", help_heading = "Memory")]
+    pub l1_size_gb: Option<f64>,
+    /// Alignment of slots in bytes, a power of two [default: 4096]
+    #[arg(long, env = "STOCKADE_L1_ALIGN_BYTES", help_heading = "Memory")]
+    pub l1_align_bytes: Option<u64>,
+    /// Touch the pool's pages on first use instead of in the background after the start
+    #[arg(
+        long,
+        num_args = 0,
+        default_missing_value = "true",
+        overrides_with = "no_l1_use_lazy",
+        help_heading = "Memory"
+    )]
+    pub l1_use_lazy: Option<bool>,
+    /// Opposite of --l1-use-lazy, and the default: pages are touched in the background
+    #[arg(
+        long,
+        num_args = 0,
+        default_missing_value = "true",
+        overrides_with = "l1_use_lazy",
+        help_heading = "Memory"
+    )]
+    #[serde(skip)]
+    pub no_l1_use_lazy: Option<bool>,
+    /// Seconds a reserved slot may wait for its commit [default: 600]
+    #[arg(long, env = "STOCKADE_L1_WRITE_TTL_SECONDS", help_heading = "Memory")]
+    pub l1_write_ttl_seconds: Option<u64>,
+    /// Seconds a read lock lives without being used [default: 300]
+    #[arg(long, env = "STOCKADE_L1_READ_TTL_SECONDS", help_heading = "Memory")]
+    pub l1_read_ttl_seconds: Option<u64>,
+
+    /// LRU, ARC, IsolatedLRU, S3FIFO (ours) or noop [default: LRU]
+    #[arg(long, env = "STOCKADE_EVICTION_POLICY", help_heading = "Eviction")]
+    pub eviction_policy: Option<String>,
+    /// Share of the pool in use, in bytes, at which eviction starts, 0 to 1 [default: 0.8]
+    #[arg(
+        long,
+        env = "STOCKADE_EVICTION_TRIGGER_WATERMARK",
+        help_heading = "Eviction"
+    )]
+    pub eviction_trigger_watermark: Option<f64>,
+    /// Share of the bytes in use that one eviction frees, 0 to 1 [default: 0.2]
+    #[arg(long, env = "STOCKADE_EVICTION_RATIO", help_heading = "Eviction")]
+    pub eviction_ratio: Option<f64>,
+
+    /// Plugin files, or directories searched for *.wasm, *.wat, *.py and *.sh
+    #[arg(long, num_args = 0.., value_name = "PATH", help_heading = "Plugins")]
+    pub runtime_plugin_locations: Option<Vec<PathBuf>>,
+    /// JSON object handed to plugins as LMCACHE_RUNTIME_PLUGIN_EXTRA_CONFIG [default: {}]
+    #[arg(long, env = "STOCKADE_RUNTIME_PLUGIN_CONFIG", help_heading = "Plugins")]
+    pub runtime_plugin_config: Option<String>,
+    /// Directory of compiled plugins [default: stockade/ in the user's cache directory] (ours)
+    #[arg(long, env = "STOCKADE_PLUGIN_CACHE_DIR", help_heading = "Plugins")]
+    pub plugin_cache_dir: Option<PathBuf>,
+
+    /// Address of the HTTP API, which has no authentication yet [default: 127.0.0.1]
+    #[arg(long, env = "STOCKADE_HTTP_HOST", help_heading = "HTTP and logs")]
+    pub http_host: Option<String>,
+    /// Port of the HTTP API, 0 for any free one [default: 8080]
+    #[arg(long, env = "STOCKADE_HTTP_PORT", help_heading = "HTTP and logs")]
+    pub http_port: Option<u16>,
+    /// Serve /metrics on this port of --http-host as well
+    #[arg(long, env = "STOCKADE_PROMETHEUS_PORT", help_heading = "HTTP and logs")]
+    pub prometheus_port: Option<u16>,
+    /// error, warn, info, debug or trace [default: info] (ours)
+    #[arg(long, env = "STOCKADE_LOG_LEVEL", help_heading = "HTTP and logs")]
+    pub log_level: Option<String>,
+    /// human or json [default: human] (ours)
+    #[arg(long, env = "STOCKADE_LOG_FORMAT", help_heading = "HTTP and logs")]
+    pub log_format: Option<String>,
+
+    /// File with a [serve] table of these settings; flags and environment win (ours)
+    #[arg(long, value_name = "FILE", env = "STOCKADE_CONFIG", action = ArgAction::Set, help_heading = "HTTP and logs")]
+    #[serde(skip)]
+    pub config: Option<PathBuf>,
+}
+
+impl Settings {
+    /// Fills what `self` leaves open from `lower`, the source of lower rank.
+    #[must_use]
+    pub fn or(self, lower: Self) -> Self {
+        macro_rules! first {
+            ($($field:ident),* $(,)?) => { Self { $($field: self.$field.or(lower.$field)),* } };
+        }
+        let lazy = (self.l1_use_lazy, self.no_l1_use_lazy);
+        let mut merged = first!(
+            host,
+            port,
+            listen,
+            chunk_size,
+            instance_id,
+            hash_algorithm,
+            supported_transfer_mode,
+            transport,
+            engine_type,
+            shm_name,
+            worker_reap_timeout_seconds,
+            worker_registration_grace_seconds,
+            session_ttl_seconds,
+            kv_event_log_size,
+            max_message_mib,
+            max_connections,
+            request_deadline_seconds,
+            l1_size_gb,
+            l1_align_bytes,
+            l1_use_lazy,
+            no_l1_use_lazy,
+            l1_write_ttl_seconds,
+            l1_read_ttl_seconds,
+            eviction_policy,
+            eviction_trigger_watermark,
+            eviction_ratio,
+            runtime_plugin_locations,
+            runtime_plugin_config,
+            plugin_cache_dir,
+            http_host,
+            http_port,
+            prometheus_port,
+            log_level,
+            log_format,
+            config,
+        );
+        if lazy != (None, None) {
+            (merged.l1_use_lazy, merged.no_l1_use_lazy) = lazy;
+        }
+        merged
+    }
+}

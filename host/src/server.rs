@@ -1,0 +1,349 @@
+//! Builds the parts in order, and takes them down in reverse within a grace period.
+
+use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+
+use anyhow::{Context as _, bail};
+use prometheus_client::registry::Registry;
+use stockade_cache::{Backing, CacheEngine, CacheError, EngineConfig, TokenHasher};
+use stockade_sandbox::{
+    Compiler, Contract, NativeConfig, Supervisor, SupervisorConfig, WasmConfig,
+};
+use stockade_transport::{Endpoint, ListenOptions, Listener};
+use tokio::{net::TcpListener, sync::watch};
+
+use crate::{
+    admin::{self, Admin},
+    config::Config,
+    service::{Service, ServiceHandler, ServiceSettings},
+};
+
+/// How often the service looks after leases, sessions and the watermark.
+const MAINTENANCE_INTERVAL: Duration = Duration::from_millis(250);
+/// What plugins get to end by themselves when the server stops; their own grace may be shorter.
+const PLUGIN_GRACE: Duration = Duration::from_secs(5);
+
+/// A server with everything found, checked, mapped and bound, that does not answer yet.
+pub struct Server {
+    config: Config,
+    listeners: Vec<Listener>,
+    http: TcpListener,
+    metrics: Option<TcpListener>,
+    engine: Arc<CacheEngine>,
+    supervisor: Supervisor,
+    port: u16,
+    http_addr: SocketAddr,
+}
+
+impl Server {
+    /// Does all that can fail, plugins and memory before any port.
+    ///
+    /// # Errors
+    /// One sentence that says what could not be had and what to do.
+    pub async fn prepare(config: Config) -> anyhow::Result<Self> {
+        let supervisor = Supervisor::discover(supervisor_config(&config)?)?;
+        let endpoint = tcp_endpoint(&config.host, config.port)?;
+        let extra: Vec<Endpoint> = config
+            .listen
+            .iter()
+            .map(|text| {
+                text.parse()
+                    .with_context(|| format!("--listen {text} is no endpoint"))
+            })
+            .collect::<anyhow::Result<_>>()?;
+
+        // The segment's name follows from the port, which for port 0 is known once it is bound.
+        let mut bound = None;
+        let port = match config.port {
+            0 => bind_zmq(&mut bound, &endpoint, "--port").await?,
+            port => port,
+        };
+        let engine = Arc::new(open_engine(&config, port, &endpoint).await?);
+        if bound.is_none() {
+            bind_zmq(&mut bound, &endpoint, "--port").await?;
+        }
+        let mut listeners: Vec<_> = bound.into_iter().collect();
+        for endpoint in &extra {
+            let options = ListenOptions {
+                name: endpoint.to_string().into(),
+                ..ListenOptions::default()
+            };
+            listeners.push(Listener::bind(endpoint, options).await?);
+        }
+        let http = bind_http(&config.http_host, config.http_port, "--http-port").await?;
+        let metrics = match config.prometheus_port {
+            Some(port) => Some(bind_http(&config.http_host, port, "--prometheus-port").await?),
+            None => None,
+        };
+        let http_addr = http
+            .local_addr()
+            .context("the HTTP address could not be read back")?;
+        Ok(Self {
+            config,
+            listeners,
+            http,
+            metrics,
+            engine,
+            supervisor,
+            port,
+            http_addr,
+        })
+    }
+
+    /// The port that the main ZMQ endpoint is bound to.
+    #[must_use]
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// The address that the HTTP API is bound to.
+    #[must_use]
+    pub fn http_addr(&self) -> SocketAddr {
+        self.http_addr
+    }
+
+    /// Answers until `shutdown`, then drains and ends the plugins.
+    ///
+    /// # Errors
+    /// When a part cannot be started.
+    pub async fn run(
+        self,
+        shutdown: impl Future<Output = ()> + Send + 'static,
+    ) -> anyhow::Result<()> {
+        let config = self.config;
+        let mut registry = Registry::default();
+        let service = Service::new(
+            Arc::clone(&self.engine),
+            TokenHasher::new(config.chunk_size),
+            ServiceSettings {
+                deadline: config.request_deadline,
+                worker_reap_timeout: config.worker_reap_timeout,
+                worker_registration_grace: config.worker_registration_grace,
+                session_ttl: config.session_ttl,
+                write_ttl: config.l1_write_ttl,
+                read_ttl: config.l1_read_ttl,
+                kv_event_log_size: config.kv_event_log_size,
+            },
+            &mut registry,
+        );
+        let transport = stockade_transport::Server::new(
+            ServiceHandler(Arc::clone(&service)),
+            transport_config(&config),
+        )
+        .context("the transport's limits are not usable")?;
+
+        let shm_name = self.engine.shm_name().unwrap_or_default().to_owned();
+        let plugin_json = config.plugin_json(self.port, self.http_addr.port(), &shm_name);
+        let contract = Contract {
+            config_json: plugin_json.to_string(),
+            extra_config_json: serde_json::Value::Object(config.runtime_plugin_config.clone())
+                .to_string(),
+        };
+        let supervisor = Arc::new(self.supervisor);
+        let admin = Arc::new(Admin {
+            service: Arc::clone(&service),
+            supervisor: Arc::clone(&supervisor),
+            transport: transport.stats(),
+            registry: registry.into(),
+            config: plugin_json,
+        });
+
+        let (stop, stopped) = watch::channel(false);
+        let wait = |mut stopped: watch::Receiver<bool>| async move {
+            // The sender lives until the end of this function; its loss ends everything too.
+            let _ = stopped.wait_for(|&is_stopped| is_stopped).await;
+        };
+        let http = axum::serve(self.http, admin::router(Arc::clone(&admin)))
+            .with_graceful_shutdown(wait(stopped.clone()));
+        let mut tasks = vec![tokio::spawn(async move {
+            if let Err(error) = http.await {
+                tracing::error!("the HTTP API ended: {error}");
+            }
+        })];
+        if let Some(listener) = self.metrics {
+            let router = admin::metrics_router(Arc::clone(&admin));
+            let metrics =
+                axum::serve(listener, router).with_graceful_shutdown(wait(stopped.clone()));
+            tasks.push(tokio::spawn(async move {
+                if let Err(error) = metrics.await {
+                    tracing::error!("the metrics listener ended: {error}");
+                }
+            }));
+        }
+        tasks.push(tokio::spawn(maintain(
+            Arc::clone(&service),
+            stopped.clone(),
+        )));
+
+        let endpoints: Vec<_> = self
+            .listeners
+            .iter()
+            .map(|listener| listener.endpoint().to_string())
+            .collect();
+        let draining = wait(stopped);
+        let serving = tokio::spawn(async move { transport.serve(self.listeners, draining).await });
+        supervisor.start(&contract)?;
+        tracing::info!(
+            "serving on {} with HTTP on http://{} (pool {:.2} GiB, {}, eviction {}, chunk size {}, {} plugins)",
+            endpoints.join(" and "),
+            self.http_addr,
+            config.l1_size_bytes as f64 / (1u64 << 30) as f64,
+            if shm_name.is_empty() {
+                "no shared memory".to_owned()
+            } else {
+                format!("shared memory {shm_name}")
+            },
+            config.eviction_policy,
+            config.chunk_size,
+            supervisor.snapshot().len(),
+        );
+
+        shutdown.await;
+        tracing::info!("stopping");
+        service.drain();
+        // Nobody waits on plugins: they are told first, and end while connections drain.
+        let plugins = supervisor.shutdown(PLUGIN_GRACE);
+        stop.send_replace(true);
+        let (_, served) = tokio::join!(plugins, serving);
+        served.context("the transport failed")?;
+        for task in tasks {
+            // A client that keeps an HTTP connection open does not keep the server up.
+            if tokio::time::timeout(Duration::from_secs(1), task)
+                .await
+                .is_err()
+            {
+                tracing::warn!("a task did not end in time and is dropped");
+            }
+        }
+        tracing::info!("stopped");
+        Ok(())
+    }
+}
+
+async fn maintain(service: Arc<Service>, mut stopped: watch::Receiver<bool>) {
+    let mut interval = tokio::time::interval(MAINTENANCE_INTERVAL);
+    interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            _ = interval.tick() => {}
+            _ = stopped.changed() => return,
+        }
+        let service = Arc::clone(&service);
+        if let Err(error) = tokio::task::spawn_blocking(move || service.maintain()).await {
+            tracing::error!("a round of maintenance failed: {error}");
+        }
+    }
+}
+
+fn supervisor_config(config: &Config) -> anyhow::Result<SupervisorConfig> {
+    let cache_dir = match &config.plugin_cache_dir {
+        Some(directory) => directory.clone(),
+        None => default_cache_dir(),
+    };
+    // What /proc/self/exe points to would be followed anew at each start; this is read once.
+    let program = std::env::current_exe().context("the path of this program could not be read")?;
+    let environment: Vec<_> = std::env::vars_os().collect();
+    Ok(SupervisorConfig {
+        locations: config.runtime_plugin_locations.clone(),
+        wasm: WasmConfig {
+            cache_dir,
+            compiler: Compiler::Child { program },
+        },
+        native: NativeConfig::new(environment.iter().cloned(), &[]),
+        server_environment: environment,
+    })
+}
+
+fn default_cache_dir() -> PathBuf {
+    let base = std::env::var_os("XDG_CACHE_HOME")
+        .map(PathBuf::from)
+        .filter(|path| path.is_absolute());
+    let base =
+        base.or_else(|| std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache")));
+    base.unwrap_or_else(std::env::temp_dir)
+        .join("stockade")
+        .join("plugins")
+}
+
+fn tcp_endpoint(host: &str, port: u16) -> anyhow::Result<Endpoint> {
+    let is_bare_v6 = host.contains(':') && !host.starts_with('[');
+    let host = if is_bare_v6 {
+        format!("[{host}]")
+    } else {
+        host.to_owned()
+    };
+    format!("tcp://{host}:{port}")
+        .parse()
+        .with_context(|| format!("--host {host} is no host"))
+}
+
+/// Binds the main endpoint and returns its port.
+async fn bind_zmq(
+    bound: &mut Option<Listener>,
+    endpoint: &Endpoint,
+    flag: &str,
+) -> anyhow::Result<u16> {
+    let listener = Listener::bind(endpoint, ListenOptions::default())
+        .await
+        .with_context(|| format!("{flag} cannot be bound"))?;
+    let port = match listener.endpoint() {
+        Endpoint::Tcp { port, .. } => *port,
+        other => bail!("{other} has no port"),
+    };
+    *bound = Some(listener);
+    Ok(port)
+}
+
+async fn bind_http(host: &str, port: u16, flag: &str) -> anyhow::Result<TcpListener> {
+    TcpListener::bind((host, port)).await.with_context(|| {
+        format!("{flag} {port} of {host} cannot be bound; if another server listens there, stop it or choose another port with {flag}")
+    })
+}
+
+async fn open_engine(
+    config: &Config,
+    port: u16,
+    endpoint: &Endpoint,
+) -> anyhow::Result<CacheEngine> {
+    let name = config
+        .shm_name
+        .clone()
+        .unwrap_or_else(|| format!("stockade-{port}"));
+    let backing = if name.is_empty() {
+        Backing::Private
+    } else {
+        Backing::Shm { name }
+    };
+    let mut engine = EngineConfig::new(config.l1_size_bytes, backing);
+    engine.align_bytes = config.l1_align_bytes;
+    engine.policy = config.eviction_policy;
+    engine.trigger_watermark = config.eviction_trigger_watermark;
+    engine.eviction_ratio = config.eviction_ratio;
+    engine.write_ttl = config.l1_write_ttl;
+    engine.read_ttl = config.l1_read_ttl;
+    engine.prefault = !config.l1_use_lazy;
+    match CacheEngine::open(engine) {
+        Ok(engine) => Ok(engine),
+        // A second server on the same port meets the segment first; the port is what it should change.
+        Err(error @ CacheError::ShmInUse { .. }) if config.shm_name.is_none() => {
+            Listener::bind(endpoint, ListenOptions::default())
+                .await
+                .context("--port cannot be bound")?;
+            Err(error.into())
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn transport_config(config: &Config) -> stockade_transport::Config {
+    let mut transport = stockade_transport::Config {
+        max_connections: config.max_connections,
+        ..Default::default()
+    };
+    transport.limits.max_frame_bytes = config.max_message_bytes;
+    transport.limits.max_message_bytes = config.max_message_bytes;
+    transport.max_inbound_bytes = transport
+        .max_inbound_bytes
+        .max(config.max_message_bytes.saturating_mul(2));
+    transport.max_outbound_bytes = transport.max_outbound_bytes.max(config.max_message_bytes);
+    transport
+}

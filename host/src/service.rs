@@ -1,0 +1,596 @@
+//! One operation, one function: a decoded request becomes calls on the cache and a reply.
+//!
+//! Around each of them stand a deadline and a panic fence, so that every request with an
+//! address is answered. Follows the handlers in `lmcache/v1/multiprocess/modules/`.
+
+mod control;
+mod kv_events;
+mod metrics;
+mod retrieve;
+mod sessions;
+mod store;
+mod workers;
+
+use std::{
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use parking_lot::Mutex;
+use prometheus_client::registry::Registry;
+use serde_json::{Value, json};
+use stockade_cache::{CacheEngine, CacheSalt, KeyScope, ObjectKey, TokenHasher, kv_rank};
+use stockade_transport::{DisconnectReason, Frames, Handler, Limit, Message, Outcome, Peer};
+use stockade_wire::{
+    CacheKey, Envelope, InstanceId, Operation, Request, Response, error_reply, reply,
+};
+
+use self::{
+    kv_events::KvEvents,
+    metrics::ServiceMetrics,
+    sessions::Sessions,
+    store::TransferRange,
+    workers::{TransferKey, Worker, Workers},
+};
+use crate::telemetry::LogLimiter;
+
+/// Requests up to this size are handled where they were read; larger ones take milliseconds,
+/// and go to a thread of their own so that the connections beside them do not wait.
+const INLINE_BYTES: usize = 192 << 10;
+
+/// A reply, or the sentence for the error reply.
+type Answer = Result<Response, String>;
+
+/// Settings of the request path.
+#[derive(Debug, Clone)]
+pub struct ServiceSettings {
+    /// Time in which every request is answered.
+    pub deadline: Duration,
+    /// Silence after which a worker that pinged is reaped; zero never.
+    pub worker_reap_timeout: Duration,
+    /// Silence after which a worker that never pinged is reaped.
+    pub worker_registration_grace: Duration,
+    /// Idle time after which a session is reaped.
+    pub session_ttl: Duration,
+    /// Life of a write reservation.
+    pub write_ttl: Duration,
+    /// Life of a read lease.
+    pub read_ttl: Duration,
+    /// Records kept for KV-event subscribers.
+    pub kv_event_log_size: usize,
+}
+
+/// A process on this machine whose connection closed, and what it had registered.
+struct Suspect {
+    pid: i32,
+    instances: Vec<InstanceId>,
+    since: Instant,
+}
+
+/// How long a process whose connection closed is watched for its death.
+const SUSPECT_FOR: Duration = Duration::from_secs(10);
+
+/// The request path: all operations over one cache engine.
+pub struct Service {
+    engine: Arc<CacheEngine>,
+    hasher: TokenHasher,
+    settings: ServiceSettings,
+    limits: stockade_wire::Limits,
+    workers: Workers,
+    sessions: Sessions,
+    events: Arc<KvEvents>,
+    metrics: ServiceMetrics,
+    log: LogLimiter,
+    suspects: Mutex<Vec<Suspect>>,
+    draining: AtomicBool,
+}
+
+impl Service {
+    /// A service over `engine`; becomes its observer and registers its metrics.
+    #[must_use]
+    pub fn new(
+        engine: Arc<CacheEngine>,
+        hasher: TokenHasher,
+        settings: ServiceSettings,
+        registry: &mut Registry,
+    ) -> Arc<Self> {
+        let events = Arc::new(KvEvents::new(settings.kv_event_log_size));
+        engine.set_observer(Arc::clone(&events) as _);
+        Arc::new(Self {
+            engine,
+            hasher,
+            settings,
+            limits: stockade_wire::Limits::default(),
+            workers: Workers::default(),
+            sessions: Sessions::default(),
+            events,
+            metrics: ServiceMetrics::register(registry),
+            log: LogLimiter::default(),
+            suspects: Mutex::default(),
+            draining: AtomicBool::new(false),
+        })
+    }
+
+    /// The engine behind it.
+    #[must_use]
+    pub fn engine(&self) -> &CacheEngine {
+        &self.engine
+    }
+
+    fn shm_enabled(&self) -> bool {
+        self.engine.shm_name().is_some()
+    }
+
+    /// Runs a decoded request; streams and control frames are handled by the caller.
+    fn run(&self, peer: &Peer, request: &Request) -> Answer {
+        match request {
+            Request::Noop => Ok(Response::Ok),
+            Request::GetChunkSize => Ok(Response::Int(self.hasher.chunk_size() as i64)),
+            Request::GetExperimental => self.experimental(),
+            Request::Ping { instance_id } => self.ping(peer, *instance_id),
+            Request::Register(context) => self.register(peer, context),
+            Request::Unregister { instance_id } => self.unregister(*instance_id),
+            Request::PrepareStore { key, instance_id } => self.prepare_store(key, *instance_id),
+            Request::CommitStore {
+                key,
+                instance_id,
+                data,
+            } => self.commit_store(key, *instance_id, data),
+            Request::PrepareRetrieve { key, instance_id } => {
+                self.prepare_retrieve(key, *instance_id)
+            }
+            Request::CommitRetrieve { key, instance_id } => self.commit_retrieve(key, *instance_id),
+            Request::Lookup { key } => self.lookup(key),
+            Request::FreeLookupLocks { key } => self.free_lookup_locks(key),
+            Request::QueryPrefetchStatus { request_id }
+            | Request::WaitPrefetchStatus { request_id, .. } => self.prefetch_status(request_id),
+            Request::EndSession { request_id } => self.end_session(request_id),
+            Request::Clear { force } => self.clear(*force),
+            Request::ReportBlockAllocation { records, .. } => {
+                self.metrics.blocks_allocated(records.len());
+                Ok(Response::None)
+            }
+            Request::ServerModuleCall { method, .. } => Ok(Response::ServerModule {
+                success: false,
+                payload: Bytes::new(),
+                error: format!(
+                    "no plugin serves `{method}`: server modules are not routed to plugins yet"
+                )
+                .into(),
+            }),
+            // As a 0.5.6 server without P2P answers: no task, nothing found, nothing to unlock.
+            Request::P2pLookupAndLock { .. } => Ok(Response::Int(0)),
+            Request::P2pQueryLookupResults { .. } => Ok(Response::P2pAddresses(1)),
+            Request::P2pUnlockObjects => Ok(Response::None),
+            Request::Unsupported(operation) => Err(control::way_out(*operation)),
+            other => Err(format!(
+                "{} is not served",
+                other.operation().map_or("a stream", Operation::name)
+            )),
+        }
+    }
+
+    /// Decodes, runs and encodes one request.
+    fn answer(self: &Arc<Self>, peer: &Arc<Peer>, frames: Frames) -> Option<Frames> {
+        let started = Instant::now();
+        let (envelope, request) = match stockade_wire::decode(frames, &self.limits) {
+            Ok(decoded) => decoded,
+            Err(rejected) => return self.reject(peer, &rejected),
+        };
+        match &request {
+            Request::StreamAck => {
+                self.events.acknowledge(peer.id(), &envelope.uid);
+                return None;
+            }
+            Request::StreamCancel => {
+                self.events.cancel(peer.id(), &envelope.uid);
+                return None;
+            }
+            _ => {}
+        }
+        let operation = request.operation()?;
+        let run = || match &request {
+            Request::SubscribeKvEvents {
+                instance_id,
+                model_name,
+                cursor,
+                max_events,
+            } => {
+                let model_name = Arc::clone(model_name);
+                self.events
+                    .subscribe(
+                        peer,
+                        &envelope,
+                        *instance_id,
+                        model_name,
+                        *cursor,
+                        *max_events,
+                    )
+                    .map(|()| None)
+            }
+            request => self.run(peer, request).map(Some),
+        };
+        let answer = catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|_| {
+            self.metrics.failed(Some(operation), "panic");
+            Err("the server failed at this request and goes on; its log says more".to_owned())
+        });
+        self.metrics.answered(operation.name(), started.elapsed());
+        match answer {
+            Ok(response) => response.map(|response| reply(&envelope, &response)),
+            Err(sentence) => {
+                self.metrics.failed(Some(operation), "refused");
+                self.log.warn("refused", || {
+                    format!("{} from {}: {sentence}", operation.name(), peer.address())
+                });
+                Some(error_reply(&envelope, &sentence))
+            }
+        }
+    }
+
+    fn reject(&self, peer: &Peer, rejected: &stockade_wire::Rejected) -> Option<Frames> {
+        let reason = rejected.error.reason();
+        self.metrics.failed(rejected.operation, reason);
+        self.log.warn(reason, || {
+            format!(
+                "request from {} refused: {}",
+                peer.address(),
+                rejected.error
+            )
+        });
+        let envelope = rejected.envelope.as_ref()?;
+        Some(error_reply(envelope, &rejected.error.to_string()))
+    }
+
+    /// Counts and logs a negative result that the operation has in its type.
+    fn refused(&self, operation: &'static str, field: &'static str, problem: &str) {
+        self.metrics
+            .failed(Operation::from_name(operation), "negative");
+        self.log
+            .warn(operation, || format!("{operation}: {field}: {problem}"));
+    }
+
+    fn worker(&self, instance_id: InstanceId) -> Result<Arc<Worker>, String> {
+        let worker = self.workers.get(instance_id).ok_or_else(|| {
+            format!("instance_id {instance_id} is not registered, or was reaped: register it again")
+        })?;
+        worker.touch();
+        Ok(worker)
+    }
+
+    fn salt(&self, key: &CacheKey) -> Result<CacheSalt, String> {
+        CacheSalt::parse(&key.cache_salt).map_err(|error| format!("cache_salt of key: {error}"))
+    }
+
+    fn scope(
+        &self,
+        key: &CacheKey,
+        rank: u32,
+        object_group_id: u32,
+        cache_salt: CacheSalt,
+    ) -> Result<Arc<KeyScope>, String> {
+        let kv_rank = kv_rank(key.world_size, rank).ok_or_else(|| {
+            format!(
+                "worker_id {rank} of key is not below world_size {}",
+                key.world_size
+            )
+        })?;
+        Ok(Arc::new(KeyScope {
+            model_name: Arc::clone(&key.model_name),
+            kv_rank,
+            object_group_id,
+            cache_salt,
+        }))
+    }
+
+    /// Checks a key that a worker wants to transfer, and names its chunks.
+    fn transfer_range(&self, key: &CacheKey, worker: &Worker) -> Result<TransferRange, String> {
+        if *key.model_name != *worker.model_name || key.world_size != worker.world_size {
+            return Err(format!(
+                "key is of model `{}` with world_size {} but instance_id {} registered `{}` with {}: register it for this model",
+                key.model_name,
+                key.world_size,
+                worker.instance_id,
+                worker.model_name,
+                worker.world_size
+            ));
+        }
+        let rank = key
+            .worker_id
+            .ok_or("worker_id of key is nil: a transfer needs the worker's rank")?;
+        let chunk_size = self.hasher.chunk_size() as u64;
+        let (start, end, tokens) = (key.start, key.end, key.tokens.len() as u64);
+        if start > end || end > tokens || start % chunk_size != 0 || end % chunk_size != 0 {
+            return Err(format!(
+                "range [{start}, {end}) of key: start and end must be multiples of {chunk_size}, in order and within its {tokens} tokens"
+            ));
+        }
+        // Within the number of tokens that arrived, so it fits.
+        let (first, last) = ((start / chunk_size) as usize, (end / chunk_size) as usize);
+        let scope = self.scope(key, rank, worker.object_group_id, self.salt(key)?)?;
+        let session = self.sessions.get_or_create(&key.request_id, &self.engine);
+        let mut session = session.lock();
+        let hashes = session.chunk_hashes(&self.hasher, &key.tokens, last);
+        let chunks = hashes
+            .get(first..last)
+            .ok_or("token_ids of key could not be hashed")?;
+        Ok(TransferRange {
+            keys: chunks
+                .iter()
+                .map(|&hash| ObjectKey::new(Arc::clone(&scope), hash))
+                .collect(),
+            parent: first
+                .checked_sub(1)
+                .and_then(|before| hashes.get(before).copied()),
+            transfer: TransferKey {
+                scope,
+                chunks: first..last,
+                last_hash: chunks.last().copied(),
+            },
+        })
+    }
+
+    /// Does what time brings: reaps silent workers, idle sessions and dead processes, and
+    /// lets the engine expire and evict. To be called about every 250 ms, off the data path.
+    pub fn maintain(&self) {
+        let settings = &self.settings;
+        for worker in self.workers.reap(
+            settings.worker_reap_timeout,
+            settings.worker_registration_grace,
+        ) {
+            self.end_worker(&worker, "silent for too long");
+        }
+        self.reap_dead_processes();
+        self.events.reap(settings.worker_reap_timeout);
+        let sessions = self.sessions.reap(settings.session_ttl, &self.engine);
+        if sessions > 0 {
+            tracing::info!(sessions, "idle sessions ended");
+        }
+        self.engine.maintain();
+    }
+
+    fn end_worker(&self, worker: &Worker, why: &str) {
+        let ended = self.engine.end_owner(worker.owner);
+        self.events.drop_instance(worker.instance_id);
+        tracing::warn!(
+            instance_id = %worker.instance_id,
+            aborted_objects = ended.aborted_objects,
+            released_locks = ended.released_locks,
+            "worker reaped: {why}"
+        );
+    }
+
+    /// Ends the workers of processes on this machine that died after their connection closed.
+    fn reap_dead_processes(&self) {
+        let mut dead = Vec::new();
+        self.suspects.lock().retain(|suspect| {
+            let is_dead = rustix::process::Pid::from_raw(suspect.pid).is_some_and(|pid| {
+                rustix::process::test_kill_process(pid) == Err(rustix::io::Errno::SRCH)
+            });
+            if is_dead {
+                dead.extend_from_slice(&suspect.instances);
+            }
+            !is_dead && suspect.since.elapsed() < SUSPECT_FOR
+        });
+        for instance_id in dead {
+            if let Some(worker) = self.workers.unregister(instance_id) {
+                self.end_worker(&worker, "its process is dead");
+            }
+        }
+    }
+
+    /// The `/status` document of LMCache (`http_apis/info_api.py`) for what is served here.
+    #[must_use]
+    pub fn status(&self) -> Value {
+        let engine = self.engine.status();
+        let config = self.engine.config();
+        let events = self.events.status();
+        let workers = self.workers.list();
+        let (sessions, jobs) = self.sessions.counts();
+        let eviction = json!({
+            "is_healthy": true,
+            "thread_alive": true,
+            "eviction_policy": config.policy.to_string(),
+            "trigger_watermark": config.trigger_watermark,
+            "eviction_ratio": config.eviction_ratio,
+        });
+        let l1 = json!({
+            "is_healthy": true,
+            "total_object_count": engine.readable_objects,
+            "write_locked_count": engine.reserved_objects,
+            "read_locked_count": engine.read_locked_objects,
+            "temporary_count": 0,
+            "staging_object_count": engine.reserved_objects,
+            "staging_bytes": engine.staging_bytes,
+            "memory_used_bytes": engine.used_bytes,
+            "memory_total_bytes": engine.capacity_bytes,
+            "memory_configured_bytes": engine.capacity_bytes,
+            "memory_usage_ratio": engine.usage_ratio,
+            "write_ttl_seconds": config.write_ttl.as_secs(),
+            "read_ttl_seconds": config.read_ttl.as_secs(),
+            "object_locks": engine.object_locks,
+            "owned_locks": engine.owned_locks,
+            "withdrawn_count": engine.withdrawn_objects,
+            "evicted_objects": engine.evicted_objects,
+            "evicted_bytes": engine.evicted_bytes,
+            "demand_evicted_objects": engine.demand_evicted_objects,
+            "corrupt_objects": engine.corrupt_objects,
+            "allocation_failures": engine.allocation_failures,
+            "expired_write_leases": engine.expired_write_leases,
+            "expired_read_leases": engine.expired_read_leases,
+            "bytes_by_cache_salt": engine.salts.iter().take(1000).map(|it| (it.cache_salt.as_str().to_owned(), it.bytes.into())).collect::<serde_json::Map<_, _>>(),
+        });
+        json!({
+            "is_healthy": !self.is_draining(),
+            "engine_type": "Stockade",
+            "chunk_size": self.hasher.chunk_size(),
+            "hash_algorithm": "blake3",
+            "active_sessions": sessions,
+            "storage_manager": {
+                "is_healthy": true,
+                "l1_managers": {"_default": l1},
+                "l1_manager": l1,
+                "l1_eviction_controllers": {"_default": eviction},
+                "l1_eviction_controller": eviction,
+                // `lmcache describe kvcache` still reads this former place.
+                "eviction_controller": eviction,
+                "l2_adapters": [],
+                "num_l2_adapters": 0,
+                "l1_usage": [engine.used_bytes, engine.capacity_bytes],
+            },
+            "active_prefetch_jobs": jobs,
+            "active_p2p_lookup_jobs": 0,
+            "p2p_enabled": false,
+            "worker_liveness": {
+                "enabled": !self.settings.worker_reap_timeout.is_zero(),
+                "reap_timeout_seconds": self.settings.worker_reap_timeout.as_secs_f64(),
+                "registration_grace_seconds": self.settings.worker_registration_grace.as_secs_f64(),
+                "tracked_instances": workers.len(),
+            },
+            "kv_events": {
+                "enabled": events.enabled,
+                "incarnation": events.incarnation,
+                "log_depth": events.log_depth,
+                "log_capacity": events.log_capacity,
+                "next_seq": events.next_seq,
+                "lost_markers": 0,
+                "unbound_stores": 0,
+                "subscribers": events.subscribers,
+            },
+            "registered_gpu_ids": [],
+            "cache_context_meta": {},
+            "registered_non_cuda_instance_ids": workers.iter().map(|worker| number(worker.instance_id)).collect::<Vec<_>>(),
+            "non_cuda_context_meta": workers.iter().map(|worker| (worker.instance_id.to_string(), json!({
+                "model_name": &*worker.model_name,
+                "world_size": worker.world_size,
+                "block_size": worker.block_size,
+                "use_mla": worker.use_mla,
+            }))).collect::<serde_json::Map<_, _>>(),
+        })
+    }
+
+    /// Empties the cache; locked objects stay unless `force`.
+    pub fn clear_cache(&self, force: bool) {
+        let _ = self.clear(force);
+    }
+
+    /// Whether the server is going down.
+    #[must_use]
+    pub fn is_draining(&self) -> bool {
+        self.draining.load(Ordering::Relaxed)
+    }
+
+    /// Says to `/status` that the server is going down.
+    pub fn drain(&self) {
+        self.draining.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Instance ids are msgpack integers, so they fit one of JSON's two integer ranges.
+fn number(id: InstanceId) -> Value {
+    u64::try_from(id.0)
+        .map(Value::from)
+        .or_else(|_| i64::try_from(id.0).map(Value::from))
+        .unwrap_or_default()
+}
+
+/// [`Service`] as the transport sees it.
+pub struct ServiceHandler(pub Arc<Service>);
+
+impl Handler for ServiceHandler {
+    fn message(&self, peer: &Arc<Peer>, message: Message) -> Outcome {
+        let service = &self.0;
+        let frames = match message {
+            Message::Frames(frames) => frames,
+            Message::TooLarge {
+                frames_before,
+                announced,
+                limit,
+            } => {
+                return too_large(service, peer, frames_before, announced, limit);
+            }
+        };
+        let bytes: usize = frames.iter().map(Bytes::len).sum();
+        if bytes <= INLINE_BYTES {
+            return service
+                .answer(peer, frames)
+                .map_or(Outcome::Nothing, Outcome::Reply);
+        }
+        let envelope = match frames.as_slice() {
+            [uid, operation, ..] => Some(Envelope {
+                uid: uid.clone(),
+                operation: operation.clone(),
+            }),
+            _ => None,
+        };
+        let (worker, peer) = (Arc::clone(service), Arc::clone(peer));
+        let service = Arc::clone(service);
+        Outcome::Later(Box::pin(async move {
+            let answer = tokio::task::spawn_blocking(move || worker.answer(&peer, frames));
+            match tokio::time::timeout(service.settings.deadline, answer).await {
+                Ok(Ok(reply)) => reply,
+                Ok(Err(_)) | Err(_) => {
+                    service.metrics.failed(None, "deadline");
+                    service.log.warn("deadline", || {
+                        "a request was not done within its deadline".to_owned()
+                    });
+                    Some(error_reply(
+                        &envelope?,
+                        "the server could not do this within --request-deadline-seconds: try again",
+                    ))
+                }
+            }
+        }))
+    }
+
+    fn disconnected(&self, peer: &Arc<Peer>, _reason: DisconnectReason) {
+        let service = &self.0;
+        service.events.disconnected(peer.id());
+        let Some(pid) = peer.credentials().and_then(|credentials| credentials.pid) else {
+            return;
+        };
+        let instances = service.workers.only_on(peer.id());
+        if !instances.is_empty() {
+            service.suspects.lock().push(Suspect {
+                pid,
+                instances,
+                since: Instant::now(),
+            });
+        }
+    }
+}
+
+fn too_large(
+    service: &Service,
+    peer: &Peer,
+    frames_before: Frames,
+    announced: u64,
+    limit: Limit,
+) -> Outcome {
+    service.metrics.failed(None, "too_large");
+    let sentence = match limit {
+        Limit::Frames => "the message has too many frames".to_owned(),
+        Limit::FrameBytes | Limit::MessageBytes => {
+            format!(
+                "the request of {announced} bytes is too large: raise --max-message-mib, or store fewer chunks at once"
+            )
+        }
+    };
+    service.log.warn("too_large", || {
+        format!("request from {} refused: {sentence}", peer.address())
+    });
+    match frames_before.as_slice() {
+        [uid, operation, ..] => {
+            let envelope = Envelope {
+                uid: uid.clone(),
+                operation: operation.clone(),
+            };
+            Outcome::Reply(error_reply(&envelope, &sentence))
+        }
+        _ => Outcome::Nothing,
+    }
+}

@@ -1,0 +1,293 @@
+//! lookup, prefetch status, prepare_retrieve, commit_retrieve, free_lookup_locks and
+//! end_session. Follows `modules/lookup.py` and `modules/server_transfer.py` of LMCache 0.5.6.
+
+use std::{ops::Range, sync::Arc};
+
+use bytes::Bytes;
+use stockade_cache::{KeyScope, ObjectKey, Slot};
+use stockade_wire::{CacheKey, InstanceId, RequestId, Response, pickle};
+
+use super::{
+    Answer, Service,
+    sessions::Lookup,
+    store::describe,
+    workers::{TransferKey, Worker},
+};
+
+impl Service {
+    /// Finds the longest cached prefix and locks it for this request.
+    ///
+    /// The result waits under the request id for a status query; a second lookup of the
+    /// same request gives the locks of the first one back.
+    pub(super) fn lookup(&self, key: &CacheKey) -> Answer {
+        let salt = self.salt(key)?;
+        if key.model_name.contains('@') {
+            return Err("model_name of key must not contain '@': rename the model".to_owned());
+        }
+        let Some(group) = self.workers.object_group(&key.model_name, key.world_size) else {
+            self.forget_result(&key.request_id);
+            self.metrics.early_exit("no_gpu_context");
+            return Ok(Response::None);
+        };
+        let Ok(readers) =
+            u32::try_from(key.num_kv_readers).and_then(std::num::NonZeroU32::try_from)
+        else {
+            self.forget_result(&key.request_id);
+            return Err(format!(
+                "num_kv_readers {} of key: say how many workers will read, at least 1",
+                key.num_kv_readers
+            ));
+        };
+        let chunk_size = self.hasher.chunk_size();
+        let tokens = key
+            .tokens
+            .len()
+            .min(usize::try_from(key.end).unwrap_or(usize::MAX));
+        let chunks = tokens / chunk_size;
+        if chunks == 0 {
+            self.forget_result(&key.request_id);
+            self.metrics.early_exit("empty_chunk_hashes");
+            return Ok(Response::None);
+        }
+        let scopes: Arc<[Arc<KeyScope>]> = (0..key.world_size)
+            .map(|rank| self.scope(key, rank, group, salt.clone()))
+            .collect::<Result<_, _>>()?;
+
+        let session = self.sessions.get_or_create(&key.request_id, &self.engine);
+        let mut session = session.lock();
+        if let Some(Lookup {
+            lease: Some(lease), ..
+        }) = session.lookup.take()
+        {
+            self.engine
+                .release_prefix(session.owner, lease, 0..usize::MAX, u32::MAX);
+        }
+        let hashes = session.chunk_hashes(&self.hasher, &key.tokens, chunks);
+        // The prefix of the first rank bounds that of all; most lookups are of one rank or miss.
+        let rows: Vec<Vec<ObjectKey>> = scopes
+            .iter()
+            .map(|scope| {
+                hashes
+                    .iter()
+                    .map(|&hash| ObjectKey::new(Arc::clone(scope), hash))
+                    .collect()
+            })
+            .collect();
+        let found = self.engine.lock_prefix(session.owner, &rows, readers.get());
+        self.metrics.looked_up(
+            &key.model_name,
+            &key.cache_salt,
+            chunks * chunk_size,
+            found.hit_chunks * chunk_size,
+        );
+        session.result = Some(found.hit_chunks);
+        session.lookup = Some(Lookup {
+            lease: found.lease,
+            hit_chunks: found.hit_chunks,
+            readers: readers.get(),
+            scopes,
+            tokens: key.tokens.clone(),
+        });
+        Ok(Response::None)
+    }
+
+    fn forget_result(&self, request_id: &RequestId) {
+        if let Some(session) = self.sessions.get(request_id) {
+            session.lock().result = None;
+        }
+    }
+
+    /// The hit length of the request's lookup in chunks, exactly once; 0 for an unknown one.
+    ///
+    /// There is nothing to wait for: a lookup has its result when it is answered.
+    pub(super) fn prefetch_status(&self, request_id: &RequestId) -> Answer {
+        let result = self
+            .sessions
+            .get(request_id)
+            .and_then(|session| session.lock().result.take());
+        Ok(Response::OptionalInt(Some(result.unwrap_or(0) as i64)))
+    }
+
+    /// Turns the request's locks on the range into a read lease of the worker.
+    pub(super) fn prepare_retrieve(&self, key: &CacheKey, instance_id: InstanceId) -> Answer {
+        let worker = self.worker(instance_id)?;
+        let range = self.transfer_range(key, &worker)?;
+        let inline = !self.shm_enabled() || worker.sends_inline();
+        if !inline && let Some(pending) = worker.pending_read(&range.transfer) {
+            return Ok(slots_reply(&worker, &pending.slots));
+        }
+        let Some((lease, slots)) = self.begin_read(key, &worker, &range.transfer) else {
+            self.metrics
+                .read_failed(&worker.model_name, range.keys.len());
+            return Ok(miss());
+        };
+        self.metrics.retrieved(&key.cache_salt, slots.len());
+        if !inline {
+            worker.put_read(
+                range.transfer,
+                lease,
+                Arc::clone(&slots),
+                self.settings.read_ttl,
+            );
+            return Ok(slots_reply(&worker, &slots));
+        }
+        let data = self.read_inline(&worker, lease, slots.len());
+        self.engine.finish_read(worker.owner, lease);
+        match data {
+            Ok(data) => Ok(Response::PrepareRetrieve {
+                success: true,
+                data,
+                slots: None,
+            }),
+            Err(problem) => {
+                self.refused("prepare_retrieve", "data", &problem);
+                Ok(miss())
+            }
+        }
+    }
+
+    fn begin_read(
+        &self,
+        key: &CacheKey,
+        worker: &Worker,
+        transfer: &TransferKey,
+    ) -> Option<(stockade_cache::LeaseId, Arc<[Slot]>)> {
+        let session = self.sessions.get(&key.request_id)?;
+        let session = session.lock();
+        let lookup = session.lookup.as_ref()?;
+        let row = lookup
+            .scopes
+            .iter()
+            .position(|scope| *scope == transfer.scope)?;
+        let bytes = transfer
+            .chunks
+            .end
+            .checked_mul(self.hasher.chunk_size())?
+            .checked_mul(4)?;
+        // Equal tokens up to the end of the range mean equal hashes, all the way.
+        let (held, asked) = (lookup.tokens.as_be_bytes(), key.tokens.as_be_bytes());
+        if transfer.chunks.end > lookup.hit_chunks || held.get(..bytes)? != asked.get(..bytes)? {
+            return None;
+        }
+        let read = self.engine.begin_read(
+            session.owner,
+            lookup.lease?,
+            worker.owner,
+            row,
+            transfer.chunks.clone(),
+        )?;
+        if read
+            .slots
+            .iter()
+            .any(|slot| slot.length != worker.layout.bytes)
+        {
+            self.engine.finish_read(worker.owner, read.lease);
+            return None;
+        }
+        Some((read.lease, read.slots.into()))
+    }
+
+    /// Copies the objects of a read lease out and pickles them.
+    fn read_inline(
+        &self,
+        worker: &Worker,
+        lease: stockade_cache::LeaseId,
+        count: usize,
+    ) -> Result<Bytes, String> {
+        let mut bytes = Vec::new();
+        for index in 0..count {
+            self.engine
+                .read(worker.owner, lease, index, &mut bytes)
+                .map_err(|error| error.to_string())?;
+        }
+        let length = usize::try_from(worker.layout.bytes).map_err(|error| error.to_string())?;
+        let tensors: Vec<_> = bytes
+            .chunks_exact(length)
+            .map(|bytes| (worker.layout.dtype, &*worker.layout.shape, bytes))
+            .collect();
+        pickle::write_tensors(&tensors)
+            .map(Bytes::from)
+            .map_err(|error| error.to_string())
+    }
+
+    /// Ends the read lease of the range; true also when there is none, as in LMCache.
+    pub(super) fn commit_retrieve(&self, key: &CacheKey, instance_id: InstanceId) -> Answer {
+        let worker = self.worker(instance_id)?;
+        let range = self.transfer_range(key, &worker)?;
+        let Some(pending) = worker.take_read(&range.transfer) else {
+            return Ok(Response::Bool(true));
+        };
+        // A lease that ended before its time means that the bytes may have changed under the
+        // reader, which must not use them.
+        Ok(Response::Bool(
+            self.engine.finish_read(worker.owner, pending.lease),
+        ))
+    }
+
+    /// Gives back the request's locks on `[start, end)`.
+    pub(super) fn free_lookup_locks(&self, key: &CacheKey) -> Answer {
+        let chunk_size = self.hasher.chunk_size() as u64;
+        if key.start >= key.end {
+            return Ok(Response::None);
+        }
+        let Some(session) = self.sessions.get(&key.request_id) else {
+            return Ok(Response::None);
+        };
+        let mut session = session.lock();
+        session.result = None;
+        let Some(lookup) = &session.lookup else {
+            return Ok(Response::None);
+        };
+        if let Some(lease) = lookup.lease {
+            let chunk = |tokens: u64| usize::try_from(tokens / chunk_size).unwrap_or(usize::MAX);
+            let chunks: Range<usize> = chunk(key.start)..chunk(key.end);
+            let readers = u32::try_from(key.num_kv_readers)
+                .ok()
+                .filter(|&it| it > 0)
+                .unwrap_or(lookup.readers);
+            self.engine
+                .release_prefix(session.owner, lease, chunks, readers);
+        }
+        Ok(Response::None)
+    }
+
+    /// Ends a request: its chunks count as used, and its locks are given back.
+    ///
+    /// LMCache leaves unreleased locks to their TTL here; a read that a worker has begun
+    /// has a lease of its own and is not disturbed.
+    pub(super) fn end_session(&self, request_id: &RequestId) -> Answer {
+        let Some(session) = self.sessions.remove(request_id) else {
+            return Ok(Response::None);
+        };
+        let session = session.lock();
+        if let Some(lookup) = &session.lookup {
+            for scope in lookup.scopes.iter() {
+                let keys: Vec<_> = session
+                    .known_hashes()
+                    .iter()
+                    .map(|&hash| ObjectKey::new(Arc::clone(scope), hash))
+                    .collect();
+                self.engine.touch(&keys);
+            }
+        }
+        self.engine.end_owner(session.owner);
+        Ok(Response::None)
+    }
+}
+
+fn miss() -> Response {
+    Response::PrepareRetrieve {
+        success: false,
+        data: Bytes::new(),
+        slots: None,
+    }
+}
+
+fn slots_reply(worker: &Worker, slots: &[Slot]) -> Response {
+    let slots = slots.iter().map(|&slot| describe(worker, slot)).collect();
+    Response::PrepareRetrieve {
+        success: true,
+        data: Bytes::new(),
+        slots: Some(slots),
+    }
+}

@@ -1,0 +1,225 @@
+//! Request sessions: what a lookup found, and the hashes of a request's tokens.
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use parking_lot::Mutex;
+use stockade_cache::{CacheEngine, ChunkHash, KeyScope, LeaseId, OwnerId, TokenHasher};
+use stockade_wire::{RequestId, TokenIds};
+
+/// Bytes of one token in hash input.
+const TOKEN_BYTES: usize = 4;
+/// Most sessions at once; beyond it idle ones go before their time.
+const MAX_SESSIONS: usize = 65_536;
+/// Token bytes that all sessions together may keep for comparing; beyond it keys are hashed anew.
+const MAX_KEPT_TOKEN_BYTES: usize = 256 << 20;
+
+/// The locks that a lookup took and the result that a query will collect.
+#[derive(Debug, Clone)]
+pub(crate) struct Lookup {
+    /// `None` when nothing was found.
+    pub(crate) lease: Option<LeaseId>,
+    pub(crate) hit_chunks: usize,
+    /// Locks per object.
+    pub(crate) readers: u32,
+    /// One scope per rank.
+    pub(crate) scopes: Arc<[Arc<KeyScope>]>,
+    /// The tokens that were looked up; a retrieve must be about the same ones.
+    pub(crate) tokens: TokenIds,
+}
+
+/// State of one request.
+#[derive(Debug)]
+pub(crate) struct Session {
+    pub(crate) owner: OwnerId,
+    /// Hit length that no query has collected yet.
+    pub(crate) result: Option<usize>,
+    pub(crate) lookup: Option<Lookup>,
+    hashes: Vec<ChunkHash>,
+    /// The tokens that `hashes` cover.
+    hashed: Option<TokenIds>,
+    kept: Arc<AtomicUsize>,
+}
+
+impl Session {
+    /// The hashes of the first `chunks` chunks of `tokens`, which must hold that many.
+    ///
+    /// A request sends its key several times; only tokens that were not hashed before are.
+    pub(crate) fn chunk_hashes(
+        &mut self,
+        hasher: &TokenHasher,
+        tokens: &TokenIds,
+        chunks: usize,
+    ) -> &[ChunkHash] {
+        let chunk_bytes = hasher.chunk_size() * TOKEN_BYTES;
+        let needed = chunks
+            .saturating_mul(chunk_bytes)
+            .min(tokens.as_be_bytes().len());
+        let given = &tokens.as_be_bytes()[..needed];
+        let hashed = self.hashed.as_ref().map_or(&[][..], TokenIds::as_be_bytes);
+        let shared = needed.min(hashed.len());
+        if given[..shared] != hashed[..shared] || self.hashes.len() * chunk_bytes != hashed.len() {
+            self.hashes.clear();
+            self.keep(None);
+        }
+        if self.hashes.len() < chunks {
+            hasher.chunk_hashes(given, &mut self.hashes, chunks);
+            self.keep(tokens.slice(0..self.hashes.len() * hasher.chunk_size()));
+        }
+        &self.hashes[..chunks.min(self.hashes.len())]
+    }
+
+    /// Hashes computed so far, of the request's whole key.
+    pub(crate) fn known_hashes(&self) -> &[ChunkHash] {
+        &self.hashes
+    }
+
+    fn keep(&mut self, tokens: Option<TokenIds>) {
+        let before = self.kept_bytes();
+        let total = self.kept.load(Ordering::Relaxed).saturating_sub(before);
+        // Without the tokens the next call cannot tell that they are the same, and hashes anew.
+        self.hashed =
+            tokens.filter(|tokens| total + tokens.as_be_bytes().len() <= MAX_KEPT_TOKEN_BYTES);
+        self.kept.fetch_add(self.kept_bytes(), Ordering::Relaxed);
+        self.kept.fetch_sub(before, Ordering::Relaxed);
+    }
+
+    fn kept_bytes(&self) -> usize {
+        self.hashed
+            .as_ref()
+            .map_or(0, |tokens| tokens.as_be_bytes().len())
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        self.kept.fetch_sub(self.kept_bytes(), Ordering::Relaxed);
+    }
+}
+
+struct Entry {
+    session: Arc<Mutex<Session>>,
+    last_used: Instant,
+}
+
+/// All sessions by request id. Follows LMCache's `session.py`, with one difference: the
+/// time to live counts idleness, not age.
+#[derive(Default)]
+pub(crate) struct Sessions {
+    entries: Mutex<HashMap<RequestId, Entry>>,
+    kept: Arc<AtomicUsize>,
+}
+
+impl Sessions {
+    /// The session of a request, made at its first use.
+    pub(crate) fn get_or_create(
+        &self,
+        request_id: &RequestId,
+        engine: &CacheEngine,
+    ) -> Arc<Mutex<Session>> {
+        let now = Instant::now();
+        let mut ended = Vec::new();
+        let session = {
+            let mut entries = self.entries.lock();
+            if let Some(entry) = entries.get_mut(request_id) {
+                entry.last_used = now;
+                return Arc::clone(&entry.session);
+            }
+            if entries.len() >= MAX_SESSIONS {
+                ended = make_room(&mut entries);
+            }
+            let session = Arc::new(Mutex::new(Session {
+                owner: engine.new_owner(),
+                result: None,
+                lookup: None,
+                hashes: Vec::new(),
+                hashed: None,
+                kept: Arc::clone(&self.kept),
+            }));
+            entries.insert(
+                Arc::clone(request_id),
+                Entry {
+                    session: Arc::clone(&session),
+                    last_used: now,
+                },
+            );
+            session
+        };
+        end_all(ended, engine);
+        session
+    }
+
+    pub(crate) fn get(&self, request_id: &RequestId) -> Option<Arc<Mutex<Session>>> {
+        let mut entries = self.entries.lock();
+        let entry = entries.get_mut(request_id)?;
+        entry.last_used = Instant::now();
+        Some(Arc::clone(&entry.session))
+    }
+
+    pub(crate) fn remove(&self, request_id: &RequestId) -> Option<Arc<Mutex<Session>>> {
+        self.entries
+            .lock()
+            .remove(request_id)
+            .map(|entry| entry.session)
+    }
+
+    /// Ends sessions that were idle for `ttl`; returns how many.
+    pub(crate) fn reap(&self, ttl: Duration, engine: &CacheEngine) -> usize {
+        let now = Instant::now();
+        let mut ended = Vec::new();
+        self.entries.lock().retain(|_, entry| {
+            let is_live = now.saturating_duration_since(entry.last_used) < ttl;
+            if !is_live {
+                ended.push(Arc::clone(&entry.session));
+            }
+            is_live
+        });
+        let count = ended.len();
+        end_all(ended, engine);
+        count
+    }
+
+    /// Sessions, and how many of them hold a result that was not collected.
+    pub(crate) fn counts(&self) -> (usize, usize) {
+        let sessions: Vec<_> = self
+            .entries
+            .lock()
+            .values()
+            .map(|entry| Arc::clone(&entry.session))
+            .collect();
+        let waiting = sessions.iter().filter(|session| {
+            session
+                .try_lock()
+                .is_some_and(|session| session.result.is_some())
+        });
+        (sessions.len(), waiting.count())
+    }
+}
+
+/// Takes out the idlest sixteenth of the sessions.
+fn make_room(entries: &mut HashMap<RequestId, Entry>) -> Vec<Arc<Mutex<Session>>> {
+    let mut by_age: Vec<(Instant, RequestId)> = entries
+        .iter()
+        .map(|(id, entry)| (entry.last_used, Arc::clone(id)))
+        .collect();
+    let count = (by_age.len() / 16).max(1).min(by_age.len());
+    by_age.select_nth_unstable(count - 1);
+    by_age.truncate(count);
+    by_age
+        .iter()
+        .filter_map(|(_, id)| entries.remove(id))
+        .map(|entry| entry.session)
+        .collect()
+}
+
+fn end_all(sessions: Vec<Arc<Mutex<Session>>>, engine: &CacheEngine) {
+    for session in sessions {
+        engine.end_owner(session.lock().owner);
+    }
+}

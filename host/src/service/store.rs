@@ -1,0 +1,215 @@
+//! prepare_store and commit_store. Follows `modules/engine_driven_transfer.py` and
+//! `modules/server_transfer.py` of LMCache 0.5.6.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use stockade_cache::{LeaseId, ReserveError, Slot};
+use stockade_wire::{CacheKey, InstanceId, Response, SlotDescriptor, StoreSlot, pickle};
+
+use super::{
+    Answer, Service,
+    workers::{TransferKey, Worker},
+};
+
+impl Service {
+    /// Reserves a slot for each chunk of the range that is not cached and not being stored.
+    ///
+    /// Empty slots mean "nothing to store", which is also the answer when the pool is full:
+    /// the engine goes on without storing, and the failure is counted.
+    pub(super) fn prepare_store(&self, key: &CacheKey, instance_id: InstanceId) -> Answer {
+        let worker = self.worker(instance_id)?;
+        let range = self.transfer_range(key, &worker)?;
+        if !self.shm_enabled() {
+            return Ok(Response::PrepareStore(None));
+        }
+        if let Some(pending) = worker.pending_store(&range.transfer) {
+            // A repeated request gets what its first one reserved, not a lock-out by itself.
+            return Ok(self.slots_reply(&worker, &pending.slots));
+        }
+        match self
+            .engine
+            .reserve(worker.owner, &range.keys, worker.layout.bytes)
+        {
+            Ok(reservation) => {
+                let slots: Arc<[(usize, Slot)]> = reservation.slots.into();
+                if let Some(lease) = reservation.lease {
+                    let ttl = self.settings.write_ttl;
+                    worker.put_store(range.transfer, lease, Arc::clone(&slots), ttl);
+                }
+                Ok(self.slots_reply(&worker, &slots))
+            }
+            Err(ReserveError::PoolFull { .. }) => {
+                self.metrics
+                    .allocation_failed(&worker.model_name, range.keys.len());
+                Ok(self.slots_reply(&worker, &[]))
+            }
+            Err(error) => Err(error.to_string()),
+        }
+    }
+
+    fn slots_reply(&self, worker: &Worker, slots: &[(usize, Slot)]) -> Response {
+        let described = slots.iter().map(|&(index, slot)| StoreSlot {
+            chunk_index: index as u64,
+            slot: describe(worker, slot),
+        });
+        Response::PrepareStore(Some(described.collect()))
+    }
+
+    /// Publishes what the worker wrote to its slots, or what came inline as a pickle.
+    pub(super) fn commit_store(
+        &self,
+        key: &CacheKey,
+        instance_id: InstanceId,
+        data: &Bytes,
+    ) -> Answer {
+        let worker = self.worker(instance_id)?;
+        let range = self.transfer_range(key, &worker)?;
+        let pending = worker.take_store(&range.transfer);
+        let (lease, slots) = if data.is_empty() {
+            match pending {
+                Some(pending) => (pending.lease, pending.slots),
+                None => return Ok(Response::Bool(false)),
+            }
+        } else {
+            worker.note_inline();
+            match self.write_inline(
+                &worker,
+                &range.keys,
+                pending.map(|it| (it.lease, it.slots)),
+                data,
+            ) {
+                Ok(Some(written)) => written,
+                Ok(None) => return Ok(Response::Bool(true)),
+                Err(problem) => {
+                    self.refused("commit_store", "data", &problem);
+                    return Ok(Response::Bool(false));
+                }
+            }
+        };
+        self.events
+            .stored(key, self.hasher.chunk_size(), &range, &slots);
+        match self.engine.commit(worker.owner, lease) {
+            Ok(committed) if committed.discarded > 0 => {
+                self.events.withdrawn(
+                    &worker.model_name,
+                    slots.iter().map(|&(index, _)| range.hash(index)),
+                );
+                self.refused(
+                    "commit_store",
+                    "data",
+                    &format!("{} chunks were not written in full", committed.discarded),
+                );
+                Ok(Response::Bool(false))
+            }
+            Ok(_) => {
+                self.metrics.stored(
+                    &key.cache_salt,
+                    slots.len(),
+                    slots.iter().map(|(_, slot)| slot.length).sum(),
+                );
+                Ok(Response::Bool(true))
+            }
+            Err(error) => {
+                self.events.withdrawn(
+                    &worker.model_name,
+                    slots.iter().map(|&(index, _)| range.hash(index)),
+                );
+                self.refused("commit_store", "lease", &error.to_string());
+                Ok(Response::Bool(false))
+            }
+        }
+    }
+
+    /// Copies pickled tensors into slots, reserving them if no prepare did.
+    ///
+    /// `None` if every chunk is cached already. On an error nothing stays reserved.
+    #[expect(clippy::type_complexity, reason = "a lease and its slots, used once")]
+    fn write_inline(
+        &self,
+        worker: &Worker,
+        keys: &[stockade_cache::ObjectKey],
+        pending: Option<(LeaseId, Arc<[(usize, Slot)]>)>,
+        data: &Bytes,
+    ) -> Result<Option<(LeaseId, Arc<[(usize, Slot)]>)>, String> {
+        let tensors = pickle::read_tensors(data).map_err(|error| error.to_string());
+        let (lease, slots) = match pending {
+            Some(pending) => pending,
+            None => {
+                // Before anything is reserved, so that a bad pickle cannot evict anybody.
+                if let Err(problem) = &tensors {
+                    return Err(problem.clone());
+                }
+                let reservation = self
+                    .engine
+                    .reserve(worker.owner, keys, worker.layout.bytes)
+                    .map_err(|error| {
+                        self.metrics
+                            .allocation_failed(&worker.model_name, keys.len());
+                        error.to_string()
+                    })?;
+                match reservation.lease {
+                    Some(lease) => (lease, reservation.slots.into()),
+                    None => return Ok(None),
+                }
+            }
+        };
+        let copy = || -> Result<(), String> {
+            let tensors = tensors?;
+            for &(index, _) in slots.iter() {
+                let tensor = tensors.get(index).ok_or_else(|| {
+                    format!(
+                        "tensor {index} of the range is missing, {} were sent",
+                        tensors.len()
+                    )
+                })?;
+                if tensor.dtype != worker.layout.dtype || *tensor.shape != *worker.layout.shape {
+                    return Err(format!(
+                        "tensor {index} is {}{:?} but the worker registered {}{:?}",
+                        tensor.dtype.torch_name(),
+                        tensor.shape,
+                        worker.layout.dtype.torch_name(),
+                        worker.layout.shape,
+                    ));
+                }
+                self.engine
+                    .write(worker.owner, lease, index, &mut tensor.parts())
+                    .map_err(|error| error.to_string())?;
+            }
+            Ok(())
+        };
+        match copy() {
+            Ok(()) => Ok(Some((lease, slots))),
+            Err(problem) => {
+                // An ended lease has given its slots back already.
+                let _ = self.engine.abort(worker.owner, lease);
+                Err(problem)
+            }
+        }
+    }
+}
+
+/// A slot as the wire shows it.
+pub(super) fn describe(worker: &Worker, slot: Slot) -> SlotDescriptor {
+    SlotDescriptor {
+        offset: slot.offset,
+        length: slot.length,
+        shape: Arc::clone(&worker.layout.shape),
+        dtype: worker.layout.dtype,
+    }
+}
+
+/// The part of a key that a worker transfers: aligned chunks of one rank.
+pub(super) struct TransferRange {
+    pub(super) transfer: TransferKey,
+    /// One key per chunk of the range.
+    pub(super) keys: Vec<stockade_cache::ObjectKey>,
+    /// Hash of the chunk before the range.
+    pub(super) parent: Option<stockade_cache::ChunkHash>,
+}
+
+impl TransferRange {
+    pub(super) fn hash(&self, index: usize) -> stockade_cache::ChunkHash {
+        self.keys[index].chunk_hash
+    }
+}

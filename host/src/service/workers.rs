@@ -1,0 +1,396 @@
+//! Registrations of engine workers, and what each of them has in transfer.
+
+use std::{
+    collections::HashMap,
+    ops::Range,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use parking_lot::Mutex;
+use stockade_cache::{ChunkHash, KeyScope, LeaseId, OwnerId, Slot};
+use stockade_wire::{Dtype, InstanceId, RegisterContext};
+
+/// Most registrations at once; a fleet of engines on one machine has a few hundred workers.
+const MAX_WORKERS: usize = 16_384;
+/// Most chunk layouts that one (model, world size) may show in the life of the server.
+const MAX_LAYOUTS_PER_MODEL: usize = 64;
+/// Most (model, world size) pairs in the life of the server.
+const MAX_MODELS: usize = 16_384;
+
+/// How the KV of one chunk lies in a slot.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct ChunkLayout {
+    /// `[2, layers, slots, hidden]`, or `[layers, slots, hidden]` with MLA.
+    pub(crate) shape: Arc<[u64]>,
+    /// Element type.
+    pub(crate) dtype: Dtype,
+    /// Bytes of one chunk of one rank.
+    pub(crate) bytes: u64,
+}
+
+/// What one transfer is about: prepare and commit of the same range meet here.
+///
+/// The rolling hash of the last chunk stands for all tokens before it.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(crate) struct TransferKey {
+    pub(crate) scope: Arc<KeyScope>,
+    pub(crate) chunks: Range<usize>,
+    pub(crate) last_hash: Option<ChunkHash>,
+}
+
+/// Slots a worker is filling: index into the range, and where.
+#[derive(Debug, Clone)]
+pub(crate) struct PendingStore {
+    pub(crate) lease: LeaseId,
+    pub(crate) slots: Arc<[(usize, Slot)]>,
+    deadline: Instant,
+}
+
+/// Slots a worker is reading.
+#[derive(Debug, Clone)]
+pub(crate) struct PendingRead {
+    pub(crate) lease: LeaseId,
+    pub(crate) slots: Arc<[Slot]>,
+    deadline: Instant,
+}
+
+#[derive(Debug)]
+struct Activity {
+    last_seen: Instant,
+    has_pinged: bool,
+    /// The worker sent KV inline although SHM is on: it cannot open the segment.
+    sends_inline: bool,
+    stores: HashMap<TransferKey, PendingStore>,
+    reads: HashMap<TransferKey, PendingRead>,
+    /// Connections it was heard on, newest last.
+    peers: Vec<u64>,
+}
+
+/// One registered worker.
+#[derive(Debug)]
+pub(crate) struct Worker {
+    pub(crate) instance_id: InstanceId,
+    pub(crate) owner: OwnerId,
+    pub(crate) model_name: Arc<str>,
+    pub(crate) world_size: u32,
+    pub(crate) block_size: u32,
+    pub(crate) use_mla: bool,
+    pub(crate) layout: ChunkLayout,
+    /// Tells objects of this layout from those of another one of the same model.
+    pub(crate) object_group_id: u32,
+    activity: Mutex<Activity>,
+}
+
+impl Worker {
+    /// Marks the worker alive by a request of its own.
+    pub(crate) fn touch(&self) {
+        self.activity.lock().last_seen = Instant::now();
+    }
+
+    pub(crate) fn note_inline(&self) {
+        self.activity.lock().sends_inline = true;
+    }
+
+    pub(crate) fn sends_inline(&self) -> bool {
+        self.activity.lock().sends_inline
+    }
+
+    pub(crate) fn pending_store(&self, key: &TransferKey) -> Option<PendingStore> {
+        self.activity.lock().stores.get(key).cloned()
+    }
+
+    pub(crate) fn take_store(&self, key: &TransferKey) -> Option<PendingStore> {
+        self.activity.lock().stores.remove(key)
+    }
+
+    pub(crate) fn put_store(
+        &self,
+        key: TransferKey,
+        lease: LeaseId,
+        slots: Arc<[(usize, Slot)]>,
+        ttl: Duration,
+    ) {
+        let deadline = Instant::now() + ttl;
+        self.activity.lock().stores.insert(
+            key,
+            PendingStore {
+                lease,
+                slots,
+                deadline,
+            },
+        );
+    }
+
+    pub(crate) fn pending_read(&self, key: &TransferKey) -> Option<PendingRead> {
+        self.activity.lock().reads.get(key).cloned()
+    }
+
+    pub(crate) fn take_read(&self, key: &TransferKey) -> Option<PendingRead> {
+        self.activity.lock().reads.remove(key)
+    }
+
+    pub(crate) fn put_read(
+        &self,
+        key: TransferKey,
+        lease: LeaseId,
+        slots: Arc<[Slot]>,
+        ttl: Duration,
+    ) {
+        let deadline = Instant::now() + ttl;
+        self.activity.lock().reads.insert(
+            key,
+            PendingRead {
+                lease,
+                slots,
+                deadline,
+            },
+        );
+    }
+
+    /// Forgets transfers whose leases the engine has ended by now.
+    fn forget_expired(&self, now: Instant) {
+        let mut activity = self.activity.lock();
+        activity.stores.retain(|_, pending| pending.deadline > now);
+        activity.reads.retain(|_, pending| pending.deadline > now);
+    }
+}
+
+#[derive(Default)]
+struct Model {
+    /// Every layout seen; its place is the object group of its objects.
+    layouts: Vec<ChunkLayout>,
+    /// Layouts in use, oldest registration first: (instance, group).
+    registered: Vec<(InstanceId, u32)>,
+}
+
+#[derive(Default)]
+struct Registry {
+    workers: HashMap<InstanceId, Arc<Worker>>,
+    models: HashMap<(Arc<str>, u32), Model>,
+}
+
+/// Why a registration is refused.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum RegisterError {
+    #[error("world_size {0} is not served: give 1 to 255")]
+    WorldSize(u32),
+    #[error(
+        "the chunk shape has no bytes or more than fit a 64-bit size: check num_layers, hidden_dim_size and num_physical_slots"
+    )]
+    Shape,
+    #[error(
+        "one chunk takes {chunk} bytes but the pool has {pool}: raise --l1-size-gb or lower --chunk-size"
+    )]
+    LargerThanPool { chunk: u64, pool: u64 },
+    #[error(
+        "{MAX_WORKERS} workers are registered already: unregister some, or lower --worker-reap-timeout-seconds"
+    )]
+    TooManyWorkers,
+    #[error(
+        "model `{0}` has been registered with too many different layouts: restart the server to forget them"
+    )]
+    TooManyLayouts(Arc<str>),
+    #[error("model_name must not contain '@': rename the model")]
+    ModelName,
+}
+
+/// All registrations. Follows `modules/engine_driven_transfer.py` of LMCache, except that
+/// a registration of a known instance with another layout replaces the old one, and that
+/// what an ended registration had not committed is aborted.
+#[derive(Default)]
+pub(crate) struct Workers {
+    registry: Mutex<Registry>,
+}
+
+impl Workers {
+    /// Adds or refreshes a registration.
+    ///
+    /// Returns the worker that was replaced, whose owner must be ended by the caller.
+    pub(crate) fn register(
+        &self,
+        context: &RegisterContext,
+        chunk_size: u32,
+        pool_bytes: u64,
+        peer: u64,
+        new_owner: impl FnOnce() -> OwnerId,
+    ) -> Result<Option<Arc<Worker>>, RegisterError> {
+        if !(1..=255).contains(&context.world_size) {
+            return Err(RegisterError::WorldSize(context.world_size));
+        }
+        if context.model_name.contains('@') {
+            return Err(RegisterError::ModelName);
+        }
+        let shape = context.shape(chunk_size);
+        let bytes = context
+            .chunk_bytes(chunk_size)
+            .filter(|&bytes| bytes > 0)
+            .ok_or(RegisterError::Shape)?;
+        if bytes > pool_bytes {
+            return Err(RegisterError::LargerThanPool {
+                chunk: bytes,
+                pool: pool_bytes,
+            });
+        }
+        let layout = ChunkLayout {
+            shape: shape.into(),
+            dtype: context.dtype,
+            bytes,
+        };
+
+        let mut registry = self.registry.lock();
+        if let Some(known) = registry.workers.get(&context.instance_id)
+            && known.layout == layout
+            && *known.model_name == *context.model_name
+            && known.world_size == context.world_size
+        {
+            let mut activity = known.activity.lock();
+            activity.last_seen = Instant::now();
+            note_peer(&mut activity.peers, peer);
+            return Ok(None);
+        }
+        if registry.workers.len() >= MAX_WORKERS
+            && !registry.workers.contains_key(&context.instance_id)
+        {
+            return Err(RegisterError::TooManyWorkers);
+        }
+        let model_key = (Arc::clone(&context.model_name), context.world_size);
+        if registry.models.len() >= MAX_MODELS && !registry.models.contains_key(&model_key) {
+            return Err(RegisterError::TooManyWorkers);
+        }
+        let replaced = registry.remove(context.instance_id);
+        let model = registry.models.entry(model_key).or_default();
+        let group = match model.layouts.iter().position(|seen| *seen == layout) {
+            Some(group) => group,
+            None if model.layouts.len() >= MAX_LAYOUTS_PER_MODEL => {
+                return Err(RegisterError::TooManyLayouts(Arc::clone(
+                    &context.model_name,
+                )));
+            }
+            None => {
+                model.layouts.push(layout.clone());
+                model.layouts.len() - 1
+            }
+        };
+        let object_group_id = group as u32;
+        model
+            .registered
+            .push((context.instance_id, object_group_id));
+        let worker = Worker {
+            instance_id: context.instance_id,
+            owner: new_owner(),
+            model_name: Arc::clone(&context.model_name),
+            world_size: context.world_size,
+            block_size: context.block_size,
+            use_mla: context.use_mla,
+            layout,
+            object_group_id,
+            activity: Mutex::new(Activity {
+                last_seen: Instant::now(),
+                has_pinged: false,
+                sends_inline: false,
+                stores: HashMap::new(),
+                reads: HashMap::new(),
+                peers: vec![peer],
+            }),
+        };
+        registry
+            .workers
+            .insert(context.instance_id, Arc::new(worker));
+        Ok(replaced)
+    }
+
+    /// Removes a registration; the caller ends its owner.
+    pub(crate) fn unregister(&self, instance_id: InstanceId) -> Option<Arc<Worker>> {
+        self.registry.lock().remove(instance_id)
+    }
+
+    pub(crate) fn get(&self, instance_id: InstanceId) -> Option<Arc<Worker>> {
+        self.registry.lock().workers.get(&instance_id).cloned()
+    }
+
+    /// The object group that lookups for this model use: that of the newest registration.
+    pub(crate) fn object_group(&self, model_name: &Arc<str>, world_size: u32) -> Option<u32> {
+        let registry = self.registry.lock();
+        let model = registry.models.get(&(Arc::clone(model_name), world_size))?;
+        model.registered.last().map(|&(_, group)| group)
+    }
+
+    /// Notes a sign of life; `false` if there is no such worker.
+    pub(crate) fn ping(&self, instance_id: InstanceId, peer: u64) -> bool {
+        let Some(worker) = self.get(instance_id) else {
+            return false;
+        };
+        let mut activity = worker.activity.lock();
+        activity.last_seen = Instant::now();
+        activity.has_pinged = true;
+        note_peer(&mut activity.peers, peer);
+        true
+    }
+
+    /// Removes and returns the workers that were silent for too long.
+    pub(crate) fn reap(&self, reap_timeout: Duration, grace: Duration) -> Vec<Arc<Worker>> {
+        let now = Instant::now();
+        let workers: Vec<_> = self.registry.lock().workers.values().cloned().collect();
+        let mut reaped = Vec::new();
+        for worker in workers {
+            worker.forget_expired(now);
+            if reap_timeout.is_zero() {
+                continue;
+            }
+            let is_stale = {
+                let activity = worker.activity.lock();
+                let budget = if activity.has_pinged {
+                    reap_timeout
+                } else {
+                    grace
+                };
+                now.saturating_duration_since(activity.last_seen) > budget
+            };
+            if is_stale && let Some(worker) = self.unregister(worker.instance_id) {
+                reaped.push(worker);
+            }
+        }
+        reaped
+    }
+
+    /// Workers that were last heard on this connection, and on no other one.
+    pub(crate) fn only_on(&self, peer: u64) -> Vec<InstanceId> {
+        let registry = self.registry.lock();
+        let on_peer = registry
+            .workers
+            .values()
+            .filter(|worker| worker.activity.lock().peers == [peer]);
+        on_peer.map(|worker| worker.instance_id).collect()
+    }
+
+    /// All registrations, by instance id.
+    pub(crate) fn list(&self) -> Vec<Arc<Worker>> {
+        let mut workers: Vec<_> = self.registry.lock().workers.values().cloned().collect();
+        workers.sort_by_key(|worker| worker.instance_id);
+        workers
+    }
+}
+
+impl Registry {
+    fn remove(&mut self, instance_id: InstanceId) -> Option<Arc<Worker>> {
+        let worker = self.workers.remove(&instance_id)?;
+        let key = (Arc::clone(&worker.model_name), worker.world_size);
+        if let Some(model) = self.models.get_mut(&key) {
+            model.registered.retain(|&(id, _)| id != instance_id);
+        }
+        Some(worker)
+    }
+}
+
+/// Remembers the newest few connections of a worker.
+fn note_peer(peers: &mut Vec<u64>, peer: u64) {
+    if peers.last() == Some(&peer) {
+        return;
+    }
+    peers.retain(|&known| known != peer);
+    if peers.len() >= 4 {
+        peers.remove(0);
+    }
+    peers.push(peer);
+}

@@ -1,0 +1,145 @@
+//! The log on stderr, and how often one cause may fill it.
+
+use std::{
+    collections::HashMap,
+    fmt,
+    time::{Duration, Instant},
+};
+
+use parking_lot::Mutex;
+use tracing::{Event, Level, Subscriber, field::Visit};
+use tracing_appender::non_blocking::{NonBlockingBuilder, WorkerGuard};
+use tracing_subscriber::{
+    fmt::{
+        FmtContext, FormatEvent, FormatFields,
+        format::Writer,
+        time::{FormatTime, SystemTime},
+    },
+    registry::LookupSpan,
+};
+
+use crate::config::LogFormat;
+
+/// Lines that wait for a slow stderr; further ones are dropped, so that nobody waits for a log.
+const QUEUED_LINES: usize = 16_384;
+/// Target of plugins' output.
+const PLUGIN_TARGET: &str = "stockade::plugin";
+
+/// Starts logging. The guard flushes what is queued when it is dropped.
+///
+/// # Errors
+/// When a subscriber has been set in this process before.
+pub fn init(level: Level, format: LogFormat) -> anyhow::Result<WorkerGuard> {
+    let (writer, guard) = NonBlockingBuilder::default()
+        .lossy(true)
+        .buffered_lines_limit(QUEUED_LINES)
+        .finish(std::io::stderr());
+    let builder = tracing_subscriber::fmt()
+        .with_max_level(level)
+        .with_writer(writer)
+        .with_ansi(false);
+    let result = match format {
+        LogFormat::Human => builder.event_format(Human).try_init(),
+        LogFormat::Json => builder.json().flatten_event(true).try_init(),
+    };
+    result.map_err(|error| anyhow::anyhow!("logging could not be started: {error}"))?;
+    Ok(guard)
+}
+
+/// `[time] Stockade LEVEL: message field=value`, LMCache's shape without its colours.
+struct Human;
+
+impl<S, N> FormatEvent<S, N> for Human
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+    N: for<'a> FormatFields<'a> + 'static,
+{
+    fn format_event(
+        &self,
+        _: &FmtContext<'_, S, N>,
+        mut writer: Writer<'_>,
+        event: &Event<'_>,
+    ) -> fmt::Result {
+        writer.write_char('[')?;
+        SystemTime.format_time(&mut writer)?;
+        write!(writer, "] Stockade {}: ", event.metadata().level())?;
+        let mut line = Line::default();
+        event.record(&mut line);
+        if event.metadata().target() == PLUGIN_TARGET {
+            // The line is the plugin's alone: fields would look like a part of it.
+            return writeln!(writer, "[{}] {}", line.plugin, line.message);
+        }
+        writeln!(writer, "{}{}", line.message, line.fields)
+    }
+}
+
+#[derive(Default)]
+struct Line {
+    message: String,
+    plugin: String,
+    fields: String,
+}
+
+impl Visit for Line {
+    fn record_str(&mut self, field: &tracing::field::Field, value: &str) {
+        if field.name() == "plugin" {
+            self.plugin = value.to_owned();
+        } else {
+            self.record_debug(field, &format_args!("{value}"));
+        }
+    }
+
+    fn record_debug(&mut self, field: &tracing::field::Field, value: &dyn fmt::Debug) {
+        use fmt::Write as _;
+        // Writing to a String cannot fail.
+        let _ = match field.name() {
+            "message" => write!(self.message, "{value:?}"),
+            name => write!(self.fields, " {name}={value:?}"),
+        };
+    }
+}
+
+/// Lets a cause log five lines in ten seconds, and says how many more there were.
+#[derive(Debug, Default)]
+pub struct LogLimiter(Mutex<HashMap<&'static str, Window>>);
+
+#[derive(Debug)]
+struct Window {
+    began: Instant,
+    lines: u32,
+}
+
+impl LogLimiter {
+    const LINES: u32 = 5;
+    const WINDOW: Duration = Duration::from_secs(10);
+
+    /// Logs `line` as a warning unless `cause` has used up its lines.
+    pub fn warn(&self, cause: &'static str, line: impl FnOnce() -> String) {
+        let unsaid = {
+            let mut windows = self.0.lock();
+            let window = windows.entry(cause).or_insert_with(|| Window {
+                began: Instant::now(),
+                lines: 0,
+            });
+            let mut unsaid = 0;
+            if window.began.elapsed() > Self::WINDOW {
+                unsaid = window.lines.saturating_sub(Self::LINES);
+                *window = Window {
+                    began: Instant::now(),
+                    lines: 0,
+                };
+            }
+            window.lines = window.lines.saturating_add(1);
+            if window.lines > Self::LINES {
+                return;
+            }
+            unsaid
+        };
+        let line = line();
+        if unsaid > 0 {
+            tracing::warn!("{line} ({unsaid} more like it were not logged)");
+        } else {
+            tracing::warn!("{line}");
+        }
+    }
+}

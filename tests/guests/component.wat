@@ -1,0 +1,2 @@
+;; Not a core module.
+(component)

@@ -1,0 +1,10 @@
+;; Prints short lines as fast as it is let.
+(module
+  (import "wasi_snapshot_preview1" "fd_write" (func $fd_write (param i32 i32 i32 i32) (result i32)))
+  (memory (export "memory") 1)
+  (data (i32.const 0) "\10\00\00\00\30\00\00\00")
+  (data (i32.const 16) "flood\0aflood\0aflood\0aflood\0aflood\0aflood\0aflood\0aflood\0a")
+  (func (export "_start")
+    (loop $forever
+      (drop (call $fd_write (i32.const 1) (i32.const 0) (i32.const 1) (i32.const 8)))
+      (br $forever))))

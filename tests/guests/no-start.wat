@@ -1,0 +1,4 @@
+;; A library: it has no _start.
+(module
+  (memory (export "memory") 1)
+  (func (export "run")))

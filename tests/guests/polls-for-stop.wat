@@ -1,0 +1,23 @@
+;; Waits for an hour or for the end of its input, whichever comes first, as the SDKs do.
+(module
+  (import "wasi_snapshot_preview1" "fd_write" (func $fd_write (param i32 i32 i32 i32) (result i32)))
+  (import "wasi_snapshot_preview1" "poll_oneoff" (func $poll (param i32 i32 i32 i32) (result i32)))
+  (memory (export "memory") 1)
+  (data (i32.const 0) "\20\00\00\00\06\00\00\00")
+  (data (i32.const 8) "\30\00\00\00\08\00\00\00")
+  (data (i32.const 32) "ready\0a")
+  (data (i32.const 48) "goodbye\0a")
+  (func (export "_start")
+    (drop (call $fd_write (i32.const 1) (i32.const 0) (i32.const 1) (i32.const 24)))
+    ;; Subscriptions of 48 bytes: user data, tag at 8, content from 16.
+    (i64.store (i32.const 1024) (i64.const 1))
+    (i32.store8 (i32.const 1032) (i32.const 0))
+    (i32.store (i32.const 1040) (i32.const 1))
+    (i64.store (i32.const 1048) (i64.const 3600000000000))
+    (i64.store (i32.const 1072) (i64.const 2))
+    (i32.store8 (i32.const 1080) (i32.const 1))
+    (i32.store (i32.const 1088) (i32.const 0))
+    (if (call $poll (i32.const 1024) (i32.const 2048) (i32.const 2) (i32.const 24)) (then unreachable))
+    (if (i32.ne (i32.load (i32.const 24)) (i32.const 1)) (then unreachable))
+    (if (i64.ne (i64.load (i32.const 2048)) (i64.const 2)) (then unreachable))
+    (drop (call $fd_write (i32.const 1) (i32.const 8) (i32.const 1) (i32.const 24)))))
