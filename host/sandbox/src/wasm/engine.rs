@@ -1,0 +1,79 @@
+//! The engine's settings, which the compile child and the runtime must share, and its clock.
+
+use std::{
+    hash::{DefaultHasher, Hash, Hasher},
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
+    time::Duration,
+};
+
+use wasmtime::{Config, Engine, EngineWeak, InstanceAllocationStrategy, OptLevel, Strategy};
+
+/// How long a guest runs before it lets others run.
+pub(super) const TICK: Duration = Duration::from_millis(5);
+
+/// What a guest's stack may take, in bytes; beyond it is a trap.
+const GUEST_STACK: usize = 512 << 10;
+
+/// The fiber a guest runs on, in bytes: its stack and what host calls take above it.
+const FIBER_STACK: usize = 1 << 20;
+
+/// The engine that plugins are compiled by and run on.
+///
+/// Only Cranelift and on-demand allocation: the security advisories of 2026 hit the baseline
+/// compiler and the pooling allocator. Everything the three target languages do without is off.
+pub(super) fn new_engine() -> wasmtime::Result<Engine> {
+    let mut config = Config::new();
+    config
+        .strategy(Strategy::Cranelift)
+        .cranelift_opt_level(OptLevel::Speed)
+        .epoch_interruption(true)
+        .allocation_strategy(InstanceAllocationStrategy::OnDemand)
+        .memory_init_cow(true)
+        .memory_may_move(false)
+        .memory_reservation(4 << 30)
+        .memory_guard_size(32 << 20)
+        .guard_before_linear_memory(true)
+        .max_wasm_stack(GUEST_STACK)
+        .async_stack_size(FIBER_STACK)
+        .signals_based_traps(true)
+        .wasm_simd(false)
+        .wasm_relaxed_simd(false)
+        .wasm_memory64(false)
+        .wasm_multi_memory(false)
+        .wasm_tail_call(false)
+        .wasm_exceptions(false)
+        .wasm_function_references(false)
+        .gc_support(false);
+    Engine::new(&config)
+}
+
+/// Names the compiler, its settings and the processor: artefacts of another name are not ours.
+pub(super) fn compatibility(engine: &Engine) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    engine.precompile_compatibility_hash().hash(&mut hasher);
+    hasher.finish()
+}
+
+/// Advances the epoch until `stop` is set or nobody holds the engine any more.
+pub(super) fn start_ticker(
+    engine: EngineWeak,
+    stop: Arc<AtomicBool>,
+) -> io::Result<thread::JoinHandle<()>> {
+    thread::Builder::new()
+        .name("wasm-epoch".to_owned())
+        .spawn(move || {
+            while !stop.load(Ordering::Acquire) {
+                thread::sleep(TICK);
+                // Weak, so that a forgotten ticker keeps no code mapped.
+                let Some(engine) = engine.upgrade() else {
+                    return;
+                };
+                engine.increment_epoch();
+            }
+        })
+}

@@ -1,0 +1,626 @@
+//! Hostile and harmless guests in the sandbox: how each ends and what it gets.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
+
+use std::{
+    fs,
+    future::Future,
+    os::unix::fs::{MetadataExt, PermissionsExt, symlink},
+    path::{Path, PathBuf},
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use parking_lot::Mutex;
+use stockade_sandbox::wasm::{
+    Compiler, GuestOutput, GuestStream, WasmConfig, WasmEnd, WasmError, WasmLimits, WasmModule,
+    WasmRun, WasmRuntime,
+};
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+
+/// What a condition gets on a loaded machine before the test fails.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// What the product promises for a kill.
+const KILL_LIMIT: Duration = Duration::from_secs(1);
+
+/// A sink that keeps the start of what it gets, and takes `budget` bytes in all.
+struct Sink {
+    stdout: Mutex<Vec<u8>>,
+    stderr: Mutex<Vec<u8>>,
+    budget: AtomicUsize,
+    changed: Notify,
+}
+
+impl Sink {
+    fn new(budget: usize) -> Arc<Self> {
+        Arc::new(Self {
+            stdout: Mutex::default(),
+            stderr: Mutex::default(),
+            budget: AtomicUsize::new(budget),
+            changed: Notify::new(),
+        })
+    }
+
+    fn stdout(&self) -> String {
+        String::from_utf8(self.stdout.lock().clone()).unwrap()
+    }
+
+    fn stderr(&self) -> String {
+        String::from_utf8(self.stderr.lock().clone()).unwrap()
+    }
+
+    fn lines(&self) -> usize {
+        let stdout = self.stdout.lock();
+        stdout.iter().filter(|byte| **byte == b'\n').count()
+    }
+
+    fn allow(&self, more: usize) {
+        self.budget.fetch_add(more, Ordering::SeqCst);
+        self.changed.notify_waiters();
+    }
+
+    /// Waits until what it got satisfies `condition`.
+    async fn until(&self, what: &str, condition: impl Fn(&Self) -> bool) {
+        let wait = async {
+            loop {
+                let mut changed = std::pin::pin!(self.changed.notified());
+                changed.as_mut().enable();
+                if condition(self) {
+                    return;
+                }
+                changed.await;
+            }
+        };
+        tokio::time::timeout(PATIENCE, wait)
+            .await
+            .unwrap_or_else(|_| panic!("{what}: {:?}", self.stdout()));
+    }
+}
+
+impl GuestOutput for Sink {
+    fn push(&self, stream: GuestStream, bytes: &[u8]) {
+        let left = self.budget.load(Ordering::SeqCst);
+        assert!(
+            bytes.len() <= left,
+            "{} bytes with room for {left}",
+            bytes.len()
+        );
+        self.budget.fetch_sub(bytes.len(), Ordering::SeqCst);
+        match stream {
+            GuestStream::Stdout => self.stdout.lock().extend_from_slice(bytes),
+            GuestStream::Stderr => self.stderr.lock().extend_from_slice(bytes),
+        }
+        self.changed.notify_waiters();
+    }
+
+    fn budget(&self) -> usize {
+        self.budget.load(Ordering::SeqCst)
+    }
+
+    fn ready(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
+        Box::pin(async {
+            loop {
+                let mut changed = std::pin::pin!(self.changed.notified());
+                changed.as_mut().enable();
+                if self.budget() > 0 {
+                    return;
+                }
+                changed.await;
+            }
+        })
+    }
+}
+
+/// A runtime with a cache of its own.
+struct Sandbox {
+    runtime: WasmRuntime,
+    directory: tempfile::TempDir,
+}
+
+/// One guest and the ends of what it was given.
+struct Guest {
+    run: WasmRun,
+    sink: Arc<Sink>,
+    stop: CancellationToken,
+    kill: CancellationToken,
+}
+
+fn keeper() -> Compiler {
+    Compiler::Child {
+        program: PathBuf::from(env!("CARGO_BIN_EXE_stockade-keeper")),
+    }
+}
+
+fn start(cache_dir: &Path, compiler: Compiler) -> Result<WasmRuntime, WasmError> {
+    WasmRuntime::start(WasmConfig {
+        cache_dir: cache_dir.to_owned(),
+        compiler,
+    })
+}
+
+fn source(guest: &str) -> Vec<u8> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../../tests/guests")
+        .join(guest)
+        .with_extension("wat");
+    fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+}
+
+impl Sandbox {
+    fn new() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let runtime = start(&directory.path().join("cache"), keeper()).unwrap();
+        Self { runtime, directory }
+    }
+
+    fn cache(&self) -> PathBuf {
+        self.directory.path().join("cache")
+    }
+
+    fn module(&self, guest: &str) -> WasmModule {
+        self.runtime.prepare(guest, &source(guest)).unwrap()
+    }
+
+    fn refusal(&self, guest: &str) -> String {
+        let refused = self.runtime.prepare(guest, &source(guest));
+        refused.unwrap_err().to_string()
+    }
+
+    fn spawn(&self, guest: &str) -> Guest {
+        self.spawn_with(
+            &self.module(guest),
+            &WasmLimits::default(),
+            Sink::new(1 << 20),
+        )
+    }
+
+    fn spawn_with(&self, module: &WasmModule, limits: &WasmLimits, sink: Arc<Sink>) -> Guest {
+        let (stop, kill) = (CancellationToken::new(), CancellationToken::new());
+        let output = Arc::clone(&sink) as Arc<dyn GuestOutput>;
+        let (args, env) = (vec!["guest".to_owned()], Vec::new());
+        let run = self.runtime.spawn(
+            module,
+            args,
+            env,
+            limits,
+            output,
+            stop.clone(),
+            kill.clone(),
+        );
+        Guest {
+            run,
+            sink,
+            stop,
+            kill,
+        }
+    }
+
+    /// Runs a guest to its end.
+    async fn end_of(&self, guest: &str) -> (WasmEnd, Arc<Sink>) {
+        let guest = self.spawn(guest);
+        (guest.end().await, guest.sink)
+    }
+
+    /// The one artefact in the cache.
+    fn artefact(&self) -> PathBuf {
+        let mut found: Vec<PathBuf> = fs::read_dir(self.cache())
+            .unwrap()
+            .map(|entry| entry.unwrap().path())
+            .filter(|path| path.extension().is_some_and(|it| it == "cwasm"))
+            .collect();
+        assert_eq!(found.len(), 1, "{found:?}");
+        found.remove(0)
+    }
+}
+
+impl Guest {
+    async fn end(&self) -> WasmEnd {
+        tokio::time::timeout(PATIENCE, self.run.ended())
+            .await
+            .expect("the guest goes on")
+    }
+
+    /// Kills the guest; how long that took.
+    async fn kill(&self) -> Duration {
+        let asked = Instant::now();
+        self.kill.cancel();
+        assert_eq!(self.end().await, WasmEnd::Killed);
+        asked.elapsed()
+    }
+}
+
+#[tokio::test]
+async fn guests_end_as_they_should() {
+    let sandbox = Sandbox::new();
+    let cases = [
+        ("hello", WasmEnd::Exited(0), "hello world\n"),
+        ("no_newline", WasmEnd::Exited(0), "half line"),
+        ("exit_code_3", WasmEnd::Exited(3), ""),
+        ("memory_hog", WasmEnd::Exited(0), "refused\n"),
+        ("ask_for_randomness", WasmEnd::Exited(0), ""),
+        ("open_root", WasmEnd::Exited(8), ""),
+        (
+            "trap_unreachable",
+            WasmEnd::Trapped("wasm trap: wasm `unreachable` instruction executed".to_owned()),
+            "",
+        ),
+        (
+            "stack_overflow",
+            WasmEnd::Trapped("wasm trap: call stack exhausted".to_owned()),
+            "",
+        ),
+    ];
+    for (guest, end, output) in cases {
+        let (found, sink) = sandbox.end_of(guest).await;
+        // A refused random_get may also end the guest; what counts is that it got nothing.
+        if guest == "ask_for_randomness" {
+            assert_ne!(found, WasmEnd::Exited(1));
+            continue;
+        }
+        assert_eq!(found, end, "{guest}");
+        assert_eq!(sink.stdout(), output, "{guest}");
+    }
+}
+
+#[tokio::test]
+async fn modules_that_do_not_fit_are_refused_by_name_and_reason() {
+    let sandbox = Sandbox::new();
+    for (guest, reason) in [
+        ("unknown_import", "imports env.foo, which is not granted"),
+        ("no_start", "exports no _start"),
+        ("shared_memory", "needs threads"),
+        ("component", "is a component"),
+        ("two_memories", "multiple memories"),
+    ] {
+        let refusal = sandbox.refusal(guest);
+        assert!(refusal.contains(reason), "{refusal}");
+        assert!(refusal.contains(guest), "{refusal}");
+    }
+    for (bytes, reason) in [
+        (&b"\x7fELF\x02\x01\x01"[..], "is not a WebAssembly module"),
+        (b"(module (func", "is not a WebAssembly module"),
+        (b"\0asm\x01\0\0\0\x01\x02\xff\xff", "is refused"),
+    ] {
+        let refusal = sandbox
+            .runtime
+            .prepare("junk", bytes)
+            .unwrap_err()
+            .to_string();
+        assert!(refusal.contains(reason), "{refusal}");
+    }
+    let mut large = b"\0asm\x01\0\0\0".to_vec();
+    large.resize(17 << 20, 0);
+    let refusal = sandbox.runtime.prepare("large", &large).unwrap_err();
+    assert!(matches!(refusal, WasmError::TooLarge { .. }), "{refusal}");
+    let left: Vec<_> = fs::read_dir(sandbox.cache())
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name())
+        .filter(|name| name.to_string_lossy().ends_with(".tmp"))
+        .collect();
+    assert!(left.is_empty(), "refusals leave files: {left:?}");
+}
+
+#[tokio::test]
+async fn a_compiler_that_fails_is_an_error_and_nothing_is_cached() {
+    let directory = tempfile::tempdir().unwrap();
+    for program in ["/bin/false", "/bin/true", "/nonexistent/compiler"] {
+        let cache = directory.path().join("cache");
+        let program = PathBuf::from(program);
+        let runtime = start(&cache, Compiler::Child { program }).unwrap();
+        let refused = runtime.prepare("hello", &source("hello")).unwrap_err();
+        assert!(
+            matches!(refused, WasmError::CompilerFailed { .. }),
+            "{refused}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn memory_is_held_to_its_limit_and_reported() {
+    let sandbox = Sandbox::new();
+    let limits = WasmLimits {
+        memory_bytes: 20 << 20,
+        ..WasmLimits::default()
+    };
+    let hog = sandbox.spawn_with(&sandbox.module("memory_hog"), &limits, Sink::new(1 << 20));
+    assert_eq!(hog.end().await, WasmEnd::Exited(0));
+    let usage = hog.run.usage();
+    assert_eq!(usage.peak_memory_bytes, (19 << 20) + 65536);
+    assert_eq!((usage.memory_bytes, usage.refused_growths), (0, 1));
+    assert!(usage.cpu_time > Duration::ZERO);
+
+    for (guest, reason) in [
+        ("memory_at_start", "it needs 33554432 bytes of memory"),
+        ("memory_hog_that_aborts", "and gave up"),
+    ] {
+        let guest = sandbox.spawn_with(&sandbox.module(guest), &limits, Sink::new(0));
+        let WasmEnd::LimitHit(limit) = guest.end().await else {
+            panic!("no limit was hit");
+        };
+        assert!(limit.contains(reason), "{limit}");
+    }
+}
+
+#[tokio::test]
+async fn a_guest_sees_what_it_is_passed_and_nothing_else() {
+    assert!(std::env::vars().count() > 0, "there is something to leak");
+    let sandbox = Sandbox::new();
+    let sink = Sink::new(1 << 20);
+    let run = sandbox.runtime.spawn(
+        &sandbox.module("print_env"),
+        vec!["me".to_owned(), "an argument".to_owned()],
+        vec![
+            ("ROLE".to_owned(), String::new()),
+            ("ID".to_owned(), "0".to_owned()),
+        ],
+        &WasmLimits::default(),
+        Arc::clone(&sink) as Arc<dyn GuestOutput>,
+        CancellationToken::new(),
+        CancellationToken::new(),
+    );
+    assert_eq!(run.ended().await, WasmEnd::Exited(0));
+    assert_eq!(sink.stdout(), "me\0an argument\0");
+    assert_eq!(sink.stderr(), "ROLE=\0ID=0\0");
+}
+
+#[tokio::test]
+async fn endless_loops_are_killed_while_a_neighbour_goes_on() {
+    let sandbox = Sandbox::new();
+    let neighbour = sandbox.spawn("sleep_loop");
+    for guest in [
+        "endless_loop",
+        "endless_loop_in_start_function",
+        "log_flood",
+    ] {
+        let looping = sandbox.spawn_with(
+            &sandbox.module(guest),
+            &WasmLimits {
+                cpu_percent: 100,
+                ..WasmLimits::default()
+            },
+            Sink::new(usize::MAX >> 1),
+        );
+        let before = neighbour.sink.lines();
+        let ticks = |sink: &Sink| sink.lines() >= before + 5;
+        neighbour
+            .sink
+            .until("the neighbour stands still", ticks)
+            .await;
+        assert!(looping.run.usage().cpu_time > Duration::ZERO, "{guest}");
+        let took = looping.kill().await;
+        assert!(took < KILL_LIMIT, "{guest} took {took:?}");
+    }
+    assert!(neighbour.kill().await < KILL_LIMIT);
+}
+
+#[tokio::test]
+async fn dropping_the_last_handle_kills_the_guest() {
+    let sandbox = Sandbox::new();
+    let looping = sandbox.spawn("endless_loop");
+    let output = Arc::downgrade(&looping.sink);
+    let second = looping.run.clone();
+    drop(looping);
+    // The guest holds its output for as long as it lives.
+    assert!(output.upgrade().is_some());
+    drop(second);
+    let deadline = Instant::now() + PATIENCE;
+    while output.upgrade().is_some() {
+        assert!(Instant::now() < deadline, "the guest lives on");
+        tokio::task::yield_now().await;
+    }
+}
+
+#[tokio::test]
+async fn dropping_the_runtime_ends_its_guests_and_threads() {
+    let sandbox = Sandbox::new();
+    let module = sandbox.module("endless_loop");
+    let looping = sandbox.spawn("endless_loop");
+    let sleeping = sandbox.spawn("sleep_loop");
+    sleeping
+        .sink
+        .until("no tick", |sink| sink.lines() > 0)
+        .await;
+    drop(sandbox);
+    assert_eq!(looping.end().await, WasmEnd::Killed);
+    assert_eq!(sleeping.end().await, WasmEnd::Killed);
+    drop(module);
+}
+
+#[tokio::test]
+async fn a_quota_is_kept() {
+    let sandbox = Sandbox::new();
+    let module = sandbox.module("endless_loop");
+    let limits = WasmLimits {
+        cpu_percent: 10,
+        ..WasmLimits::default()
+    };
+    let looping = sandbox.spawn_with(&module, &limits, Sink::new(0));
+    let started = Instant::now();
+    let window = Duration::from_secs(2);
+    tokio::time::sleep(window).await;
+    let (used, elapsed) = (looping.run.usage().cpu_time, started.elapsed());
+    // A tenth, and what a guest may run ahead by; what it gets on a busy machine is less.
+    let allowed = elapsed / 10 + Duration::from_millis(50);
+    assert!(used <= allowed, "{used:?} in {elapsed:?}");
+    assert!(used > Duration::from_millis(20), "{used:?} in {elapsed:?}");
+    assert!(looping.kill().await < KILL_LIMIT);
+}
+
+#[tokio::test]
+async fn stdin_is_silent_until_stop_and_then_at_its_end() {
+    let sandbox = Sandbox::new();
+    let ticks = sandbox.spawn("sleep_loop");
+    for (guest, said) in [("wait_for_stdin_eof", "bye\n"), ("poll_stdin", "woken\n")] {
+        let waiting = sandbox.spawn(guest);
+        let before = ticks.sink.lines();
+        let later = |sink: &Sink| sink.lines() >= before + 3;
+        ticks.sink.until("no tick", later).await;
+        assert_eq!(waiting.sink.stdout(), "", "{guest} was woken too early");
+        waiting.stop.cancel();
+        assert_eq!(waiting.end().await, WasmEnd::Exited(0), "{guest}");
+        assert_eq!(waiting.sink.stdout(), said);
+    }
+}
+
+#[tokio::test]
+async fn a_sink_without_room_makes_the_guest_wait_and_only_it() {
+    let sandbox = Sandbox::new();
+    let module = sandbox.module("log_flood");
+    let flood = sandbox.spawn_with(&module, &WasmLimits::default(), Sink::new(10_000));
+    let full = |sink: &Sink| sink.budget() == 0;
+    flood.sink.until("the flood dries up", full).await;
+    let neighbour = sandbox.spawn("hello");
+    assert_eq!(neighbour.end().await, WasmEnd::Exited(0));
+    let idle = flood.run.usage().cpu_time;
+    let ticks = sandbox.spawn("sleep_loop");
+    ticks.sink.until("no tick", |sink| sink.lines() >= 10).await;
+    let waiting = flood.run.usage().cpu_time - idle;
+    assert!(waiting < Duration::from_millis(20), "it spins: {waiting:?}");
+    assert_eq!(flood.sink.stdout.lock().len(), 10_000);
+
+    flood.sink.allow(5_000);
+    let more = |sink: &Sink| sink.stdout.lock().len() == 15_000;
+    flood.sink.until("room is not noticed", more).await;
+    assert!(flood.kill().await < KILL_LIMIT, "while it waits for room");
+}
+
+#[tokio::test]
+async fn sleeping_guests_take_no_threads() {
+    let threads = || fs::read_dir("/proc/self/task").unwrap().count();
+    let sandbox = Sandbox::new();
+    let module = sandbox.module("sleep_loop");
+    let named = |name: &str| {
+        fs::read_dir("/proc/self/task")
+            .unwrap()
+            .filter_map(|task| fs::read_to_string(task.unwrap().path().join("comm")).ok())
+            .filter(|comm| comm.trim_end() == name)
+            .count()
+    };
+    assert!(named("wasm-guests") >= 1 && named("wasm-epoch") >= 1);
+    let before = threads();
+    let sink = Sink::new(1 << 24);
+    let guests: Vec<Guest> = (0..200)
+        .map(|_| sandbox.spawn_with(&module, &WasmLimits::default(), Arc::clone(&sink)))
+        .collect();
+    sink.until("not all of them run", |sink| sink.lines() >= 400)
+        .await;
+    // Other tests of this process start and end a few of their own meanwhile.
+    let grown = threads().saturating_sub(before);
+    assert!(grown < 100, "{grown} more threads for 200 guests");
+    for guest in &guests {
+        guest.kill.cancel();
+    }
+    for guest in &guests {
+        assert_eq!(guest.end().await, WasmEnd::Killed);
+    }
+}
+
+#[tokio::test]
+async fn a_module_is_compiled_once() {
+    let sandbox = Sandbox::new();
+    let first = sandbox.module("hello");
+    let inode = || fs::metadata(sandbox.artefact()).unwrap().ino();
+    let compiled = inode();
+    assert_eq!(sandbox.module("hello").digest(), first.digest());
+    assert_eq!(
+        first.digest(),
+        blake3::hash(&source("hello")).to_hex().as_str()
+    );
+    assert_eq!(inode(), compiled);
+
+    // Without a compiler too, as another server on the same directory.
+    let program = PathBuf::from("/bin/false");
+    let second = start(&sandbox.cache(), Compiler::Child { program }).unwrap();
+    second.prepare("hello", &source("hello")).unwrap();
+    assert_eq!(inode(), compiled);
+}
+
+#[tokio::test]
+async fn damaged_artefacts_are_compiled_anew() {
+    let sandbox = Sandbox::new();
+    sandbox.module("hello");
+    let path = sandbox.artefact();
+    let good = fs::read(&path).unwrap();
+    let mut flipped = good.clone();
+    let middle = flipped.len() / 2;
+    flipped[middle] ^= 1;
+    for damaged in [
+        &b""[..],
+        &good[..good.len() - 1],
+        &flipped,
+        b"not an artefact",
+    ] {
+        fs::write(&path, damaged).unwrap();
+        let (end, sink) = sandbox.end_of("hello").await;
+        assert_eq!(
+            (end, sink.stdout().as_str()),
+            (WasmEnd::Exited(0), "hello world\n")
+        );
+        assert_ne!(fs::read(&path).unwrap(), damaged, "it was trusted");
+    }
+
+    let inode = fs::metadata(&path).unwrap().ino();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o666)).unwrap();
+    sandbox.module("hello");
+    assert_ne!(
+        fs::metadata(&path).unwrap().ino(),
+        inode,
+        "others could write it"
+    );
+    fs::remove_file(path.with_extension("sum")).unwrap();
+    sandbox.module("hello");
+    assert!(path.with_extension("sum").exists());
+}
+
+#[tokio::test]
+async fn a_cache_that_others_can_write_is_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    let cache = directory.path().join("made/for/us");
+    drop(start(&cache, keeper()).unwrap());
+    assert_eq!(fs::metadata(&cache).unwrap().mode() & 0o777, 0o700);
+
+    for mode in [0o770, 0o702, 0o777] {
+        fs::set_permissions(&cache, fs::Permissions::from_mode(mode)).unwrap();
+        let refused = start(&cache, keeper()).unwrap_err();
+        assert!(
+            matches!(refused, WasmError::CacheDirectory { .. }),
+            "{refused}"
+        );
+    }
+    fs::set_permissions(&cache, fs::Permissions::from_mode(0o700)).unwrap();
+    let link = directory.path().join("link");
+    symlink(&cache, &link).unwrap();
+    assert!(start(&link, keeper()).is_err(), "through a link");
+    let file = directory.path().join("file");
+    fs::write(&file, b"").unwrap();
+    assert!(start(&file, keeper()).is_err(), "a file");
+}
+
+#[tokio::test]
+async fn modules_can_be_compiled_in_process_for_embedding() {
+    let directory = tempfile::tempdir().unwrap();
+    let runtime = start(&directory.path().join("cache"), Compiler::InProcess).unwrap();
+    let module = runtime.prepare("hello", &source("hello")).unwrap();
+    let sink = Sink::new(100);
+    let run = runtime.spawn(
+        &module,
+        Vec::new(),
+        Vec::new(),
+        &WasmLimits::default(),
+        Arc::clone(&sink) as Arc<dyn GuestOutput>,
+        CancellationToken::new(),
+        CancellationToken::new(),
+    );
+    assert_eq!(run.ended().await, WasmEnd::Exited(0));
+    assert_eq!(sink.stdout(), "hello world\n");
+}
