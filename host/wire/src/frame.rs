@@ -119,7 +119,7 @@ fn is_one_value(frame: &[u8], limits: &Limits) -> bool {
 fn decode_operation(frame: &[u8], limits: &Limits) -> Result<Operation, DecodeError> {
     let mut reader = Reader::new(frame);
     let value = reader
-        .value(limits.depth())
+        .skim(limits.depth())
         .and_then(|value| reader.finish().map(|()| value));
     let known = match value {
         Ok(Value::Int(id)) => u64::try_from(id).ok().and_then(Operation::from_legacy_id),

@@ -177,31 +177,40 @@ impl<'a> Reader<'a> {
         Ok(Value::Ext)
     }
 
-    /// Reads one whole value of any type, at most `depth` containers deep.
+    /// Reads one whole value of any type, at most `depth` containers deep. All text in it
+    /// must be UTF-8, as where Python makes strings of it.
     pub(crate) fn value(&mut self, depth: usize) -> Read<Value<'a>> {
-        self.value_within(depth, depth)
+        self.value_within::<true>(depth, depth)
     }
 
-    fn value_within(&mut self, depth: usize, limit: usize) -> Read<Value<'a>> {
+    /// As [`value`](Self::value), for values of which nobody looks at the text.
+    pub(crate) fn skim(&mut self, depth: usize) -> Read<Value<'a>> {
+        self.value_within::<false>(depth, depth)
+    }
+
+    /// Reads and forgets one whole value.
+    pub(crate) fn skip(&mut self, depth: usize) -> Read<()> {
+        self.skim(depth).map(drop)
+    }
+
+    fn value_within<const UTF8: bool>(&mut self, depth: usize, limit: usize) -> Read<Value<'a>> {
         let head = self.head()?;
         // Twice the length of a map fits in u64, and each turn consumes at least one byte.
         let children = match head {
             Value::Array { len } => u64::from(len),
             Value::Map { len } => u64::from(len) * 2,
+            Value::Str(text) if UTF8 && str::from_utf8(text).is_err() => {
+                return Err(FieldProblem::NotUtf8);
+            }
             _ => return Ok(head),
         };
         let inner = depth
             .checked_sub(1)
             .ok_or(FieldProblem::TooDeep { limit })?;
         for _ in 0..children {
-            self.value_within(inner, limit)?;
+            self.value_within::<UTF8>(inner, limit)?;
         }
         Ok(head)
-    }
-
-    /// Reads and forgets one whole value.
-    pub(crate) fn skip(&mut self, depth: usize) -> Read<()> {
-        self.value(depth).map(drop)
     }
 
     fn wrong<T>(expected: &'static str, found: Value<'_>) -> Read<T> {

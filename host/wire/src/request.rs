@@ -292,7 +292,10 @@ fn coerce_int(value: Value<'_>) -> Result<i128, FieldProblem> {
 
 /// Python's `int(text)`: blanks around it, a sign, single underscores between digits.
 fn parse_int(text: &[u8]) -> Option<i128> {
-    let text = text.trim_ascii();
+    let is_blank = |byte: &u8| matches!(byte, b' ' | b'\t'..=b'\r');
+    let start = text.iter().position(|byte| !is_blank(byte))?;
+    let end = text.iter().rposition(|byte| !is_blank(byte))?;
+    let text = text.get(start..=end)?;
     let (negative, digits) = match text {
         [b'-', digits @ ..] => (true, digits),
         [b'+', digits @ ..] => (false, digits),
@@ -424,9 +427,9 @@ pub(crate) fn decode(
         Operation::Clear => {
             let [force] = fields.payloads(frames)?;
             let depth = limits.depth();
+            let value = fields.whole("force", force, |reader| reader.value(depth))?;
             Request::Clear {
-                force: fields
-                    .whole("force", force, |reader| reader.value(depth).map(key::truth))?,
+                force: key::truth(value),
             }
         }
         Operation::ReportBlockAllocation => {
@@ -517,7 +520,7 @@ fn count_keys(fields: &Fields<'_>, frame: &Bytes) -> Result<u32, DecodeError> {
     fields.whole("keys", frame, |reader| {
         let keys = bounded_len(reader, limits.max_records, Unit::Keys)?;
         for _ in 0..keys {
-            match reader.value(limits.depth())? {
+            match reader.skim(limits.depth())? {
                 Value::Map { .. } => {}
                 other => {
                     return Err(FieldProblem::WrongType {

@@ -72,51 +72,53 @@ impl fmt::Debug for TokenIds {
 
 const BYTES_PER_TOKEN: usize = 4;
 
-/// How a marker byte's number is cut out of the eight bytes that start with it.
+/// Markers of the two forms that nearly all tokens of a real prompt have.
+const TWO_BYTES: u8 = 0xcd;
+const FOUR_BYTES: u8 = 0xce;
+
+/// What two tokens of four bytes take.
+const PAIR_BYTES: usize = 10;
+
+/// Reads two tokens of two or four bytes each; gives their bytes and what they took.
 ///
-/// `width` is what the value takes in all; 0 sends it to the slow path.
-#[derive(Clone, Copy)]
-struct Cut {
-    width: u8,
-    left: u8,
-    right: u8,
+/// There is no branch on either width: vocabularies beyond 65 536 entries mix the two in an
+/// order that no branch predictor could learn. Both places where the second token may start
+/// are looked at before it is known which one it is, so that one pair's position waits for
+/// two comparisons only.
+#[inline]
+fn read_pair(window: &[u8; PAIR_BYTES]) -> Option<([[u8; BYTES_PER_TOKEN]; 2], usize)> {
+    let [first, _, _, near, _, far, ..] = *window;
+    let wide = |marker| u32::from(marker == FOUR_BYTES);
+    let first_wide = wide(first);
+    // Arithmetic instead of `if`, which would be compiled to the branch to avoid.
+    let far_mask = 0_u32.wrapping_sub(first_wide);
+    let select = |if_near: u32, if_far: u32| if_near ^ ((if_near ^ if_far) & far_mask);
+    let step = select(6 + 2 * wide(near), 8 + 2 * wide(far));
+    let second_wide = (step >> 1) - 3 - first_wide;
+    let second = select(near.into(), far.into());
+    let known = |marker: u32| marker == TWO_BYTES.into() || marker == FOUR_BYTES.into();
+    if !(known(first.into()) & known(second)) {
+        return None;
+    }
+    let word = |at: usize| {
+        u32::from_be_bytes([window[at], window[at + 1], window[at + 2], window[at + 3]])
+    };
+    let first = word(1) >> (16 - 16 * first_wide);
+    let second = select(word(4), word(6)) >> (16 - 16 * second_wide);
+    Some(([first.to_be_bytes(), second.to_be_bytes()], step as usize))
 }
 
-/// Chosen by marker instead of branched on: real prompts mix two- and four-byte tokens in
-/// no order a branch predictor could learn.
-static CUTS: [Cut; 256] = {
-    let slow = Cut {
-        width: 0,
-        left: 0,
-        right: 0,
-    };
-    let mut cuts = [slow; 256];
-    let mut marker = 0;
-    while marker < 0x80 {
-        cuts[marker] = Cut {
-            width: 1,
-            left: 0,
-            right: 56,
-        };
-        marker += 1;
+/// Reads one unsigned token of up to four bytes; gives its bytes and what it took.
+#[inline]
+fn read_one(window: &[u8]) -> Option<([u8; BYTES_PER_TOKEN], usize)> {
+    match *window {
+        [small @ ..0x80, ..] => Some(([0, 0, 0, small], 1)),
+        [0xcc, a, ..] => Some(([0, 0, 0, a], 2)),
+        [TWO_BYTES, a, b, ..] => Some(([0, 0, a, b], 3)),
+        [FOUR_BYTES, a, b, c, d, ..] => Some(([a, b, c, d], 5)),
+        _ => None,
     }
-    cuts[0xcc] = Cut {
-        width: 2,
-        left: 8,
-        right: 56,
-    };
-    cuts[0xcd] = Cut {
-        width: 3,
-        left: 8,
-        right: 48,
-    };
-    cuts[0xce] = Cut {
-        width: 5,
-        left: 8,
-        right: 32,
-    };
-    cuts
-};
+}
 
 /// Reads an array of token ids.
 ///
@@ -134,10 +136,10 @@ pub(crate) fn read(reader: &mut Reader<'_>, max_tokens: usize) -> Result<TokenId
     let mut bytes = vec![0; count * BYTES_PER_TOKEN];
     let (mut slots, _) = bytes.as_chunks_mut::<BYTES_PER_TOKEN>();
     while !slots.is_empty() {
-        let (read, written) = read_short(reader.rest(), slots);
+        let (read, written) = read_common(reader.rest(), slots);
         reader.advance(read)?;
         slots = slots.get_mut(written..).unwrap_or_default();
-        // The short loop stops at the last few bytes, and at widths and types it does not know.
+        // The fast loop stops at forms it does not know: 64-bit or signed ones, and errors.
         let Some((slot, others)) = slots.split_first_mut() else {
             break;
         };
@@ -157,28 +159,29 @@ fn read_any(reader: &mut Reader<'_>) -> Result<u32, FieldProblem> {
     }
 }
 
-/// Reads unsigned tokens of up to five bytes while eight bytes are in sight.
+/// Reads tokens in the forms that clients write them in, up to the first in another form.
 ///
 /// Returns the bytes read and the slots written.
 #[inline]
-fn read_short(bytes: &[u8], slots: &mut [[u8; BYTES_PER_TOKEN]]) -> (usize, usize) {
+fn read_common(bytes: &[u8], slots: &mut [[u8; BYTES_PER_TOKEN]]) -> (usize, usize) {
     let mut position = 0;
-    for (written, slot) in slots.iter_mut().enumerate() {
-        let Some(window) = bytes
-            .get(position..)
-            .and_then(|rest| rest.first_chunk::<8>())
-        else {
-            return (position, written);
-        };
-        let word = u64::from_be_bytes(*window);
-        let cut = CUTS[usize::from(window[0])];
-        if cut.width == 0 {
-            return (position, written);
+    let mut written = 0;
+    while let Some(rest) = slots.get_mut(written..).filter(|rest| !rest.is_empty()) {
+        let ahead = bytes.get(position..).unwrap_or_default();
+        let window = ahead.first_chunk::<PAIR_BYTES>();
+        if let (Some(pair), Some(window)) = (rest.first_chunk_mut::<2>(), window)
+            && let Some((tokens, step)) = read_pair(window)
+        {
+            *pair = tokens;
+            position += step;
+            written += 2;
+        } else if let (Some(slot), Some((token, step))) = (rest.first_mut(), read_one(ahead)) {
+            *slot = token;
+            position += step;
+            written += 1;
+        } else {
+            break;
         }
-        #[expect(clippy::cast_possible_truncation, reason = "at most 32 bits are left")]
-        let token = ((word << cut.left) >> cut.right) as u32;
-        *slot = token.to_be_bytes();
-        position += usize::from(cut.width);
     }
-    (position, slots.len())
+    (position, written)
 }
