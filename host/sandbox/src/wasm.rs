@@ -301,6 +301,10 @@ impl WasmRuntime {
     /// module's name. When `stop` is cancelled the guest's stdin reaches its end, and it may go
     /// on for as long as it wants; when `kill` is, it ends at its next turn, within 20 ms where
     /// it shares the thread with no more than three busy guests.
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "one call site, and every argument is another kind of thing"
+    )]
     pub fn spawn(
         &self,
         module: &WasmModule,
