@@ -7,7 +7,7 @@ mod settings;
 use std::{num::NonZeroUsize, path::PathBuf, str::FromStr, time::Duration};
 
 use anyhow::Context as _;
-use clap::{Args as _, CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
+use clap::{CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 use serde::Deserialize;
 use stockade_cache::PolicyKind;
 
@@ -186,8 +186,14 @@ fn one_sentence(rendered: &str) -> String {
 fn read_file(path: &std::path::Path) -> anyhow::Result<File> {
     let text =
         std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
-    toml::from_str(&text)
-        .with_context(|| format!("{} is not a valid configuration", path.display()))
+    toml::from_str(&text).map_err(|error| {
+        // The whole error is a drawing of several lines; its message and line are one sentence.
+        let line = error
+            .span()
+            .map_or(1, |span| 1 + text[..span.start].matches('\n').count());
+        let message = error.message().replace('\n', " ");
+        anyhow::anyhow!("{} line {line}: {message}", path.display())
+    })
 }
 
 /// Seconds as a duration; refuses what a clock cannot hold.
@@ -267,6 +273,12 @@ impl Config {
         if l1_size_bytes == 0 {
             return Err(format!(
                 "--l1-size-gb {size_gb}: the pool would be smaller than one aligned slot of {page} bytes; give more"
+            ));
+        }
+
+        if l1_size_bytes / l1_align_bytes >= 1 << 32 {
+            return Err(format!(
+                "--l1-size-gb {size_gb}: a pool takes less than 2^32 aligned slots; raise --l1-align-bytes, now {l1_align_bytes}"
             ));
         }
 
@@ -391,11 +403,3 @@ fn shm_name(name: String) -> Result<String, String> {
     Ok(bare)
 }
 
-/// The schema of the command line, for help and golden tests.
-#[must_use]
-pub fn cli() -> clap::Command {
-    Settings::augment_args(clap::Command::new("serve"))
-}
-
-#[cfg(test)]
-mod tests;

@@ -27,15 +27,26 @@ pub const PATIENCE: Duration = Duration::from_secs(30);
 /// The repository.
 #[must_use]
 pub fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned()
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .unwrap()
+        .to_owned()
 }
 
 /// The server's binary, which `cargo build` puts beside the directory of the tests.
 #[must_use]
 pub fn binary() -> PathBuf {
     let deps = std::env::current_exe().unwrap();
-    let binary = deps.parent().and_then(Path::parent).unwrap().join("stockade");
-    assert!(binary.exists(), "{} is missing: run `cargo build` first, as tests/run.sh does", binary.display());
+    let binary = deps
+        .parent()
+        .and_then(Path::parent)
+        .unwrap()
+        .join("stockade");
+    assert!(
+        binary.exists(),
+        "{} is missing: run `cargo build` first, as tests/run.sh does",
+        binary.display()
+    );
     binary
 }
 
@@ -46,7 +57,10 @@ pub fn wait_for<T>(what: &str, mut condition: impl FnMut() -> Option<T>) -> T {
         if let Some(value) = condition() {
             return value;
         }
-        assert!(Instant::now() < deadline, "{what} did not come within {PATIENCE:?}");
+        assert!(
+            Instant::now() < deadline,
+            "{what} did not come within {PATIENCE:?}"
+        );
         std::thread::sleep(Duration::from_millis(5));
     }
 }
@@ -77,7 +91,17 @@ impl Server {
         let cache = tempfile::tempdir().unwrap();
         let mut command = Command::new(binary());
         command
-            .args(["serve", "--host", "127.0.0.1", "--port", "0", "--http-port", "0", "--chunk-size", "16"])
+            .args([
+                "serve",
+                "--host",
+                "127.0.0.1",
+                "--port",
+                "0",
+                "--http-port",
+                "0",
+                "--chunk-size",
+                "16",
+            ])
             .args(["--l1-size-gb", "0.0625", "--plugin-cache-dir"])
             .arg(cache.path().join("plugins"))
             .args(flags)
@@ -94,12 +118,22 @@ impl Server {
                 lines.lock().unwrap().push(line);
             }
         });
-        let mut server =
-            Self { child, log, url: String::new(), addr: String::new(), http: String::new(), _cache: cache };
+        let mut server = Self {
+            child,
+            log,
+            url: String::new(),
+            addr: String::new(),
+            http: String::new(),
+            _cache: cache,
+        };
         let line = server.wait_for_line("serving on tcp://");
         let port_after = |marker: &str| {
             let digits = &line[line.find(marker).unwrap() + marker.len()..];
-            digits.split(|character: char| !character.is_ascii_digit()).next().unwrap().to_owned()
+            digits
+                .split(|character: char| !character.is_ascii_digit())
+                .next()
+                .unwrap()
+                .to_owned()
         };
         server.addr = format!("127.0.0.1:{}", port_after("tcp://127.0.0.1:"));
         server.http = format!("127.0.0.1:{}", port_after("http://127.0.0.1:"));
@@ -116,8 +150,14 @@ impl Server {
             }
             let ended = self.child.try_wait().unwrap();
             let log = self.log().join("\n");
-            assert!(ended.is_none(), "the server ended with {ended:?} before it logged {text:?}:\n{log}");
-            assert!(Instant::now() < deadline, "no line with {text:?} in the log:\n{log}");
+            assert!(
+                ended.is_none(),
+                "the server ended with {ended:?} before it logged {text:?}:\n{log}"
+            );
+            assert!(
+                Instant::now() < deadline,
+                "no line with {text:?} in the log:\n{log}"
+            );
             std::thread::sleep(Duration::from_millis(5));
         }
     }
@@ -162,9 +202,15 @@ impl Server {
         );
         stream.write_all(request.as_bytes()).await.unwrap();
         let mut answer = String::new();
-        tokio::time::timeout(PATIENCE, stream.read_to_string(&mut answer)).await.unwrap().unwrap();
+        tokio::time::timeout(PATIENCE, stream.read_to_string(&mut answer))
+            .await
+            .unwrap()
+            .unwrap();
         let (head, body) = answer.split_once("\r\n\r\n").unwrap();
-        (head.split(' ').nth(1).unwrap().parse().unwrap(), body.to_owned())
+        (
+            head.split(' ').nth(1).unwrap().parse().unwrap(),
+            body.to_owned(),
+        )
     }
 
     /// GET of a JSON document.
@@ -181,7 +227,9 @@ impl Drop for Server {
         if self.child.try_wait().is_ok_and(|ended| ended.is_none()) {
             self.signal(rustix::process::Signal::TERM);
             let deadline = Instant::now() + Duration::from_secs(10);
-            while self.child.try_wait().is_ok_and(|ended| ended.is_none()) && Instant::now() < deadline {
+            while self.child.try_wait().is_ok_and(|ended| ended.is_none())
+                && Instant::now() < deadline
+            {
                 std::thread::sleep(Duration::from_millis(5));
             }
         }
@@ -204,7 +252,6 @@ pub enum Reply {
 
 impl Reply {
     /// The value; panics on an error reply.
-    #[must_use]
     pub fn value(self) -> Value {
         match self {
             Self::Value(value) => value,
@@ -244,19 +291,30 @@ impl Client {
     /// Connects.
     pub async fn connect(url: &str) -> Self {
         let mut socket = DealerSocket::new();
-        tokio::time::timeout(PATIENCE, socket.connect(url)).await.unwrap().unwrap();
-        Self { socket, next_uid: 0 }
+        tokio::time::timeout(PATIENCE, socket.connect(url))
+            .await
+            .unwrap()
+            .unwrap();
+        Self {
+            socket,
+            next_uid: 0,
+        }
     }
 
     /// Sends raw frames.
     pub async fn send(&mut self, frames: Vec<Bytes>) {
         let message = ZmqMessage::try_from(frames).unwrap();
-        tokio::time::timeout(PATIENCE, self.socket.send(message)).await.unwrap().unwrap();
+        tokio::time::timeout(PATIENCE, self.socket.send(message))
+            .await
+            .unwrap()
+            .unwrap();
     }
 
     /// Receives raw frames.
     pub async fn receive(&mut self) -> Vec<Bytes> {
-        let message = tokio::time::timeout(PATIENCE, self.socket.recv()).await.expect("no reply in time");
+        let message = tokio::time::timeout(PATIENCE, self.socket.recv())
+            .await
+            .expect("no reply in time");
         message.unwrap().into_vec()
     }
 
@@ -269,12 +327,21 @@ impl Client {
         frames.extend(arguments.iter().map(pack));
         self.send(frames).await;
         let reply = self.receive().await;
-        assert_eq!(unpack(&reply[0]), Value::from(uid), "the reply is to another request");
+        assert_eq!(
+            unpack(&reply[0]),
+            Value::from(uid),
+            "the reply is to another request"
+        );
         let answered = unpack(&reply[1]);
         match answered.as_str() {
-            Some(error) if error.starts_with("error: ") && answered != operation => Reply::Error(error.to_owned()),
+            Some(error) if error.starts_with("error: ") && answered != operation => {
+                Reply::Error(error.to_owned())
+            }
             _ => {
-                assert_eq!(answered, operation, "the operation comes back as it was sent");
+                assert_eq!(
+                    answered, operation,
+                    "the operation comes back as it was sent"
+                );
                 Reply::Value(reply.get(2).map_or(Value::Nil, unpack))
             }
         }
@@ -284,15 +351,24 @@ impl Client {
 /// A map with text keys.
 #[must_use]
 pub fn map(fields: &[(&str, Value)]) -> Value {
-    Value::Map(fields.iter().map(|(name, value)| (Value::from(*name), value.clone())).collect())
+    Value::Map(
+        fields
+            .iter()
+            .map(|(name, value)| (Value::from(*name), value.clone()))
+            .collect(),
+    )
 }
 
 /// A field of a map.
 #[must_use]
 pub fn field<'a>(value: &'a Value, name: &str) -> &'a Value {
-    let fields = value.as_map().unwrap_or_else(|| panic!("{value} is no map"));
+    let fields = value
+        .as_map()
+        .unwrap_or_else(|| panic!("{value} is no map"));
     let found = fields.iter().find(|(key, _)| key.as_str() == Some(name));
-    &found.unwrap_or_else(|| panic!("{value} has no field {name}")).1
+    &found
+        .unwrap_or_else(|| panic!("{value} has no field {name}"))
+        .1
 }
 
 /// Tokens that no other seed gives.
@@ -300,7 +376,9 @@ pub fn field<'a>(value: &'a Value, name: &str) -> &'a Value {
 pub fn tokens(count: usize, seed: u64) -> Vec<u32> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(1);
     let mut next = || {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        state = state
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
         u32::try_from(state >> 33).unwrap() % 150_000
     };
     (0..count).map(|_| next()).collect()
@@ -353,7 +431,10 @@ impl Key {
             ("model_name", self.model.as_str().into()),
             ("world_size", self.world_size.into()),
             ("worker_id", self.rank.map_or(Value::Nil, Value::from)),
-            ("token_ids", Value::Array(self.tokens.iter().map(|&token| token.into()).collect())),
+            (
+                "token_ids",
+                Value::Array(self.tokens.iter().map(|&token| token.into()).collect()),
+            ),
             ("start", self.start.into()),
             ("end", self.end.into()),
             ("request_id", self.request_id.as_str().into()),
@@ -382,12 +463,21 @@ impl Worker {
         let mut client = Client::connect(&server.url).await;
         let reply = client.call(14, &[registration(id, model)]).await.value();
         let name = field(&reply, "shm_name").as_str().unwrap().to_owned();
-        Self { client, id, model: model.to_owned(), segment: Path::new("/dev/shm").join(name) }
+        Self {
+            client,
+            id,
+            model: model.to_owned(),
+            segment: Path::new("/dev/shm").join(name),
+        }
     }
 
     /// Reserves slots: chunk index, offset, length.
     pub async fn prepare_store(&mut self, key: &Key) -> Vec<(u64, u64, u64)> {
-        let reply = self.client.call(16, &[key.value(), self.id.into()]).await.value();
+        let reply = self
+            .client
+            .call(16, &[key.value(), self.id.into()])
+            .await
+            .value();
         let context = field(&reply, "context");
         let indices = field(context, "chunk_indices").as_array().unwrap();
         let slots = field(context, "slots").as_array().unwrap();
@@ -395,23 +485,39 @@ impl Worker {
         indices
             .iter()
             .zip(slots)
-            .map(|(index, slot)| (number(index), number(field(slot, "offset")), number(field(slot, "length"))))
+            .map(|(index, slot)| {
+                (
+                    number(index),
+                    number(field(slot, "offset")),
+                    number(field(slot, "length")),
+                )
+            })
             .collect()
     }
 
     /// Commits what was prepared.
     pub async fn commit_store(&mut self, key: &Key) -> bool {
         let data = Value::Binary(Vec::new());
-        self.client.call(17, &[key.value(), self.id.into(), data]).await.value().as_bool().unwrap()
+        self.client
+            .call(17, &[key.value(), self.id.into(), data])
+            .await
+            .value()
+            .as_bool()
+            .unwrap()
     }
 
     /// Stores every chunk of the range, each filled by `byte` of its index.
     pub async fn store(&mut self, key: &Key, byte: impl Fn(u64) -> u8) -> bool {
         use std::os::unix::fs::FileExt as _;
         let slots = self.prepare_store(key).await;
-        let segment = std::fs::OpenOptions::new().write(true).open(&self.segment).unwrap();
+        let segment = std::fs::OpenOptions::new()
+            .write(true)
+            .open(&self.segment)
+            .unwrap();
         for (index, offset, length) in slots {
-            segment.write_all_at(&vec![byte(index); usize::try_from(length).unwrap()], offset).unwrap();
+            segment
+                .write_all_at(&vec![byte(index); usize::try_from(length).unwrap()], offset)
+                .unwrap();
         }
         self.commit_store(key).await
     }
@@ -419,7 +525,11 @@ impl Worker {
     /// Reads the range: the bytes of each chunk, or `None` for a miss.
     pub async fn retrieve(&mut self, key: &Key) -> Option<Vec<Vec<u8>>> {
         use std::os::unix::fs::FileExt as _;
-        let reply = self.client.call(18, &[key.value(), self.id.into()]).await.value();
+        let reply = self
+            .client
+            .call(18, &[key.value(), self.id.into()])
+            .await
+            .value();
         if !field(&reply, "success").as_bool().unwrap() {
             return None;
         }
@@ -428,12 +538,21 @@ impl Worker {
         let chunks = slots
             .iter()
             .map(|slot| {
-                let mut bytes = vec![0; usize::try_from(field(slot, "length").as_u64().unwrap()).unwrap()];
-                segment.read_exact_at(&mut bytes, field(slot, "offset").as_u64().unwrap()).unwrap();
+                let mut bytes =
+                    vec![0; usize::try_from(field(slot, "length").as_u64().unwrap()).unwrap()];
+                segment
+                    .read_exact_at(&mut bytes, field(slot, "offset").as_u64().unwrap())
+                    .unwrap();
                 bytes
             })
             .collect();
-        assert_eq!(self.client.call(19, &[key.value(), self.id.into()]).await.value(), Value::from(true));
+        assert_eq!(
+            self.client
+                .call(19, &[key.value(), self.id.into()])
+                .await
+                .value(),
+            Value::from(true)
+        );
         Some(chunks)
     }
 }
@@ -456,15 +575,35 @@ pub fn registration(id: u64, model: &str) -> Value {
 
 /// Looks a key up and returns the hit length in chunks; the locks stay with its request.
 pub async fn lookup(client: &mut Client, key: &Key) -> u64 {
-    let scheduler = Key { rank: None, ..key.clone() };
-    assert_eq!(client.call(8, &[scheduler.value(), 1.into()]).await.value(), Value::Nil);
-    client.call(9, &[key.request_id.as_str().into()]).await.value().as_u64().unwrap()
+    let scheduler = Key {
+        rank: None,
+        ..key.clone()
+    };
+    assert_eq!(
+        client.call(8, &[scheduler.value(), 1.into()]).await.value(),
+        Value::Nil
+    );
+    client
+        .call(9, &[key.request_id.as_str().into()])
+        .await
+        .value()
+        .as_u64()
+        .unwrap()
 }
 
 /// Looks a key up, gives the locks back, and returns the hit length in chunks.
 pub async fn lookup_free(client: &mut Client, key: &Key) -> u64 {
     let hit = lookup(client, key).await;
-    let scheduler = Key { rank: None, ..key.clone() };
-    assert_eq!(client.call(12, &[scheduler.value(), 1.into()]).await.value(), Value::Nil);
+    let scheduler = Key {
+        rank: None,
+        ..key.clone()
+    };
+    assert_eq!(
+        client
+            .call(12, &[scheduler.value(), 1.into()])
+            .await
+            .value(),
+        Value::Nil
+    );
     hit
 }

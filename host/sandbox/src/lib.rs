@@ -1,1 +1,29 @@
-//! x
+//! Runs untrusted plugins: WebAssembly in a sandbox, scripts as confined child processes.
+//!
+//! A plugin file goes through [`loader`] and [`manifest`] to the [`Supervisor`], which runs
+//! it as a WASI guest ([`wasm`]) or as a child process ([`NativeScript`]); its output
+//! becomes log events in [`log_stream`]. Nothing here knows the cache or the wire.
+#![deny(unsafe_code)]
+
+pub mod loader;
+pub mod manifest;
+
+mod native_script;
+pub mod wasm;
+
+pub mod log_stream;
+pub mod supervisor;
+
+pub use loader::{Found, LoadError, PluginKind};
+pub use log_stream::{LogCounts, LogLimits, LogLine, LogStream, OutputStream};
+pub use manifest::{Manifest, ManifestError, Restart};
+pub use native_script::{
+    Containment, KEEPER_ARGUMENT, NativeConfig, NativeScript, ProcessEnd, ProcessLimits, ScriptEnd,
+    ScriptError, ScriptOutput, keeper_main, passed_on,
+};
+pub use supervisor::{
+    Contract, PluginState, PluginStatus, Supervisor, SupervisorConfig, SupervisorError,
+};
+pub use wasm::{
+    COMPILE_ARGUMENT, Compiler, WasmConfig, WasmEnd, WasmError, WasmLimits, compile_child_main,
+};

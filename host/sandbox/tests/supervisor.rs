@@ -1,0 +1,609 @@
+//! Plugins under the supervisor: what each may do, how each ends, and what that costs others.
+//! The guests are in `tests/guests`, by the name of what they try.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
+
+use std::{
+    ffi::OsString,
+    fs,
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use stockade_sandbox::{
+    Compiler, Contract, NativeConfig, PluginState, PluginStatus, Supervisor, SupervisorConfig,
+    WasmConfig,
+};
+
+/// What a condition gets on a loaded machine before the test fails.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Where a test's plugins, and what is made of them, lie.
+struct Den {
+    directory: tempfile::TempDir,
+}
+
+impl Den {
+    fn new() -> Self {
+        let den = Self {
+            directory: tempfile::tempdir().unwrap(),
+        };
+        fs::create_dir(den.plugins()).unwrap();
+        den
+    }
+
+    fn plugins(&self) -> PathBuf {
+        self.directory.path().join("plugins")
+    }
+
+    /// One of the guests, with a manifest if that is not empty.
+    fn guest(&self, name: &str, manifest: &str) {
+        let guests = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/guests");
+        let file = format!("{name}.wat");
+        fs::copy(guests.join(&file), self.plugins().join(&file)).unwrap();
+        self.manifest(name, manifest);
+    }
+
+    fn file(&self, file: &str, content: impl AsRef<[u8]>) {
+        fs::write(self.plugins().join(file), content).unwrap();
+    }
+
+    fn manifest(&self, name: &str, manifest: &str) {
+        if !manifest.is_empty() {
+            self.file(&format!("{name}.plugin.toml"), manifest);
+        }
+    }
+
+    fn config(&self) -> SupervisorConfig {
+        let environment = [
+            ("PATH", "/usr/local/bin:/usr/bin:/bin"),
+            ("GRANTED", "yes"),
+            ("SECRET", "hunter2"),
+        ];
+        let server_environment: Vec<(OsString, OsString)> = environment
+            .iter()
+            .map(|(name, value)| (name.into(), value.into()))
+            .collect();
+        let mut native = NativeConfig::new(server_environment.clone(), &[]);
+        native.keeper_program = env!("CARGO_BIN_EXE_stockade-keeper").into();
+        SupervisorConfig {
+            locations: vec![self.plugins()],
+            wasm: WasmConfig {
+                cache_dir: self.directory.path().join("cache"),
+                compiler: Compiler::InProcess,
+            },
+            native,
+            server_environment,
+        }
+    }
+
+    fn start(&self) -> Supervisor {
+        start(self.config())
+    }
+}
+
+fn start(config: SupervisorConfig) -> Supervisor {
+    let supervisor = Supervisor::discover(config).unwrap();
+    let contract = Contract {
+        config_json: "{\"port\":5555}".to_owned(),
+        extra_config_json: "{\"n\":1}".to_owned(),
+    };
+    supervisor.start(&contract).unwrap();
+    supervisor
+}
+
+/// The plugin's status once it is as `wanted` says.
+async fn until(
+    supervisor: &Supervisor,
+    name: &str,
+    wanted: impl Fn(&PluginStatus) -> bool,
+) -> PluginStatus {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let status = supervisor.status(name).unwrap();
+        if wanted(&status) {
+            return status;
+        }
+        let lines = lines(supervisor, name);
+        assert!(
+            Instant::now() < deadline,
+            "still {status:?}, having printed {lines:?}"
+        );
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+}
+
+async fn until_state(supervisor: &Supervisor, name: &str, state: PluginState) -> PluginStatus {
+    until(supervisor, name, |status| status.state == state).await
+}
+
+async fn until_printed(supervisor: &Supervisor, name: &str, line: &str) {
+    let printed = |_: &PluginStatus| lines(supervisor, name).iter().any(|text| text == line);
+    until(supervisor, name, printed).await;
+}
+
+fn lines(supervisor: &Supervisor, name: &str) -> Vec<String> {
+    let lines = supervisor.logs(name, usize::MAX).unwrap();
+    lines.iter().map(|line| line.text.to_string()).collect()
+}
+
+fn threads() -> usize {
+    fs::read_dir("/proc/self/task").unwrap().count()
+}
+
+const NO_RESTART: &str = "restart = 'never'\n";
+
+#[tokio::test]
+async fn each_guest_ends_as_it_should() {
+    // Name, manifest besides `restart = 'never'`, state, what the description of its end says.
+    let table = [
+        ("hello", "", PluginState::Exited, "exited with code 0"),
+        ("exit_code_3", "", PluginState::Failed, "exited with code 3"),
+        (
+            "out_of_bounds",
+            "",
+            PluginState::Failed,
+            "out of bounds memory access",
+        ),
+        (
+            "stack_overflow",
+            "",
+            PluginState::Failed,
+            "call stack exhausted",
+        ),
+        (
+            "memory_hog_that_aborts",
+            "",
+            PluginState::Failed,
+            "of 67108864 at most",
+        ),
+        (
+            "large_at_birth",
+            "",
+            PluginState::Failed,
+            "1073741824 bytes of memory, of 67108864 at most",
+        ),
+        (
+            "table_hog",
+            "",
+            PluginState::Failed,
+            "table elements, of 100000 at most",
+        ),
+        // 48 is ENOMEM in WASI preview 1.
+        ("poll_bomb", "", PluginState::Failed, "exited with code 48"),
+        ("path_escape", "", PluginState::Exited, "exited with code 0"),
+        (
+            "two_memories",
+            "",
+            PluginState::Refused,
+            "multiple memories",
+        ),
+        ("shared_memory", "", PluginState::Refused, "needs threads"),
+        (
+            "unknown_import",
+            "",
+            PluginState::Refused,
+            "imports env.foo",
+        ),
+        ("no_start", "", PluginState::Refused, "exports no _start"),
+    ];
+    let den = Den::new();
+    for (name, manifest, _, _) in table {
+        den.guest(name, &format!("{NO_RESTART}{manifest}"));
+    }
+    den.file("empty.wasm", "");
+    den.file("elf.wasm", b"\x7fELF\x02\x01\x01");
+    den.file("component.wasm", b"\0asm\x0d\0\x01\0");
+    den.file(
+        "nonsense.wat",
+        "(module (func (export \"_start\") (result i32)))",
+    );
+    let more = [
+        (
+            "empty",
+            "",
+            PluginState::Refused,
+            "is not a WebAssembly module",
+        ),
+        (
+            "elf",
+            "",
+            PluginState::Refused,
+            "is not a WebAssembly module",
+        ),
+        ("component", "", PluginState::Refused, "is a component"),
+        ("nonsense", "", PluginState::Refused, "nonsense"),
+    ];
+    let supervisor = den.start();
+    for (name, _, state, end) in table.iter().chain(&more) {
+        let status = until_state(&supervisor, name, *state).await;
+        let last_end = status.last_end.unwrap();
+        assert!(last_end.contains(end), "{name}: {last_end}");
+        if *state == PluginState::Refused {
+            assert!(last_end.contains(name), "{last_end}");
+        }
+    }
+    assert_eq!(lines(&supervisor, "hello"), ["hello world"]);
+    supervisor.shutdown(Duration::ZERO).await;
+}
+
+#[tokio::test]
+async fn guests_and_scripts_see_the_contract_and_what_they_were_granted() {
+    let den = Den::new();
+    let manifest = format!("{NO_RESTART}env = ['GRANTED', 'ABSENT']");
+    den.guest("print_environ", &manifest);
+    den.file("script.sh", "#!/bin/sh\nenv\n");
+    den.manifest("script", &manifest);
+    let supervisor = den.start();
+    for name in ["print_environ", "script"] {
+        until_state(&supervisor, name, PluginState::Exited).await;
+        let seen = lines(&supervisor, name);
+        for wanted in [
+            "LMCACHE_RUNTIME_PLUGIN_CONFIG={\"port\":5555}",
+            "LMCACHE_PLUGIN_CONFIG={\"port\":5555}",
+            "LMCACHE_RUNTIME_PLUGIN_EXTRA_CONFIG={\"n\":1}",
+            "LMCACHE_RUNTIME_PLUGIN_ROLE=",
+            "LMCACHE_RUNTIME_PLUGIN_WORKER_COUNT=1",
+            "LMCACHE_RUNTIME_PLUGIN_WORKER_ID=0",
+            "GRANTED=yes",
+        ] {
+            assert!(seen.iter().any(|line| line == wanted), "{name}: {seen:?}");
+        }
+        let all = seen.concat();
+        assert!(!all.contains("SECRET") && !all.contains("hunter2"), "{all}");
+    }
+    assert!(
+        !lines(&supervisor, "print_environ")
+            .concat()
+            .contains("PATH=")
+    );
+    assert!(lines(&supervisor, "script").contains(&"PYTHONUNBUFFERED=1".to_owned()));
+    supervisor.shutdown(Duration::ZERO).await;
+}
+
+#[tokio::test]
+async fn a_script_that_fails_is_restarted_and_one_that_is_done_is_not() {
+    let den = Den::new();
+    den.file("fails.sh", "#!/bin/sh\necho run\nexit 7\n");
+    den.file("done.sh", "#!/bin/sh\necho run\n");
+    den.guest("exit_code_3", "");
+    let supervisor = den.start();
+    for name in ["fails", "exit_code_3"] {
+        let status = until(&supervisor, name, |status| status.restarts >= 2).await;
+        assert!(
+            status.last_end.unwrap().contains("exited with code"),
+            "{name}"
+        );
+    }
+    let status = until_state(&supervisor, "done", PluginState::Exited).await;
+    assert_eq!((status.restarts, lines(&supervisor, "done").len()), (0, 1));
+    supervisor.shutdown(Duration::ZERO).await;
+}
+
+#[tokio::test]
+async fn endless_loops_are_killed_in_time_and_neighbours_go_on() {
+    let spinners = [
+        "endless_loop",
+        "endless_loop_in_start_function",
+        "endless_loop_in_host_calls",
+    ];
+    let den = Den::new();
+    for name in spinners {
+        den.guest(name, "stop_grace_seconds = 0\n[limits]\ncpu_percent = 100");
+    }
+    den.guest("waits_for_stop", "");
+    let supervisor = den.start();
+    for name in spinners {
+        let runs = |status: &PluginStatus| status.cpu_time.is_some_and(|time| !time.is_zero());
+        until(&supervisor, name, runs).await;
+    }
+    // While they spin, another guest starts and ends.
+    until_printed(&supervisor, "waits_for_stop", "ready").await;
+    supervisor.stop_plugin("waits_for_stop").unwrap();
+    until_state(&supervisor, "waits_for_stop", PluginState::Stopped).await;
+    assert_eq!(lines(&supervisor, "waits_for_stop"), ["ready", "goodbye"]);
+
+    let mut longest = Duration::ZERO;
+    for name in spinners {
+        let asked = Instant::now();
+        supervisor.stop_plugin(name).unwrap();
+        let status = until_state(&supervisor, name, PluginState::Stopped).await;
+        longest = longest.max(asked.elapsed());
+        assert_eq!(status.last_end.as_deref(), Some("was killed"), "{name}");
+    }
+    // 20 ms is the budget on a machine of its own; here other tests run beside this one.
+    assert!(longest < Duration::from_millis(500), "{longest:?}");
+    supervisor.shutdown(Duration::ZERO).await;
+}
+
+#[tokio::test]
+async fn the_processor_quota_holds() {
+    let den = Den::new();
+    den.guest("endless_loop", "[limits]\ncpu_percent = 10");
+    let supervisor = den.start();
+    let cpu_time = |status: PluginStatus| status.cpu_time.unwrap();
+    let runs = |status: &PluginStatus| {
+        status
+            .cpu_time
+            .is_some_and(|time| time > Duration::from_millis(60))
+    };
+    let before = cpu_time(until(&supervisor, "endless_loop", runs).await);
+    let start = Instant::now();
+    tokio::time::sleep(Duration::from_millis(1500)).await;
+    let after = cpu_time(supervisor.status("endless_loop").unwrap());
+    let share = (after - before).as_secs_f64() / start.elapsed().as_secs_f64();
+    // The lower bound is loose: the machine may have other work for the thread's core.
+    assert!((0.01..0.13).contains(&share), "{share}");
+    supervisor.shutdown(Duration::ZERO).await;
+}
+
+#[tokio::test]
+async fn plugins_learn_that_they_shall_stop() {
+    let den = Den::new();
+    den.guest("waits_for_stop", "");
+    den.guest("polls_for_stop", "");
+    den.file(
+        "trap.sh",
+        "#!/bin/sh\ntrap 'echo goodbye; exit 0' TERM\necho ready\nwhile :; do sleep 0.05; done\n",
+    );
+    let supervisor = den.start();
+    let names = ["waits_for_stop", "polls_for_stop", "trap"];
+    for name in names {
+        until_printed(&supervisor, name, "ready").await;
+    }
+    let asked = Instant::now();
+    supervisor.shutdown(Duration::from_secs(20)).await;
+    assert!(
+        asked.elapsed() < Duration::from_secs(10),
+        "{:?}",
+        asked.elapsed()
+    );
+    for name in names {
+        let status = supervisor.status(name).unwrap();
+        assert_eq!(status.state, PluginState::Stopped, "{name}");
+        assert_eq!(
+            status.last_end.as_deref(),
+            Some("exited with code 0"),
+            "{name}"
+        );
+        assert_eq!(lines(&supervisor, name), ["ready", "goodbye"], "{name}");
+    }
+}
+
+#[tokio::test]
+async fn the_end_of_the_server_waits_for_nobody_longer_than_its_grace() {
+    let den = Den::new();
+    let patient = "stop_grace_seconds = 600";
+    den.guest("sleeper", patient);
+    den.guest("endless_loop", patient);
+    den.file(
+        "deaf.sh",
+        "#!/bin/sh\ntrap '' TERM\necho $$\nwhile :; do sleep 0.05; done\n",
+    );
+    den.manifest("deaf", patient);
+    let supervisor = den.start();
+    for name in ["sleeper", "endless_loop"] {
+        until_state(&supervisor, name, PluginState::Running).await;
+    }
+    until(&supervisor, "deaf", |status| status.logs.lines > 0).await;
+    let asked = Instant::now();
+    supervisor.shutdown(Duration::from_millis(300)).await;
+    assert!(
+        asked.elapsed() >= Duration::from_millis(300),
+        "{:?}",
+        asked.elapsed()
+    );
+    assert!(
+        asked.elapsed() < Duration::from_secs(2),
+        "{:?}",
+        asked.elapsed()
+    );
+    for status in supervisor.snapshot() {
+        assert_eq!(status.state, PluginState::Stopped, "{status:?}");
+    }
+    let marker = den.plugins().join("deaf.sh");
+    let left: Vec<_> = fs::read_dir("/proc")
+        .unwrap()
+        .filter_map(|entry| fs::read(entry.ok()?.path().join("cmdline")).ok())
+        .filter(|line| String::from_utf8_lossy(line).contains(marker.to_str().unwrap()))
+        .collect();
+    assert!(left.is_empty(), "{left:?}");
+}
+
+#[tokio::test]
+async fn plugins_are_stopped_started_and_restarted_by_hand() {
+    let den = Den::new();
+    den.guest("waits_for_stop", "");
+    den.file("hello.sh", "#!/bin/sh\necho hello\n");
+    let supervisor = den.start();
+    let name = "waits_for_stop";
+    let readies = |count: usize| {
+        let supervisor = &supervisor;
+        move |_: &PluginStatus| {
+            let lines = lines(supervisor, name);
+            lines.iter().filter(|line| *line == "ready").count() == count
+        }
+    };
+    until(&supervisor, name, readies(1)).await;
+    supervisor.start_plugin(name).unwrap();
+    supervisor.restart_plugin(name).unwrap();
+    until(&supervisor, name, readies(2)).await;
+    supervisor.stop_plugin(name).unwrap();
+    let status = until_state(&supervisor, name, PluginState::Stopped).await;
+    assert_eq!((status.restarts, status.memory_bytes), (1, None));
+    supervisor.start_plugin(name).unwrap();
+    until(&supervisor, name, readies(3)).await;
+
+    until_state(&supervisor, "hello", PluginState::Exited).await;
+    supervisor.restart_plugin("hello").unwrap();
+    until(&supervisor, "hello", |status| status.logs.lines == 2).await;
+    assert!(supervisor.restart_plugin("nobody").is_err());
+    supervisor.shutdown(Duration::from_secs(5)).await;
+    assert!(supervisor.start_plugin(name).is_err());
+}
+
+#[tokio::test]
+async fn a_refused_plugin_can_be_asked_for_again() {
+    let den = Den::new();
+    den.guest("unknown_import", "");
+    let supervisor = den.start();
+    until_state(&supervisor, "unknown_import", PluginState::Refused).await;
+    supervisor.stop_plugin("unknown_import").unwrap();
+    supervisor.restart_plugin("unknown_import").unwrap();
+    until_state(&supervisor, "unknown_import", PluginState::Refused).await;
+    supervisor.shutdown(Duration::ZERO).await;
+}
+
+#[tokio::test]
+async fn floods_are_held_and_lines_stay_whole() {
+    let den = Den::new();
+    den.guest(
+        "log_flood",
+        "[limits]\nlog_lines_per_second = 10\nlog_kib_per_second = 64",
+    );
+    den.guest("partial_line", NO_RESTART);
+    den.guest("fake_log_lines", NO_RESTART);
+    den.guest("endless_line", "[limits]\nlog_kib_per_second = 65536");
+    let supervisor = den.start();
+    until_state(&supervisor, "partial_line", PluginState::Exited).await;
+    assert_eq!(
+        lines(&supervisor, "partial_line"),
+        ["no newline \u{fffd}\\u{7}"]
+    );
+
+    until_state(&supervisor, "fake_log_lines", PluginState::Exited).await;
+    let faked = lines(&supervisor, "fake_log_lines");
+    assert_eq!(faked, ["a\\r[core] all keys lost\\u{1b}[2J\\u{1b}"]);
+
+    let status = until_state(&supervisor, "endless_line", PluginState::Exited).await;
+    assert_eq!((status.logs.lines, status.logs.cut_lines), (1, 1));
+    assert!(
+        lines(&supervisor, "endless_line")[0]
+            .ends_with(&format!("[{} bytes cut]", (10 << 20) - 8192))
+    );
+
+    let begun = Instant::now();
+    let logs = until(&supervisor, "log_flood", |status| {
+        status.logs.dropped_lines > 10_000
+    })
+    .await
+    .logs;
+    // The buckets begin with two seconds' worth; the flood itself takes under a second to that.
+    let seconds = begun.elapsed().as_secs() + PATIENCE.as_secs();
+    assert!(logs.bytes <= 64 * 1024 * (seconds + 3), "{logs:?}");
+    assert!(logs.lines <= 10 * (seconds + 3), "{logs:?}");
+    supervisor.shutdown(Duration::ZERO).await;
+}
+
+#[tokio::test]
+async fn a_manifest_sets_the_limits() {
+    let den = Den::new();
+    den.guest(
+        "memory_hog_that_aborts",
+        &format!("{NO_RESTART}[limits]\nmemory_mib = 3"),
+    );
+    let supervisor = den.start();
+    let status = until_state(&supervisor, "memory_hog_that_aborts", PluginState::Failed).await;
+    let last_end = status.last_end.unwrap();
+    assert!(last_end.contains("of 3145728 at most"), "{last_end}");
+    supervisor.shutdown(Duration::ZERO).await;
+}
+
+#[tokio::test]
+async fn modules_are_compiled_by_a_child_and_kept() {
+    let den = Den::new();
+    den.guest("hello", NO_RESTART);
+    den.guest("two_memories", NO_RESTART);
+    let config = || {
+        let mut config = den.config();
+        config.wasm.compiler = Compiler::Child {
+            program: env!("CARGO_BIN_EXE_stockade-keeper").into(),
+        };
+        config
+    };
+    let supervisor = start(config());
+    until_state(&supervisor, "hello", PluginState::Exited).await;
+    let status = until_state(&supervisor, "two_memories", PluginState::Refused).await;
+    assert!(status.last_end.unwrap().contains("multiple memories"));
+    supervisor.shutdown(Duration::ZERO).await;
+
+    // What was compiled once needs no compiler.
+    let mut config = config();
+    config.wasm.compiler = Compiler::Child {
+        program: "/nowhere".into(),
+    };
+    let supervisor = start(config);
+    until_state(&supervisor, "hello", PluginState::Exited).await;
+    let status = until_state(&supervisor, "two_memories", PluginState::Refused).await;
+    assert!(
+        status
+            .last_end
+            .unwrap()
+            .contains("compiling two_memories failed")
+    );
+    supervisor.shutdown(Duration::ZERO).await;
+}
+
+#[tokio::test]
+async fn a_thousand_sleepers_share_their_threads() {
+    let den = Den::new();
+    let guests = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/guests");
+    let sleeper = fs::read(guests.join("sleeper.wat")).unwrap();
+    for number in 0..1000 {
+        den.file(&format!("sleeper-{number}.wat"), &sleeper);
+    }
+    let before = threads();
+    let supervisor = den.start();
+    for number in 0..1000 {
+        let name = format!("sleeper-{number}");
+        let sleeps = |status: &PluginStatus| status.memory_bytes == Some(65536);
+        until(&supervisor, &name, sleeps).await;
+    }
+    // Guests, epochs, and what prepared them; other tests' threads come and go meanwhile.
+    assert!(threads() < before + 100, "{} after {before}", threads());
+    let asked = Instant::now();
+    supervisor.shutdown(Duration::ZERO).await;
+    assert!(
+        asked.elapsed() < Duration::from_secs(3),
+        "{:?}",
+        asked.elapsed()
+    );
+    let stopped = |status: &PluginStatus| status.state == PluginState::Stopped;
+    assert!(supervisor.snapshot().iter().all(stopped));
+}
+
+#[tokio::test]
+async fn dropping_the_supervisor_kills() {
+    let den = Den::new();
+    den.file("nap.sh", "#!/bin/sh\necho $$\nexec sleep 987\n");
+    den.guest("endless_loop", "");
+    let supervisor = den.start();
+    until(&supervisor, "nap", |status| status.logs.lines > 0).await;
+    until_state(&supervisor, "endless_loop", PluginState::Running).await;
+    drop(supervisor);
+    let naps = || {
+        let processes = fs::read_dir("/proc").unwrap().flatten();
+        processes
+            .filter_map(|entry| fs::read(entry.path().join("cmdline")).ok())
+            .filter(|line| line == b"sleep\x00987\x00")
+            .count()
+    };
+    let deadline = Instant::now() + Duration::from_secs(2);
+    while naps() > 0 {
+        assert!(Instant::now() < deadline);
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+#[test]
+fn what_cannot_be_loaded_is_named_before_anything_runs() {
+    let den = Den::new();
+    let mut config = den.config();
+    config.locations = vec!["/nowhere/plugins".into()];
+    let error = Supervisor::discover(config).err().unwrap().to_string();
+    assert!(error.contains("/nowhere/plugins"), "{error}");
+}

@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Runs every test: the crates', the examples', and last the product's from outside.
+set -euo pipefail
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+say() { printf '\n-- %s\n' "$*"; }
+
+say "server and keeper"
+cargo build --workspace --bins --locked
+
+say "crates"
+cargo test --workspace --exclude stockade-tests --lib --bins --tests --locked
+cargo test --workspace --exclude stockade-tests --doc --locked
+
+say "example plugins: Python and Bash"
+python3 -m unittest discover -s examples/tests
+
+say "example plugins: Rust"
+(cd examples/mp-plugin-rust && cargo test --locked --target-dir ../../target/guests-native)
+
+say "example plugins: Go"
+if command -v go > /dev/null 2>&1; then
+  (cd examples/mp-heartbeat-go && go test ./...)
+else
+  echo "there is no go, so the Go example's own tests are left out"
+fi
+
+say "the product from outside"
+cargo test -p stockade-tests --test suite --locked

@@ -1,0 +1,13 @@
+//! The product from outside: one binary, a server of its own for each test.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
+
+mod basics;
+mod hostile;
+mod plugins;
+mod start_up;
+mod store_retrieve;
