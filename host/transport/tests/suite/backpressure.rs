@@ -24,10 +24,6 @@ async fn requests_in_flight_are_bounded_and_the_rest_wait() {
     });
     let config = Config {
         max_in_flight: 3,
-        // Far shorter than the wait: silence that we cause must not count.
-        heartbeat_interval: Duration::from_millis(20),
-        heartbeat_timeout: Duration::from_millis(60),
-        message_timeout: Duration::from_millis(60),
         ..Config::default()
     };
     let server = TestServer::start(config, handler).await;
@@ -42,14 +38,41 @@ async fn requests_in_flight_are_bounded_and_the_rest_wait() {
     assert_eq!(counted.load(Ordering::SeqCst), 3);
     opened.add_permits(10);
     for at in 0..10_u8 {
-        loop {
-            match raw.receive().await {
-                Received::Message(frames) => break assert_eq!(frames, [[at]]),
-                Received::Command(_) => raw.send(&command(b"\x04PONG")).await,
-                Received::End => panic!("dropped"),
-            }
-        }
+        raw.expect_message(&[&[at]]).await;
     }
+}
+
+#[tokio::test]
+async fn silence_that_the_server_causes_does_not_count_against_the_peer() {
+    let gate = Arc::new(Semaphore::new(0));
+    let opened = Arc::clone(&gate);
+    let (handler, _ends) = with(move |_, message| {
+        let gate = Arc::clone(&gate);
+        Outcome::Later(Box::pin(async move {
+            gate.acquire().await.unwrap().forget();
+            Some(echo(message))
+        }))
+    });
+    let config = Config {
+        max_in_flight: 1,
+        heartbeat_interval: Duration::from_millis(400),
+        heartbeat_timeout: Duration::from_millis(500),
+        message_timeout: Duration::from_millis(500),
+        ..Config::default()
+    };
+    let server = TestServer::start(config, handler).await;
+    let mut raw = server.raw().await;
+    raw.handshake(1).await;
+    let (first, second) = (message(&[b"first"]), message(&[b"second"]));
+    let (begun, rest) = second.split_at(5);
+    raw.send(&[&first, begun].concat()).await;
+    until("received", || server.stats.messages_in() == 1).await;
+    // Time must pass here: it is the server that does not read in it.
+    tokio::time::sleep(Duration::from_millis(1200)).await;
+    opened.add_permits(2);
+    raw.expect_message(&[b"first"]).await;
+    raw.send(rest).await;
+    raw.expect_message(&[b"second"]).await;
 }
 
 #[tokio::test]

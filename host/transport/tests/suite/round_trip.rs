@@ -123,9 +123,11 @@ async fn unasked_messages_arrive_in_order_and_end_with_the_connection() {
 #[tokio::test]
 async fn a_request_finishes_although_its_client_left() {
     let (finished, mut finish) = mpsc::unbounded_channel();
+    let (peers, mut joined) = mpsc::unbounded_channel();
     let gate = Arc::new(Notify::new());
     let opened = Arc::clone(&gate);
-    let (handler, mut ends) = with(move |_, _| {
+    let (handler, mut ends) = with(move |peer, _| {
+        peers.send(Arc::clone(peer)).unwrap();
         let (finished, gate) = (finished.clone(), Arc::clone(&gate));
         Outcome::Later(Box::pin(async move {
             gate.notified().await;
@@ -137,8 +139,9 @@ async fn a_request_finishes_although_its_client_left() {
     let mut raw = server.raw().await;
     raw.handshake(1).await;
     raw.send(&message(&[b"end_session"])).await;
-    until("received", || server.stats.messages_in() == 1).await;
+    let peer = soon(joined.recv()).await.unwrap();
     drop(raw);
+    until("the server saw it leave", || peer.is_closed()).await;
     opened.notify_one();
     soon(finish.recv()).await.unwrap();
     assert_eq!(soon(ends.recv()).await.unwrap().name(), "peer_closed");
