@@ -365,12 +365,15 @@ async fn plugins_learn_that_they_shall_stop() {
     for name in names {
         let status = supervisor.status(name).unwrap();
         assert_eq!(status.state, PluginState::Stopped, "{name}");
-        assert_eq!(
-            status.last_end.as_deref(),
-            Some("exited with code 0"),
-            "{name}"
+        let last_end = status.last_end.unwrap();
+        assert!(
+            last_end.starts_with("exited with code 0"),
+            "{name}: {last_end}"
         );
-        assert_eq!(lines(&supervisor, name), ["ready", "goodbye"], "{name}");
+        // Between the two a shell may say that its `sleep` was terminated.
+        let lines = lines(&supervisor, name);
+        assert_eq!(lines.first().unwrap(), "ready", "{name}: {lines:?}");
+        assert_eq!(lines.last().unwrap(), "goodbye", "{name}: {lines:?}");
     }
 }
 
@@ -468,6 +471,7 @@ async fn floods_are_held_and_lines_stay_whole() {
     den.guest("partial_line", NO_RESTART);
     den.guest("fake_log_lines", NO_RESTART);
     den.guest("endless_line", "[limits]\nlog_kib_per_second = 65536");
+    let begun = Instant::now();
     let supervisor = den.start();
     until_state(&supervisor, "partial_line", PluginState::Exited).await;
     assert_eq!(
@@ -486,16 +490,12 @@ async fn floods_are_held_and_lines_stay_whole() {
             .ends_with(&format!("[{} bytes cut]", (10 << 20) - 8192))
     );
 
-    let begun = Instant::now();
-    let logs = until(&supervisor, "log_flood", |status| {
-        status.logs.dropped_lines > 10_000
-    })
-    .await
-    .logs;
-    // The buckets begin with two seconds' worth; the flood itself takes under a second to that.
-    let seconds = begun.elapsed().as_secs() + PATIENCE.as_secs();
-    assert!(logs.bytes <= 64 * 1024 * (seconds + 3), "{logs:?}");
-    assert!(logs.lines <= 10 * (seconds + 3), "{logs:?}");
+    let flooded = |status: &PluginStatus| status.logs.dropped_lines > 3000;
+    let logs = until(&supervisor, "log_flood", flooded).await.logs;
+    // The buckets begin with two seconds' worth.
+    let seconds = begun.elapsed().as_secs() + 3;
+    assert!(logs.bytes <= 64 * 1024 * seconds, "{logs:?}");
+    assert!(logs.lines <= 10 * seconds, "{logs:?}");
     supervisor.shutdown(Duration::ZERO).await;
 }
 
