@@ -83,7 +83,6 @@ impl From<SupervisorError> for Problem {
 }
 
 /// All routes.
-#[must_use]
 pub fn router(admin: Arc<Admin>) -> Router {
     Router::new()
         .route("/", get(async || Json(json!({"status": "ok", "service": "Stockade HTTP API"}))))
@@ -110,7 +109,6 @@ pub fn router(admin: Arc<Admin>) -> Router {
 }
 
 /// `/metrics` alone, for a listener of its own.
-#[must_use]
 pub fn metrics_router<S: Clone + Send + Sync + 'static>(admin: Arc<Admin>) -> Router<S> {
     Router::new()
         .route("/metrics", get(scrape))

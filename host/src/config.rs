@@ -402,4 +402,3 @@ fn shm_name(name: String) -> Result<String, String> {
     }
     Ok(bare)
 }
-
