@@ -239,6 +239,11 @@ fn disagreements_are_refused() {
         tampered(b"\x8a\x0al", b"\x8a\x0am"),
         PickleError::Malformed { .. }
     ));
+    // The key in the list of keys.
+    assert!(matches!(
+        tampered(b"]q\0X\x0e\0\0\x009", b"]q\0X\x0e\0\0\x008"),
+        PickleError::Storage { .. }
+    ));
     // One element further, one dimension more, a stride more.
     assert_eq!(
         tampered(b"R\x94K\0", b"R\x94K\x01"),
