@@ -55,6 +55,7 @@ fn serve(config: Config, warnings: &[String]) -> ExitCode {
     for warning in warnings {
         tracing::warn!("{warning}");
     }
+    raise_open_files();
     let threads = std::thread::available_parallelism()
         .map_or(2, |cores| cores.get().clamp(2, MAX_WORKER_THREADS));
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -88,6 +89,22 @@ fn serve(config: Config, warnings: &[String]) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => fail(EX_UNAVAILABLE, &format_args!("{error:#}")),
+    }
+}
+
+/// Connections are descriptors, and the usual soft limit of 1024 is for programs that `select`.
+fn raise_open_files() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit {
+        current: limit.maximum,
+        maximum: limit.maximum,
+    };
+    if setrlimit(Resource::Nofile, raised).is_err() {
+        tracing::warn!(
+            "the limit on open files could not be raised from {:?}",
+            limit.current
+        );
     }
 }
 

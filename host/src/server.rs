@@ -4,7 +4,9 @@ use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::{Context as _, bail};
 use prometheus_client::registry::Registry;
-use stockade_cache::{Backing, CacheEngine, CacheError, EngineConfig, TokenHasher};
+use stockade_cache::{
+    Backing, CacheEngine, CacheError, EngineConfig, TokenHasher, remove_dead_segments,
+};
 use stockade_sandbox::{
     Compiler, Contract, NativeConfig, Supervisor, SupervisorConfig, WasmConfig,
 };
@@ -19,6 +21,8 @@ use crate::{
 
 /// How often the service looks after leases, sessions and the watermark.
 const MAINTENANCE_INTERVAL: Duration = Duration::from_millis(250);
+/// Default names of segments are this and the port.
+const SEGMENT_PREFIX: &str = "stockade-";
 /// What plugins get to end by themselves when the server stops; their own grace may be shorter.
 const PLUGIN_GRACE: Duration = Duration::from_secs(5);
 
@@ -304,10 +308,10 @@ async fn open_engine(
     port: u16,
     endpoint: &Endpoint,
 ) -> anyhow::Result<CacheEngine> {
-    let name = config
-        .shm_name
-        .clone()
-        .unwrap_or_else(|| format!("stockade-{port}"));
+    let name = config.shm_name.clone().unwrap_or_else(|| {
+        remove_dead_segments(SEGMENT_PREFIX);
+        format!("{SEGMENT_PREFIX}{port}")
+    });
     let backing = if name.is_empty() {
         Backing::Private
     } else {
@@ -344,6 +348,5 @@ fn transport_config(config: &Config) -> stockade_transport::Config {
     transport.max_inbound_bytes = transport
         .max_inbound_bytes
         .max(config.max_message_bytes.saturating_mul(2));
-    transport.max_outbound_bytes = transport.max_outbound_bytes.max(config.max_message_bytes);
     transport
 }

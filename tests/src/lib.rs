@@ -235,6 +235,10 @@ impl Drop for Server {
         }
         let _ = self.child.kill();
         let _ = self.child.wait();
+        if let Some((_, port)) = self.addr.rsplit_once(':') {
+            // A server that was killed could not remove it.
+            let _ = std::fs::remove_file(format!("/dev/shm/stockade-{port}"));
+        }
         if std::thread::panicking() {
             eprintln!("log of the server:\n{}", self.log().join("\n"));
         }

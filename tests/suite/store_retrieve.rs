@@ -346,3 +346,18 @@ fn the_segment_goes_with_the_server_and_a_dead_servers_is_taken_over() {
     assert_eq!(server.wait(), Some(0));
     wait_for("the end of the segment", || (!path.exists()).then_some(()));
 }
+
+#[test]
+fn a_server_on_any_port_removes_what_a_killed_one_left() {
+    let mut killed = Server::start(&[]);
+    let port = killed.addr.rsplit(':').next().unwrap().to_owned();
+    let path = std::path::Path::new("/dev/shm").join(format!("stockade-{port}"));
+    killed.signal(rustix::process::Signal::KILL);
+    killed.wait();
+    let running = Server::start(&[]);
+    assert!(!path.exists(), "the next start takes the memory back");
+    let port = running.addr.rsplit(':').next().unwrap();
+    let path = std::path::Path::new("/dev/shm").join(format!("stockade-{port}"));
+    let _another = Server::start(&[]);
+    assert!(path.exists(), "a living server's segment is left alone");
+}

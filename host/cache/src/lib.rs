@@ -31,6 +31,7 @@ pub use error::{CacheError, LeaseError, ReadError, ReserveError};
 pub use eviction::PolicyKind;
 pub use key::{CacheSalt, ChunkHash, KeyScope, ObjectKey, SaltError, kv_rank};
 pub use l1::lease::{LeaseId, OwnerId};
+pub use shm_pool::segment::remove_dead_segments;
 pub use shm_pool::slot_allocator::SlotAllocator;
 pub use shm_pool::{Backing, Slot};
 pub use token_hasher::TokenHasher;

@@ -301,6 +301,29 @@ fn remove_stale(name: &str) -> Result<(), CacheError> {
     })
 }
 
+/// Removes the segments called `prefix` and digits whose servers are dead; returns how many.
+///
+/// A server that names its segment after a port that the kernel chose never meets its old
+/// name again, so a killed one's memory would stay taken. Segments of living servers are
+/// locked, and of other users left alone.
+pub fn remove_dead_segments(prefix: &str) -> usize {
+    let Ok(entries) = std::fs::read_dir("/dev/shm") else {
+        return 0;
+    };
+    let names = entries
+        .flatten()
+        .filter_map(|entry| entry.file_name().into_string().ok());
+    let ours = names.filter(|name| {
+        let digits = name.strip_prefix(prefix).unwrap_or_default();
+        !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_digit())
+    });
+    ours.filter(|name| {
+        let path = std::path::Path::new("/dev/shm").join(name);
+        remove_stale(name).is_ok() && !path.exists()
+    })
+    .count()
+}
+
 fn os(step: &'static str, errno: Errno) -> CacheError {
     CacheError::Os {
         step,
