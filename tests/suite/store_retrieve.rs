@@ -361,3 +361,36 @@ fn a_server_on_any_port_removes_what_a_killed_one_left() {
     let _another = Server::start(&[]);
     assert!(path.exists(), "a living server's segment is left alone");
 }
+
+#[tokio::test]
+async fn objects_of_another_layout_are_not_found() {
+    let server = Server::start(&[]);
+    let mut worker = Worker::register(&server, 1, "m").await;
+    let key = Key::new("m", &tokens(CHUNK, 11), Some(0), "w");
+    assert!(worker.store(&key, |_| 1).await);
+    let Value::Map(mut fields) = stockade_tests::registration(1, "m") else {
+        unreachable!()
+    };
+    for (name, value) in &mut fields {
+        if name.as_str() == Some("dtype_str") {
+            *value = "bfloat16".into();
+        }
+    }
+    // As many bytes a chunk, and other numbers.
+    worker.client.call(14, &[Value::Map(fields)]).await.value();
+    let again = Key {
+        request_id: "r".to_owned(),
+        ..key.clone()
+    };
+    assert_eq!(lookup_free(&mut worker.client, &again).await, 0);
+    worker
+        .client
+        .call(14, &[stockade_tests::registration(1, "m")])
+        .await
+        .value();
+    let back = Key {
+        request_id: "r2".to_owned(),
+        ..key
+    };
+    assert_eq!(lookup_free(&mut worker.client, &back).await, 1);
+}

@@ -284,6 +284,24 @@ async fn a_script_that_fails_is_restarted_and_one_that_is_done_is_not() {
     supervisor.shutdown(Duration::ZERO).await;
 }
 
+/// The supervisor's clock is paused, so that minutes of back-off pass at once; the guest's is not.
+#[tokio::test(start_paused = true)]
+async fn a_crash_loop_ends_in_quarantine_until_somebody_intervenes() {
+    let den = Den::new();
+    den.guest("exit_code_3", "");
+    let supervisor = den.start();
+    let status = until_state(&supervisor, "exit_code_3", PluginState::Quarantined).await;
+    assert!(status.restarts >= 7, "{status:?}");
+    supervisor.restart_plugin("exit_code_3").unwrap();
+    // It fails again, and is given its restarts again.
+    let again = |now: &PluginStatus| now.restarts > status.restarts + 1;
+    until(&supervisor, "exit_code_3", again).await;
+    until_state(&supervisor, "exit_code_3", PluginState::Quarantined).await;
+    supervisor.stop_plugin("exit_code_3").unwrap();
+    until_state(&supervisor, "exit_code_3", PluginState::Stopped).await;
+    supervisor.shutdown(Duration::ZERO).await;
+}
+
 #[tokio::test]
 async fn endless_loops_are_killed_in_time_and_neighbours_go_on() {
     let spinners = [

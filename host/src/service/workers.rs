@@ -2,6 +2,7 @@
 
 use std::{
     collections::HashMap,
+    hash::{Hash, Hasher as _},
     ops::Range,
     sync::Arc,
     time::{Duration, Instant},
@@ -13,13 +14,9 @@ use stockade_wire::{Dtype, InstanceId, RegisterContext};
 
 /// Most registrations at once; a fleet of engines on one machine has a few hundred workers.
 const MAX_WORKERS: usize = 16_384;
-/// Most chunk layouts that one (model, world size) may show in the life of the server.
-const MAX_LAYOUTS_PER_MODEL: usize = 64;
-/// Most (model, world size) pairs in the life of the server.
-const MAX_MODELS: usize = 16_384;
 
 /// How the KV of one chunk lies in a slot.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(crate) struct ChunkLayout {
     /// `[2, layers, slots, hidden]`, or `[layers, slots, hidden]` with MLA.
     pub(crate) shape: Arc<[u64]>,
@@ -27,6 +24,17 @@ pub(crate) struct ChunkLayout {
     pub(crate) dtype: Dtype,
     /// Bytes of one chunk of one rank.
     pub(crate) bytes: u64,
+}
+
+impl ChunkLayout {
+    /// Objects of one model in different layouts must not be taken for each other, so the
+    /// layout is a part of their keys. The hasher's keys are fixed, so it is the same for the
+    /// life of the server.
+    fn object_group_id(&self) -> u32 {
+        let mut hasher = std::hash::DefaultHasher::new();
+        self.hash(&mut hasher);
+        hasher.finish() as u32
+    }
 }
 
 /// What one transfer is about: prepare and commit of the same range meet here.
@@ -157,17 +165,10 @@ impl Worker {
 }
 
 #[derive(Default)]
-struct Model {
-    /// Every layout seen; its place is the object group of its objects.
-    layouts: Vec<ChunkLayout>,
-    /// Layouts in use, oldest registration first: (instance, group).
-    registered: Vec<(InstanceId, u32)>,
-}
-
-#[derive(Default)]
 struct Registry {
     workers: HashMap<InstanceId, Arc<Worker>>,
-    models: HashMap<(Arc<str>, u32), Model>,
+    /// Workers of each (model, world size) with their object groups, oldest registration first.
+    models: HashMap<(Arc<str>, u32), Vec<(InstanceId, u32)>>,
 }
 
 /// Why a registration is refused.
@@ -187,10 +188,6 @@ pub(crate) enum RegisterError {
         "{MAX_WORKERS} workers are registered already: unregister some, or lower --worker-reap-timeout-seconds"
     )]
     TooManyWorkers,
-    #[error(
-        "model `{0}` has been registered with too many different layouts: restart the server to forget them"
-    )]
-    TooManyLayouts(Arc<str>),
     #[error("model_name must not contain '@': rename the model")]
     ModelName,
 }
@@ -254,28 +251,11 @@ impl Workers {
         {
             return Err(RegisterError::TooManyWorkers);
         }
-        let model_key = (Arc::clone(&context.model_name), context.world_size);
-        if registry.models.len() >= MAX_MODELS && !registry.models.contains_key(&model_key) {
-            return Err(RegisterError::TooManyWorkers);
-        }
         let replaced = registry.remove(context.instance_id);
-        let model = registry.models.entry(model_key).or_default();
-        let group = match model.layouts.iter().position(|seen| *seen == layout) {
-            Some(group) => group,
-            None if model.layouts.len() >= MAX_LAYOUTS_PER_MODEL => {
-                return Err(RegisterError::TooManyLayouts(Arc::clone(
-                    &context.model_name,
-                )));
-            }
-            None => {
-                model.layouts.push(layout.clone());
-                model.layouts.len() - 1
-            }
-        };
-        let object_group_id = group as u32;
-        model
-            .registered
-            .push((context.instance_id, object_group_id));
+        let object_group_id = layout.object_group_id();
+        let model = (Arc::clone(&context.model_name), context.world_size);
+        let registered = registry.models.entry(model).or_default();
+        registered.push((context.instance_id, object_group_id));
         let worker = Worker {
             instance_id: context.instance_id,
             owner: new_owner(),
@@ -312,8 +292,9 @@ impl Workers {
     /// The object group that lookups for this model use: that of the newest registration.
     pub(crate) fn object_group(&self, model_name: &Arc<str>, world_size: u32) -> Option<u32> {
         let registry = self.registry.lock();
-        let model = registry.models.get(&(Arc::clone(model_name), world_size))?;
-        model.registered.last().map(|&(_, group)| group)
+        let model = (Arc::clone(model_name), world_size);
+        let newest = registry.models.get(&model)?.last()?;
+        Some(newest.1)
     }
 
     /// Notes a sign of life; `false` if there is no such worker.
@@ -376,8 +357,11 @@ impl Registry {
     fn remove(&mut self, instance_id: InstanceId) -> Option<Arc<Worker>> {
         let worker = self.workers.remove(&instance_id)?;
         let key = (Arc::clone(&worker.model_name), worker.world_size);
-        if let Some(model) = self.models.get_mut(&key) {
-            model.registered.retain(|&(id, _)| id != instance_id);
+        if let Some(registered) = self.models.get_mut(&key) {
+            registered.retain(|&(id, _)| id != instance_id);
+            if registered.is_empty() {
+                self.models.remove(&key);
+            }
         }
         Some(worker)
     }
