@@ -425,7 +425,7 @@ impl Supervisor {
     }
 
     /// Ends all plugins: each is told, has its grace, and is killed. Nothing of them is left
-    /// when this returns, at most `grace` and [`KILL_LIMIT`] later.
+    /// when this returns, at most `grace` and three seconds later.
     pub async fn shutdown(&self, grace: Duration) {
         // Set once: a second caller waits for what the first began.
         let _ = self.ending.grace.set(grace);

@@ -160,7 +160,7 @@ pub struct Settings {
     #[arg(long, env = "STOCKADE_LOG_FORMAT", help_heading = "HTTP and logs")]
     pub log_format: Option<String>,
 
-    /// File with a [serve] table of these settings; flags and environment win (ours)
+    /// File whose table `serve` holds these settings; flags and environment win (ours)
     #[arg(long, value_name = "FILE", env = "STOCKADE_CONFIG", action = ArgAction::Set, help_heading = "HTTP and logs")]
     #[serde(skip)]
     pub config: Option<PathBuf>,
