@@ -164,11 +164,14 @@ impl Worker {
     }
 }
 
+/// An instance and the object group of its layout.
+type Registered = (InstanceId, u32);
+
 #[derive(Default)]
 struct Registry {
     workers: HashMap<InstanceId, Arc<Worker>>,
     /// Workers of each (model, world size) with their object groups, oldest registration first.
-    models: HashMap<(Arc<str>, u32), Vec<(InstanceId, u32)>>,
+    models: HashMap<(Arc<str>, u32), Vec<Registered>>,
 }
 
 /// Why a registration is refused.
