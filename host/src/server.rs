@@ -21,6 +21,8 @@ use crate::{
 
 /// How often the service looks after leases, sessions and the watermark.
 const MAINTENANCE_INTERVAL: Duration = Duration::from_millis(250);
+/// Least time between two looks at the watermark after stores.
+const EVICTION_SPACING: Duration = Duration::from_millis(5);
 /// Default names of segments are this and the port.
 const SEGMENT_PREFIX: &str = "stockade-";
 /// What plugins get to end by themselves when the server stops; their own grace may be shorter.
@@ -227,13 +229,21 @@ async fn maintain(service: Arc<Service>, mut stopped: watch::Receiver<bool>) {
     let mut interval = tokio::time::interval(MAINTENANCE_INTERVAL);
     interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
-        tokio::select! {
-            _ = interval.tick() => {}
+        let is_tick = tokio::select! {
+            _ = interval.tick() => true,
+            () = service.stored() => false,
             _ = stopped.changed() => return,
-        }
-        let service = Arc::clone(&service);
-        if let Err(error) = tokio::task::spawn_blocking(move || service.maintain()).await {
+        };
+        let work = Arc::clone(&service);
+        let round = tokio::task::spawn_blocking(move || match is_tick {
+            true => work.maintain(),
+            false => work.engine().maintain(),
+        });
+        if let Err(error) = round.await {
             tracing::error!("a round of maintenance failed: {error}");
+        }
+        if !is_tick {
+            tokio::time::sleep(EVICTION_SPACING).await;
         }
     }
 }

@@ -37,6 +37,8 @@ use self::{
     store::TransferRange,
     workers::{TransferKey, Worker, Workers},
 };
+use tokio::sync::Notify;
+
 use crate::telemetry::LogLimiter;
 
 /// Requests up to this size are handled where they were read; larger ones take milliseconds,
@@ -87,6 +89,7 @@ pub struct Service {
     metrics: ServiceMetrics,
     log: LogLimiter,
     suspects: Mutex<Vec<Suspect>>,
+    stored: Notify,
     draining: AtomicBool,
 }
 
@@ -112,6 +115,7 @@ impl Service {
             metrics: ServiceMetrics::register(registry),
             log: LogLimiter::default(),
             suspects: Mutex::default(),
+            stored: Notify::new(),
             draining: AtomicBool::new(false),
         })
     }
@@ -332,6 +336,12 @@ impl Service {
                 last_hash: chunks.last().copied(),
             },
         })
+    }
+
+    /// Waits for the next store. Eviction above the watermark should follow it at once: later
+    /// it would race with the lookups that say what is worth keeping.
+    pub async fn stored(&self) {
+        self.stored.notified().await;
     }
 
     /// Does what time brings: reaps silent workers, idle sessions and dead processes, and

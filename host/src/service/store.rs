@@ -103,6 +103,7 @@ impl Service {
                 Ok(Response::Bool(false))
             }
             Ok(_) => {
+                self.stored.notify_one();
                 self.metrics.stored(
                     &key.cache_salt,
                     slots.len(),
