@@ -24,7 +24,7 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use prometheus_client::registry::Registry;
 use serde_json::{Value, json};
-use stockade_cache::{CacheEngine, CacheSalt, KeyScope, ObjectKey, TokenHasher, kv_rank};
+use stockade_cache::{CacheEngine, CacheSalt, KeyScope, TokenHasher, kv_rank};
 use stockade_transport::{DisconnectReason, Frames, Handler, Limit, Message, Outcome, Peer};
 use stockade_wire::{
     CacheKey, Envelope, InstanceId, Operation, Request, Response, error_reply, reply,
@@ -323,10 +323,7 @@ impl Service {
             .get(first..last)
             .ok_or("token_ids of key could not be hashed")?;
         Ok(TransferRange {
-            keys: chunks
-                .iter()
-                .map(|&hash| ObjectKey::new(Arc::clone(&scope), hash))
-                .collect(),
+            hashes: chunks.to_vec(),
             parent: first
                 .checked_sub(1)
                 .and_then(|before| hashes.get(before).copied()),

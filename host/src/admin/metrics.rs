@@ -10,6 +10,7 @@ use prometheus_client::{
     metrics::{counter::ConstCounter, family::Family, gauge::Gauge},
     registry::{Registry, Unit},
 };
+use stockade_cache::EngineStatus;
 use stockade_transport::DisconnectReason;
 
 use super::Admin;
@@ -38,9 +39,10 @@ pub(super) fn render(admin: &Admin) -> Result<String, fmt::Error> {
     let mut text = String::new();
     encode_registry(&mut text, &admin.registry.lock())?;
     let mut now = Registry::default();
-    read_engine(admin, now.sub_registry_with_prefix("lmcache_mp"));
+    let engine = admin.service.engine().status();
+    read_engine(&engine, now.sub_registry_with_prefix("lmcache_mp"));
     let own = now.sub_registry_with_prefix("stockade");
-    read_engine_details(admin, own);
+    read_engine_details(&engine, own);
     read_transport(admin, own);
     read_plugins(admin, own);
     encode_registry(&mut text, &now)?;
@@ -58,8 +60,7 @@ fn counter(registry: &mut Registry, name: &str, help: &str, value: u64) {
     registry.register(name, help, ConstCounter::new(value));
 }
 
-fn read_engine(admin: &Admin, registry: &mut Registry) {
-    let status = admin.service.engine().status();
+fn read_engine(status: &EngineStatus, registry: &mut Registry) {
     let ratio = FloatGauge::default();
     ratio.set(status.usage_ratio);
     registry.register(
@@ -87,8 +88,7 @@ fn read_engine(admin: &Admin, registry: &mut Registry) {
     );
 }
 
-fn read_engine_details(admin: &Admin, registry: &mut Registry) {
-    let status = admin.service.engine().status();
+fn read_engine_details(status: &EngineStatus, registry: &mut Registry) {
     gauge(
         registry,
         "pool_capacity_bytes",

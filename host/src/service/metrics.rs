@@ -1,13 +1,6 @@
 //! Counters of the request path.
 
-use std::{
-    fmt,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
-    time::Duration,
-};
+use std::{fmt, sync::Arc, time::Duration};
 
 use parking_lot::Mutex;
 use prometheus_client::{
@@ -103,8 +96,6 @@ pub(crate) struct ServiceMetrics {
     block_allocations: Counter,
     errors: Family<ErrorLabels, Counter>,
     seconds: Family<OperationLabels, Histogram>,
-    /// Requests answered since the start, for `/status`.
-    pub(crate) answered: AtomicU64,
 }
 
 fn latency() -> Histogram {
@@ -132,7 +123,6 @@ impl ServiceMetrics {
             block_allocations: Counter::default(),
             errors: Family::default(),
             seconds: Family::new_with_constructor(latency),
-            answered: AtomicU64::new(0),
         };
         let lmcache = registry.sub_registry_with_prefix("lmcache_mp");
         lmcache.register("lookups_requests", "Lookups", metrics.lookups.clone());
@@ -272,7 +262,6 @@ impl ServiceMetrics {
     }
 
     pub(crate) fn answered(&self, operation: &'static str, time: Duration) {
-        self.answered.fetch_add(1, Ordering::Relaxed);
         self.seconds
             .get_or_create(&OperationLabels { operation })
             .observe(time.as_secs_f64());

@@ -10,7 +10,7 @@ use stockade_wire::{CacheKey, InstanceId, RequestId, Response, pickle};
 use super::{
     Answer, Service,
     sessions::Lookup,
-    store::describe,
+    store::{describe, object_keys},
     workers::{TransferKey, Worker},
 };
 
@@ -63,15 +63,9 @@ impl Service {
                 .release_prefix(session.owner, lease, 0..usize::MAX, u32::MAX);
         }
         let hashes = session.chunk_hashes(&self.hasher, &key.tokens, chunks);
-        // The prefix of the first rank bounds that of all; most lookups are of one rank or miss.
         let rows: Vec<Vec<ObjectKey>> = scopes
             .iter()
-            .map(|scope| {
-                hashes
-                    .iter()
-                    .map(|&hash| ObjectKey::new(Arc::clone(scope), hash))
-                    .collect()
-            })
+            .map(|scope| object_keys(scope, hashes))
             .collect();
         let found = self.engine.lock_prefix(session.owner, &rows, readers.get());
         self.metrics.looked_up(
@@ -118,7 +112,7 @@ impl Service {
         }
         let Some((lease, slots)) = self.begin_read(key, &worker, &range.transfer) else {
             self.metrics
-                .read_failed(&worker.model_name, range.keys.len());
+                .read_failed(&worker.model_name, range.hashes.len());
             return Ok(miss());
         };
         self.metrics.retrieved(&key.cache_salt, slots.len());
@@ -262,12 +256,8 @@ impl Service {
         let session = session.lock();
         if let Some(lookup) = &session.lookup {
             for scope in lookup.scopes.iter() {
-                let keys: Vec<_> = session
-                    .known_hashes()
-                    .iter()
-                    .map(|&hash| ObjectKey::new(Arc::clone(scope), hash))
-                    .collect();
-                self.engine.touch(&keys);
+                self.engine
+                    .touch(&object_keys(scope, session.known_hashes()));
             }
         }
         self.engine.end_owner(session.owner);

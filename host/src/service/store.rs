@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use stockade_cache::{LeaseId, ReserveError, Slot};
+use stockade_cache::{ChunkHash, KeyScope, LeaseId, ObjectKey, ReserveError, Slot};
 use stockade_wire::{CacheKey, InstanceId, Response, SlotDescriptor, StoreSlot, pickle};
 
 use super::{
@@ -29,7 +29,7 @@ impl Service {
         }
         match self
             .engine
-            .reserve(worker.owner, &range.keys, worker.layout.bytes)
+            .reserve(worker.owner, &range.keys(), worker.layout.bytes)
         {
             Ok(reservation) => {
                 let slots: Arc<[(usize, Slot)]> = reservation.slots.into();
@@ -41,7 +41,7 @@ impl Service {
             }
             Err(ReserveError::PoolFull { .. }) => {
                 self.metrics
-                    .allocation_failed(&worker.model_name, range.keys.len());
+                    .allocation_failed(&worker.model_name, range.hashes.len());
                 Ok(self.slots_reply(&worker, &[]))
             }
             Err(error) => Err(error.to_string()),
@@ -75,7 +75,7 @@ impl Service {
             worker.note_inline();
             match self.write_inline(
                 &worker,
-                &range.keys,
+                &range,
                 pending.map(|it| (it.lease, it.slots)),
                 data,
             ) {
@@ -129,7 +129,7 @@ impl Service {
     fn write_inline(
         &self,
         worker: &Worker,
-        keys: &[stockade_cache::ObjectKey],
+        range: &TransferRange,
         pending: Option<(LeaseId, Arc<[(usize, Slot)]>)>,
         data: &Bytes,
     ) -> Result<Option<(LeaseId, Arc<[(usize, Slot)]>)>, String> {
@@ -143,10 +143,10 @@ impl Service {
                 }
                 let reservation = self
                     .engine
-                    .reserve(worker.owner, keys, worker.layout.bytes)
+                    .reserve(worker.owner, &range.keys(), worker.layout.bytes)
                     .map_err(|error| {
                         self.metrics
-                            .allocation_failed(&worker.model_name, keys.len());
+                            .allocation_failed(&worker.model_name, range.hashes.len());
                         error.to_string()
                     })?;
                 match reservation.lease {
@@ -203,14 +203,24 @@ pub(super) fn describe(worker: &Worker, slot: Slot) -> SlotDescriptor {
 /// The part of a key that a worker transfers: aligned chunks of one rank.
 pub(super) struct TransferRange {
     pub(super) transfer: TransferKey,
-    /// One key per chunk of the range.
-    pub(super) keys: Vec<stockade_cache::ObjectKey>,
+    /// One hash per chunk of the range.
+    pub(super) hashes: Vec<ChunkHash>,
     /// Hash of the chunk before the range.
-    pub(super) parent: Option<stockade_cache::ChunkHash>,
+    pub(super) parent: Option<ChunkHash>,
 }
 
 impl TransferRange {
-    pub(super) fn hash(&self, index: usize) -> stockade_cache::ChunkHash {
-        self.keys[index].chunk_hash
+    pub(super) fn hash(&self, index: usize) -> ChunkHash {
+        self.hashes[index]
     }
+
+    fn keys(&self) -> Vec<ObjectKey> {
+        object_keys(&self.transfer.scope, &self.hashes)
+    }
+}
+
+/// The keys of one rank's chunks.
+pub(super) fn object_keys(scope: &Arc<KeyScope>, hashes: &[ChunkHash]) -> Vec<ObjectKey> {
+    let key = |&hash| ObjectKey::new(Arc::clone(scope), hash);
+    hashes.iter().map(key).collect()
 }
