@@ -1,13 +1,12 @@
 //! Validated settings: flags win over environment, environment over file, file over defaults.
 
-mod lmcache_flags;
+pub(crate) mod lmcache_flags;
 mod plugin_json;
 mod settings;
 
 use std::{num::NonZeroUsize, path::PathBuf, str::FromStr, time::Duration};
 
 use anyhow::Context as _;
-use clap::{CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 use serde::Deserialize;
 use stockade_cache::PolicyKind;
 
@@ -15,29 +14,6 @@ pub use settings::Settings;
 
 /// One GiB, the unit that LMCache calls GB.
 const GIB: f64 = (1u64 << 30) as f64;
-
-/// The command line of `stockade`.
-#[derive(Debug, Parser)]
-#[command(name = "stockade", version, about, disable_help_subcommand = true)]
-struct Cli {
-    #[command(subcommand)]
-    command: CliCommand,
-}
-
-#[derive(Debug, Subcommand)]
-enum CliCommand {
-    /// Serve the KV cache to engines, with plugins beside it
-    Serve(Box<Settings>),
-}
-
-/// What the command line asks for.
-#[derive(Debug)]
-pub enum Command {
-    /// `stockade serve`: the configuration, and a warning line per flag that has no effect here.
-    Serve(Box<Config>, Vec<String>),
-    /// `--help` or `--version`: text to print before a clean exit.
-    Print(String),
-}
 
 /// Why the command line or the file cannot be used; shown as one line.
 #[derive(Debug, thiserror::Error)]
@@ -126,63 +102,6 @@ struct File {
     serve: Settings,
 }
 
-impl Command {
-    /// Reads the command line, the environment and the file it names.
-    ///
-    /// # Errors
-    /// One sentence that names the flag or key and the way out.
-    pub fn parse(args: impl IntoIterator<Item = std::ffi::OsString>) -> Result<Self, UsageError> {
-        let command = Cli::command().mut_subcommand("serve", lmcache_flags::augment);
-        let matches = match command.try_get_matches_from(args) {
-            Ok(matches) => matches,
-            Err(error) if !error.use_stderr() => {
-                return Ok(Self::Print(error.render().to_string()));
-            }
-            Err(error) => return Err(UsageError(one_sentence(&error.render().to_string()))),
-        };
-        let warnings = match matches.subcommand() {
-            Some(("serve", serve)) => lmcache_flags::judge(serve).map_err(UsageError)?,
-            _ => Vec::new(),
-        };
-        let cli = Cli::from_arg_matches(&matches)
-            .map_err(|error| UsageError(one_sentence(&error.render().to_string())))?;
-        let CliCommand::Serve(flags) = cli.command;
-        let settings = match &flags.config {
-            Some(path) => {
-                let file =
-                    read_file(path).map_err(|error| UsageError(format!("--config: {error:#}")))?;
-                flags.or(file.serve)
-            }
-            None => *flags,
-        };
-        let config = Config::check(settings).map_err(UsageError)?;
-        Ok(Self::Serve(Box::new(config), warnings))
-    }
-}
-
-/// clap prints the problem, then usage and tips over several lines; the problem is what we keep.
-fn one_sentence(rendered: &str) -> String {
-    let mut problem = String::new();
-    for line in rendered
-        .lines()
-        .map(str::trim)
-        .take_while(|line| !line.starts_with("Usage:"))
-    {
-        if !line.is_empty() {
-            if !problem.is_empty() {
-                problem.push(' ');
-            }
-            problem.push_str(line);
-        }
-    }
-    let problem = problem.trim_start_matches("error: ").to_owned();
-    if problem.is_empty() {
-        "no sub-command given; try `stockade serve --help`".to_owned()
-    } else {
-        problem
-    }
-}
-
 fn read_file(path: &std::path::Path) -> anyhow::Result<File> {
     let text =
         std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
@@ -228,6 +147,23 @@ fn only(flag: &str, given: Option<&str>, served: &[&str], why: &str) -> Result<S
 }
 
 impl Config {
+    /// Fills what the command line and the environment left open from the file they name, and
+    /// checks the whole.
+    ///
+    /// # Errors
+    /// One sentence that names the flag or key and the way out.
+    pub fn load(flags: Settings) -> Result<Self, UsageError> {
+        let settings = match &flags.config {
+            Some(path) => {
+                let file =
+                    read_file(path).map_err(|error| UsageError(format!("--config: {error:#}")))?;
+                flags.or(file.serve)
+            }
+            None => flags,
+        };
+        Self::check(settings).map_err(UsageError)
+    }
+
     /// Puts defaults in and checks every value.
     fn check(settings: Settings) -> Result<Self, String> {
         only(

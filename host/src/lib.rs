@@ -6,6 +6,7 @@
 //! (plugins), which do not know each other.
 #![forbid(unsafe_code)]
 
+pub mod cli;
 pub mod config;
 pub mod telemetry;
 

@@ -3,13 +3,11 @@
 
 use std::{ffi::OsString, io::Write as _, process::ExitCode};
 
-use stockade::{
-    config::{Command, Config},
-    server::Server,
-    telemetry,
-};
+use stockade::{cli::Command, config::Config, server::Server, telemetry};
 use tokio::signal::unix::{SignalKind, signal};
 
+/// The command was understood and could not be done.
+const EX_FAILURE: u8 = 1;
 /// Wrong flags or file, as in sysexits.h.
 const EX_USAGE: u8 = 64;
 /// Something that the server needs cannot be had, as in sysexits.h.
@@ -43,7 +41,16 @@ fn main() -> ExitCode {
             let _ = std::io::stdout().write_all(text.as_bytes());
             ExitCode::SUCCESS
         }
+        Ok(Command::Plugin(command)) => finish(command.run()),
         Err(error) => fail(EX_USAGE, &error),
+    }
+}
+
+/// Ends a command that is not the server.
+fn finish(result: anyhow::Result<()>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => fail(EX_FAILURE, &format_args!("{error:#}")),
     }
 }
 

@@ -189,7 +189,7 @@ const FLAGS: &[LmcacheFlag] = &[
 ];
 
 /// Teaches `serve` these flags, hidden, so that they are told from typing errors.
-pub(super) fn augment(mut serve: Command) -> Command {
+pub(crate) fn augment(mut serve: Command) -> Command {
     for flag in FLAGS {
         let arg = Arg::new(flag.name).long(flag.name).hide(true);
         serve = serve.arg(match flag.values {
@@ -210,7 +210,7 @@ pub(super) fn augment(mut serve: Command) -> Command {
 ///
 /// # Errors
 /// The sentence for the first refused flag: its name, the reason and what to do.
-pub(super) fn judge(serve: &ArgMatches) -> Result<Vec<String>, String> {
+pub(crate) fn judge(serve: &ArgMatches) -> Result<Vec<String>, String> {
     let mut warnings = Vec::new();
     for flag in FLAGS {
         if serve.value_source(flag.name) != Some(ValueSource::CommandLine) {

@@ -1,0 +1,134 @@
+//! `stockade plugin`: plugins of a running server.
+
+use anyhow::Context as _;
+use clap::{Args, Subcommand};
+use comfy_table::{Table, presets::NOTHING};
+use serde_json::Value;
+
+use super::{print, remote::Remote};
+
+/// Arguments of `stockade plugin`.
+#[derive(Debug, Args)]
+pub struct PluginCommand {
+    #[command(flatten)]
+    remote: Remote,
+    #[command(subcommand)]
+    action: Action,
+}
+
+#[derive(Debug, Subcommand)]
+enum Action {
+    /// List plugins with their state and what they use
+    List,
+    /// Show everything known of one plugin
+    Show {
+        /// Name as `list` shows it
+        name: String,
+    },
+    /// Show what a plugin printed last
+    Logs {
+        /// Name as `list` shows it
+        name: String,
+        /// Most lines to show
+        #[arg(long, default_value_t = 100)]
+        lines: usize,
+    },
+    /// Start a plugin that is stopped, has ended or is quarantined
+    Start {
+        /// Name as `list` shows it
+        name: String,
+    },
+    /// Stop a plugin until it is started again
+    Stop {
+        /// Name as `list` shows it
+        name: String,
+    },
+    /// Stop a plugin and start it anew
+    Restart {
+        /// Name as `list` shows it
+        name: String,
+    },
+}
+
+impl PluginCommand {
+    /// Does what was asked and prints the outcome.
+    ///
+    /// # Errors
+    /// When no server answers, or it refuses.
+    pub fn run(self) -> anyhow::Result<()> {
+        let remote = &self.remote;
+        match &self.action {
+            Action::List => {
+                let answer = remote.get("/v1/plugins")?;
+                if remote.is_json() {
+                    return print_json(&answer);
+                }
+                print(&table(&answer)?)
+            }
+            Action::Show { name } => print_json(&remote.get(&format!("/v1/plugins/{name}"))?),
+            Action::Logs { name, lines } => {
+                let answer = remote.get(&format!("/v1/plugins/{name}/logs?lines={lines}"))?;
+                if remote.is_json() {
+                    return print_json(&answer);
+                }
+                let lines = answer["lines"]
+                    .as_array()
+                    .context("the answer has no lines")?;
+                let text: String = lines
+                    .iter()
+                    .filter_map(|line| line["text"].as_str())
+                    .flat_map(|line| [line, "\n"])
+                    .collect();
+                print(&text)
+            }
+            Action::Start { name } => self.steer(name, "start"),
+            Action::Stop { name } => self.steer(name, "stop"),
+            Action::Restart { name } => self.steer(name, "restart"),
+        }
+    }
+
+    fn steer(&self, name: &str, action: &str) -> anyhow::Result<()> {
+        let answer = self.remote.post(&format!("/v1/plugins/{name}/{action}"))?;
+        if self.remote.is_json() {
+            return print_json(&answer);
+        }
+        print(&format!("{name}: {action} accepted\n"))
+    }
+}
+
+fn print_json(value: &Value) -> anyhow::Result<()> {
+    print(&format!("{}\n", serde_json::to_string_pretty(value)?))
+}
+
+fn table(answer: &Value) -> anyhow::Result<String> {
+    let plugins = answer["plugins"]
+        .as_array()
+        .context("the answer has no plugins")?;
+    let mut table = Table::new();
+    table.load_style(NOTHING);
+    table.set_header([
+        "NAME", "KIND", "STATE", "RESTARTS", "MEMORY", "CPU", "LINES", "LAST END",
+    ]);
+    for plugin in plugins {
+        let text = |field: &str| plugin[field].as_str().unwrap_or("-").to_owned();
+        let memory = match plugin["memory_bytes"].as_u64() {
+            Some(bytes) => format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20)),
+            None => "-".to_owned(),
+        };
+        let cpu = match plugin["cpu_seconds"].as_f64() {
+            Some(seconds) => format!("{seconds:.2} s"),
+            None => "-".to_owned(),
+        };
+        table.add_row([
+            text("name"),
+            text("kind"),
+            text("state"),
+            plugin["restarts"].to_string(),
+            memory,
+            cpu,
+            plugin["log_lines"].to_string(),
+            text("last_end"),
+        ]);
+    }
+    Ok(format!("{}\n", table.trim_fmt()))
+}
