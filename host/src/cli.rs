@@ -1,5 +1,6 @@
 //! The command line: what is asked for, and one file per sub-command other than `serve`.
 
+mod bench;
 mod plugin;
 mod remote;
 
@@ -7,6 +8,7 @@ use std::io::Write as _;
 
 use clap::{CommandFactory as _, FromArgMatches as _, Parser, Subcommand, error::ErrorKind};
 
+pub use bench::BenchCommand;
 pub use plugin::PluginCommand;
 
 use crate::config::{Config, Settings, UsageError, lmcache_flags};
@@ -25,6 +27,8 @@ enum CliCommand {
     Serve(Box<Settings>),
     /// Look at and steer the plugins of a running server
     Plugin(PluginCommand),
+    /// Put load on a server and measure it, beside another one if asked
+    Bench(BenchCommand),
 }
 
 /// What the command line asks for.
@@ -34,6 +38,8 @@ pub enum Command {
     Serve(Box<Config>, Vec<String>),
     /// `stockade plugin`.
     Plugin(PluginCommand),
+    /// `stockade bench`.
+    Bench(BenchCommand),
     /// `--help` or `--version`: text to print before a clean exit.
     Print(String),
 }
@@ -64,6 +70,7 @@ impl Command {
         Ok(match cli.command {
             CliCommand::Serve(flags) => Self::Serve(Box::new(Config::load(*flags)?), warnings),
             CliCommand::Plugin(command) => Self::Plugin(command),
+            CliCommand::Bench(command) => Self::Bench(command),
         })
     }
 }
