@@ -3,6 +3,7 @@
 //! Everything here runs under the engine's one mutex and does no I/O. Time comes in as an
 //! argument; notices for the observer are queued and go out after the mutex is released.
 
+mod budgets;
 mod inspection;
 pub(crate) mod lease;
 mod notices;
@@ -12,6 +13,7 @@ mod scope_table;
 mod slab;
 mod stage;
 mod tally;
+pub(crate) mod tenants;
 mod withdrawing;
 mod writing;
 
@@ -26,9 +28,10 @@ use scope_table::{ScopeId, ScopeTable};
 use slab::Slab;
 use stage::{Event, Outcome, Stage};
 use tally::Tally;
+use tenants::{TenantId, Tenants};
 
 use crate::engine::EndedOwner;
-use crate::eviction::EvictionPolicy;
+use crate::eviction::PolicyKind;
 use crate::key::{ChunkHash, KeyScope, ObjectKey};
 use crate::shm_pool::Slot;
 use crate::shm_pool::slot_allocator::SlotAllocator;
@@ -53,6 +56,8 @@ enum Contents {
 #[derive(Debug)]
 struct Object {
     scope: ScopeId,
+    /// Whom it counts for, and whose policy ranks it.
+    tenant: TenantId,
     chunk_hash: ChunkHash,
     /// Hash of the whole key: its place in the index, and its name in ghost lists.
     hash: u64,
@@ -133,7 +138,7 @@ pub(crate) struct L1 {
     scopes: ScopeTable,
     leases: LeaseTable,
     allocator: SlotAllocator,
-    policy: Box<dyn EvictionPolicy>,
+    tenants: Tenants,
     tally: Tally,
     /// Locks that leases hold, counted apart from those that objects carry.
     owned_locks: u64,
@@ -161,11 +166,7 @@ impl<'k> ScopeCursor<'k> {
 }
 
 impl L1 {
-    pub(crate) fn new(
-        settings: L1Settings,
-        allocator: SlotAllocator,
-        policy: Box<dyn EvictionPolicy>,
-    ) -> Self {
+    pub(crate) fn new(settings: L1Settings, allocator: SlotAllocator, policy: PolicyKind) -> Self {
         Self {
             settings,
             objects: Slab::default(),
@@ -174,7 +175,7 @@ impl L1 {
             scopes: ScopeTable::default(),
             leases: LeaseTable::default(),
             allocator,
-            policy,
+            tenants: Tenants::new(policy),
             tally: Tally::default(),
             owned_locks: 0,
             counters: Counters::default(),
@@ -295,8 +296,10 @@ impl L1 {
         };
         if let Some(after) = after {
             self.tally.subtract(object);
+            self.tenants.subtract(object);
             object.stage = after;
             self.tally.add(object);
+            self.tenants.add(object);
         }
         let was_indexed = before != Stage::Withdrawn;
         if was_indexed && matches!(after, None | Some(Stage::Withdrawn)) {
@@ -323,6 +326,7 @@ impl L1 {
     fn forget(&mut self, id: ObjectId) -> Option<(u64, u64)> {
         let object = self.objects.remove(id)?;
         self.tally.subtract(&object);
+        self.tenants.subtract(&object);
         self.scopes.subtract(object.scope, object.footprint);
         Some((object.offset, object.footprint))
     }
@@ -331,8 +335,10 @@ impl L1 {
     fn change_hold(&mut self, id: ObjectId, change: impl FnOnce(&mut Object)) {
         if let Some(object) = self.objects.get_mut(id) {
             self.tally.subtract(object);
+            self.tenants.subtract(object);
             change(object);
             self.tally.add(object);
+            self.tenants.add(object);
         }
     }
 
@@ -356,10 +362,11 @@ impl L1 {
 
     fn after_release(&mut self, id: ObjectId) {
         if self.apply(id, Event::Released) == Outcome::Now(Stage::Readable)
-            && self.objects.get(id).is_some_and(Object::is_evictable)
+            && let Some(object) = self.objects.get(id)
+            && object.is_evictable()
         {
             // It may have been parked while it was held.
-            self.policy.restore(id);
+            self.tenants.unpark(object.tenant, id);
         }
     }
 }

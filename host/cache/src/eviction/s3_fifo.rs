@@ -139,6 +139,10 @@ impl EvictionPolicy for S3Fifo {
         }
     }
 
+    fn session_ended(&mut self, id: EntryId) {
+        self.restore(id);
+    }
+
     fn take(&mut self) -> Option<EntryId> {
         let residents = self.small.len() + self.main.len();
         if self.small.len() * SMALL_SHARE > residents {

@@ -35,7 +35,9 @@ impl L1 {
             for row in (0..rows.len()).rev() {
                 if let Some(&object) = objects.get(row * chunks + chunk) {
                     self.lock(object, u64::from(readers));
-                    self.policy.touch(object);
+                    if let Some(found) = self.objects.get(object) {
+                        self.tenants.touch(found.tenant, object);
+                    }
                 }
             }
         }
@@ -251,9 +253,10 @@ impl L1 {
         let mut cursor = ScopeCursor::default();
         for key in keys.iter().rev() {
             if let Some(id) = self.find(&mut cursor, key)
-                && self.objects.get(id).is_some_and(Object::is_readable)
+                && let Some(object) = self.objects.get(id)
+                && object.is_readable()
             {
-                self.policy.touch(id);
+                self.tenants.session_ended(object.tenant, id);
             }
         }
     }

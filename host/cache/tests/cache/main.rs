@@ -16,3 +16,5 @@ mod lmcache_defects;
 mod model;
 mod observer;
 mod shared_memory;
+mod simulator;
+mod tenants;
