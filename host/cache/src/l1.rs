@@ -31,11 +31,12 @@ use tally::Tally;
 use tenants::{TenantId, Tenants};
 
 use crate::engine::EndedOwner;
+use crate::error::LeaseError;
 use crate::eviction::PolicyKind;
 use crate::key::{ChunkHash, KeyScope, ObjectKey};
 use crate::shm_pool::Slot;
 use crate::shm_pool::slot_allocator::SlotAllocator;
-use lease::{Holding, LeaseId, LeaseTable, OwnerId};
+use lease::{Effect, Ending, Holding, Lease, LeaseId, LeaseTable, OwnerId};
 
 /// Number of an object; also its number in the eviction policy.
 pub(crate) type ObjectId = u32;
@@ -128,6 +129,15 @@ struct Counters {
     expired_read_leases: u64,
 }
 
+/// What a lease left when it ended.
+#[derive(Debug, Default)]
+struct EndedLease {
+    /// Objects that are readable now, in the order of their reservation.
+    admitted: Vec<ObjectId>,
+    aborted_objects: usize,
+    released_locks: u64,
+}
+
 /// The table of objects and leases.
 pub(crate) struct L1 {
     settings: L1Settings,
@@ -196,12 +206,13 @@ impl L1 {
     }
 
     pub(crate) fn end_owner(&mut self, owner: OwnerId) -> EndedOwner {
-        let mut ended = EndedOwner::default();
+        let mut all = EndedOwner::default();
         for (id, lease) in self.leases.end_owner(owner) {
-            ended.released_locks += lease.holding.locks();
-            ended.aborted_objects += self.give_back(id, lease.holding);
+            let ended = self.settle_lease(id, lease, Ending::OwnerEnd);
+            all.released_locks += ended.released_locks;
+            all.aborted_objects += ended.aborted_objects;
         }
-        ended
+        all
     }
 
     /// Ends every lease whose deadline has come. Called first in every operation, so a
@@ -213,19 +224,40 @@ impl L1 {
                 Holding::Lookup(_) | Holding::Read(_) => self.counters.expired_read_leases += 1,
             }
             tracing::debug!(lease = %id, owner = %lease.owner, "lease expired");
-            self.give_back(id, lease.holding);
+            self.settle_lease(id, lease, Ending::Expiry);
         }
     }
 
-    /// Undoes exactly what one lease holds; returns the number of reservations aborted.
-    fn give_back(&mut self, id: LeaseId, holding: Holding) -> usize {
-        self.owned_locks -= holding.locks();
-        match holding {
+    /// Ends the lease `id` of `owner` in the given way.
+    fn end_lease(
+        &mut self,
+        owner: OwnerId,
+        id: LeaseId,
+        ending: Ending,
+    ) -> Result<EndedLease, LeaseError> {
+        let lease = self.leases.end(owner, id, ending)?;
+        Ok(self.settle_lease(id, lease, ending))
+    }
+
+    /// Does to what a lease holds what the table of endings says; all leases end here.
+    fn settle_lease(&mut self, id: LeaseId, lease: Lease, ending: Ending) -> EndedLease {
+        let effect = lease::effect(&lease.holding, ending);
+        let mut ended = EndedLease {
+            released_locks: lease.holding.locks(),
+            ..EndedLease::default()
+        };
+        self.owned_locks -= ended.released_locks;
+        match lease.holding {
             Holding::Write(write) => {
                 for &(_, object) in &write.objects {
-                    self.abort_object(object, id);
+                    let is_due = effect == Effect::Publish && self.may_publish(object, &write);
+                    if is_due && self.publish(object, id) {
+                        ended.admitted.push(object);
+                    } else {
+                        self.abort_object(object, id);
+                        ended.aborted_objects += 1;
+                    }
                 }
-                write.objects.len()
             }
             Holding::Lookup(lookup) => {
                 for (&object, &held) in lookup.objects.iter().zip(&lookup.held) {
@@ -233,15 +265,14 @@ impl L1 {
                         self.unlock(object, u64::from(held));
                     }
                 }
-                0
             }
             Holding::Read(read) => {
                 for &object in &read.objects {
                     self.unlock(object, 1);
                 }
-                0
             }
         }
+        ended
     }
 
     /// Takes a reservation back: out of sight at once, its slot free when no copy into it

@@ -6,11 +6,11 @@ use std::time::Instant;
 
 use hashbrown::HashTable;
 
-use super::lease::{Holding, Lease, LeaseId, OwnerId, WriteLease};
+use super::lease::{Ending, Holding, Lease, LeaseId, OwnerId, WriteLease};
 use super::reclaim::Shortage;
 use super::stage::{Event, Outcome, Stage};
 use super::tenants::{Search, TenantId};
-use super::{Contents, L1, Notice, Object, ObjectId, Pinned, ScopeCursor};
+use super::{Contents, EndedLease, L1, Notice, Object, ObjectId, Pinned, ScopeCursor};
 use crate::engine::{Committed, Reservation};
 use crate::error::{LeaseError, ReserveError};
 use crate::eviction::EntryFacts;
@@ -271,17 +271,11 @@ impl L1 {
         owner: OwnerId,
         lease: LeaseId,
     ) -> Result<Committed, LeaseError> {
-        let write = self.take_write_lease(owner, lease)?;
-        let mut admitted = Vec::with_capacity(write.objects.len());
-        let mut discarded = 0;
-        for &(_, id) in &write.objects {
-            if self.may_publish(id, &write) && self.publish(id, lease) {
-                admitted.push(id);
-            } else {
-                self.abort_object(id, lease);
-                discarded += 1;
-            }
-        }
+        let EndedLease {
+            admitted,
+            aborted_objects: discarded,
+            ..
+        } = self.end_lease(owner, lease, Ending::Commit)?;
         // Last chunk first, so that of one prefix the later chunks are evicted first.
         for &id in admitted.iter().rev() {
             self.rank(id);
@@ -310,7 +304,7 @@ impl L1 {
 
     /// A slot may be served if all its bytes are known to have come in: through the
     /// engine, or from a worker that can reach the pool and says so by committing.
-    fn may_publish(&self, id: ObjectId, write: &WriteLease) -> bool {
+    pub(super) fn may_publish(&self, id: ObjectId, write: &WriteLease) -> bool {
         match self.objects.get(id).map(|object| object.contents) {
             Some(Contents::Written { .. }) => true,
             Some(Contents::Unwritten) => self.settings.shared && !write.copied,
@@ -318,26 +312,12 @@ impl L1 {
         }
     }
 
-    fn publish(&mut self, id: ObjectId, lease: LeaseId) -> bool {
+    pub(super) fn publish(&mut self, id: ObjectId, lease: LeaseId) -> bool {
         self.apply(id, Event::Commit(lease)) == Outcome::Now(Stage::Readable)
     }
 
     pub(crate) fn abort(&mut self, owner: OwnerId, lease: LeaseId) -> Result<usize, LeaseError> {
-        let write = self.take_write_lease(owner, lease)?;
-        Ok(self.give_back(lease, Holding::Write(write)))
-    }
-
-    fn take_write_lease(
-        &mut self,
-        owner: OwnerId,
-        lease: LeaseId,
-    ) -> Result<WriteLease, LeaseError> {
-        if !matches!(self.leases.get(owner, lease)?.holding, Holding::Write(_)) {
-            return Err(LeaseError::Unknown);
-        }
-        match self.leases.take(lease).map(|lease| lease.holding) {
-            Some(Holding::Write(write)) => Ok(write),
-            _ => Err(LeaseError::Unknown),
-        }
+        let ended = self.end_lease(owner, lease, Ending::Abort)?;
+        Ok(ended.aborted_objects)
     }
 }
