@@ -2,12 +2,14 @@
 
 mod plugin;
 mod remote;
+mod simulate;
 
 use std::io::Write as _;
 
 use clap::{CommandFactory as _, FromArgMatches as _, Parser, Subcommand, error::ErrorKind};
 
 pub use plugin::PluginCommand;
+pub use simulate::SimulateCommand;
 
 use crate::config::{Config, Settings, UsageError, lmcache_flags};
 
@@ -25,6 +27,8 @@ enum CliCommand {
     Serve(Box<Settings>),
     /// Look at and steer the plugins of a running server
     Plugin(PluginCommand),
+    /// Say what hit rates policies and pool sizes would have given
+    Simulate(Box<SimulateCommand>),
 }
 
 /// What the command line asks for.
@@ -34,6 +38,8 @@ pub enum Command {
     Serve(Box<Config>, Vec<String>),
     /// `stockade plugin`.
     Plugin(PluginCommand),
+    /// `stockade simulate`.
+    Simulate(Box<SimulateCommand>),
     /// `--help` or `--version`: text to print before a clean exit.
     Print(String),
 }
@@ -64,6 +70,7 @@ impl Command {
         Ok(match cli.command {
             CliCommand::Serve(flags) => Self::Serve(Box::new(Config::load(*flags)?), warnings),
             CliCommand::Plugin(command) => Self::Plugin(command),
+            CliCommand::Simulate(command) => Self::Simulate(command),
         })
     }
 }

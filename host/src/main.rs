@@ -42,6 +42,7 @@ fn main() -> ExitCode {
             ExitCode::SUCCESS
         }
         Ok(Command::Plugin(command)) => finish(command.run()),
+        Ok(Command::Simulate(command)) => finish(command.run()),
         Err(error) => fail(EX_USAGE, &error),
     }
 }

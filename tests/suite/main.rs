@@ -9,5 +9,6 @@
 mod basics;
 mod hostile;
 mod plugins;
+mod simulate;
 mod start_up;
 mod store_retrieve;
