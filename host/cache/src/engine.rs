@@ -10,7 +10,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-use parking_lot::{Mutex, MutexGuard, RwLock};
 use rustix::io::Errno;
 
 pub use config::EngineConfig;
@@ -29,6 +28,7 @@ use crate::l1::{L1, L1Settings, Notice, Pinned};
 use crate::shm_pool::prefault::{Prefault, PrefaultThread};
 use crate::shm_pool::slot_allocator::SlotAllocator;
 use crate::shm_pool::{ReadFault, SegmentHealth, ShmPool};
+use crate::sync::{Mutex, MutexGuard, RwLock, unlock_fair};
 
 /// Objects handled per hold of the mutex in work that nobody waits for. At well under a
 /// microsecond each, a request never waits longer for it than for another request.
@@ -445,7 +445,7 @@ impl Inner {
     /// As [`with_l1`](Self::with_l1), for work in a loop that nobody waits for: hands the
     /// mutex to whoever is waiting instead of taking it again at once.
     fn with_l1_fairly<R>(&self, work: impl FnOnce(&mut L1, Instant) -> R) -> R {
-        self.with_l1_then(work, |l1| MutexGuard::unlock_fair(l1))
+        self.with_l1_then(work, unlock_fair)
     }
 
     fn with_l1_then<R>(

@@ -22,6 +22,7 @@ pub mod key;
 mod l1;
 mod shm_pool;
 pub mod simulator;
+mod sync;
 pub mod token_hasher;
 
 pub use clock::{Clock, ManualClock, SystemClock};
