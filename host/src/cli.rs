@@ -3,6 +3,7 @@
 mod bench;
 mod plugin;
 mod remote;
+mod simulate;
 
 use std::io::Write as _;
 
@@ -10,6 +11,7 @@ use clap::{CommandFactory as _, FromArgMatches as _, Parser, Subcommand, error::
 
 pub use bench::BenchCommand;
 pub use plugin::PluginCommand;
+pub use simulate::SimulateCommand;
 
 use crate::config::{Config, Settings, UsageError, lmcache_flags};
 
@@ -25,10 +27,33 @@ struct Cli {
 enum CliCommand {
     /// Serve the KV cache to engines, with plugins beside it
     Serve(Box<Settings>),
+    #[command(flatten)]
+    Tool(Tool),
+}
+
+/// The sub-commands that are not the server.
+#[derive(Debug, Subcommand)]
+pub enum Tool {
     /// Look at and steer the plugins of a running server
     Plugin(PluginCommand),
     /// Put load on a server and measure it, beside another one if asked
     Bench(BenchCommand),
+    /// Say what hit rates policies and pool sizes would have given
+    Simulate(Box<SimulateCommand>),
+}
+
+impl Tool {
+    /// Does what was asked and prints the outcome.
+    ///
+    /// # Errors
+    /// One sentence that says what could not be done.
+    pub fn run(self) -> anyhow::Result<()> {
+        match self {
+            Self::Plugin(command) => command.run(),
+            Self::Bench(command) => command.run(),
+            Self::Simulate(command) => command.run(),
+        }
+    }
 }
 
 /// What the command line asks for.
@@ -36,10 +61,8 @@ enum CliCommand {
 pub enum Command {
     /// `stockade serve`: the configuration, and a warning line per flag that has no effect here.
     Serve(Box<Config>, Vec<String>),
-    /// `stockade plugin`.
-    Plugin(PluginCommand),
-    /// `stockade bench`.
-    Bench(BenchCommand),
+    /// Any other sub-command.
+    Tool(Tool),
     /// `--help` or `--version`: text to print before a clean exit.
     Print(String),
 }
@@ -69,8 +92,7 @@ impl Command {
             .map_err(|error| UsageError(one_sentence(&error.render().to_string())))?;
         Ok(match cli.command {
             CliCommand::Serve(flags) => Self::Serve(Box::new(Config::load(*flags)?), warnings),
-            CliCommand::Plugin(command) => Self::Plugin(command),
-            CliCommand::Bench(command) => Self::Bench(command),
+            CliCommand::Tool(tool) => Self::Tool(tool),
         })
     }
 }

@@ -3,12 +3,13 @@
 pub(crate) mod lmcache_flags;
 mod plugin_json;
 mod settings;
+mod tenants;
 
-use std::{num::NonZeroUsize, path::PathBuf, str::FromStr, time::Duration};
+use std::{collections::BTreeMap, num::NonZeroUsize, path::PathBuf, str::FromStr, time::Duration};
 
 use anyhow::Context as _;
 use serde::Deserialize;
-use stockade_cache::PolicyKind;
+use stockade_cache::{PolicyKind, Tenant};
 
 pub use settings::Settings;
 
@@ -76,6 +77,8 @@ pub struct Config {
     pub eviction_trigger_watermark: f64,
     /// Share of the bytes in use that one eviction frees.
     pub eviction_ratio: f64,
+    /// Who may use how much of the pool.
+    pub tenants: Vec<Tenant>,
     /// Plugin files and directories.
     pub runtime_plugin_locations: Vec<PathBuf>,
     /// Extra configuration of plugins, a JSON object.
@@ -100,6 +103,8 @@ pub struct Config {
 struct File {
     #[serde(default)]
     serve: Settings,
+    #[serde(default)]
+    tenants: BTreeMap<String, tenants::TenantSettings>,
 }
 
 fn read_file(path: &std::path::Path) -> anyhow::Result<File> {
@@ -153,15 +158,18 @@ impl Config {
     /// # Errors
     /// One sentence that names the flag or key and the way out.
     pub fn load(flags: Settings) -> Result<Self, UsageError> {
-        let settings = match &flags.config {
+        let (settings, tenants) = match &flags.config {
             Some(path) => {
                 let file =
                     read_file(path).map_err(|error| UsageError(format!("--config: {error:#}")))?;
-                flags.or(file.serve)
+                (flags.or(file.serve), file.tenants)
             }
-            None => flags,
+            None => (flags, BTreeMap::new()),
         };
-        Self::check(settings).map_err(UsageError)
+        let mut config = Self::check(settings).map_err(UsageError)?;
+        config.tenants = tenants::check(tenants, config.l1_size_bytes)
+            .map_err(|error| UsageError(format!("--config: {error}")))?;
+        Ok(config)
     }
 
     /// Puts defaults in and checks every value.
@@ -314,6 +322,7 @@ impl Config {
                 settings.eviction_trigger_watermark.unwrap_or(0.8),
             )?,
             eviction_ratio: fraction("eviction-ratio", settings.eviction_ratio.unwrap_or(0.2))?,
+            tenants: Vec::new(),
             runtime_plugin_locations: settings.runtime_plugin_locations.unwrap_or_default(),
             runtime_plugin_config,
             plugin_cache_dir: settings.plugin_cache_dir,

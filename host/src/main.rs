@@ -41,8 +41,7 @@ fn main() -> ExitCode {
             let _ = std::io::stdout().write_all(text.as_bytes());
             ExitCode::SUCCESS
         }
-        Ok(Command::Plugin(command)) => finish(command.run()),
-        Ok(Command::Bench(command)) => finish(command.run()),
+        Ok(Command::Tool(tool)) => finish(tool.run()),
         Err(error) => fail(EX_USAGE, &error),
     }
 }

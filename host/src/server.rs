@@ -330,6 +330,7 @@ async fn open_engine(
     let mut engine = EngineConfig::new(config.l1_size_bytes, backing);
     engine.align_bytes = config.l1_align_bytes;
     engine.policy = config.eviction_policy;
+    engine.tenants.clone_from(&config.tenants);
     engine.trigger_watermark = config.eviction_trigger_watermark;
     engine.eviction_ratio = config.eviction_ratio;
     engine.write_ttl = config.l1_write_ttl;

@@ -429,6 +429,16 @@ impl Service {
             "allocation_failures": engine.allocation_failures,
             "expired_write_leases": engine.expired_write_leases,
             "expired_read_leases": engine.expired_read_leases,
+            "tenants": engine.tenants.iter().map(|it| (it.tenant.name.to_string(), json!({
+                "salts": it.tenant.salts.iter().take(100).map(CacheSalt::as_str).collect::<Vec<_>>(),
+                "floor_bytes": it.tenant.budget.floor_bytes,
+                "weight": it.tenant.budget.weight,
+                "cap_bytes": it.tenant.budget.cap_bytes,
+                "share_bytes": it.share_bytes,
+                "used_bytes": it.used_bytes,
+                "objects": it.objects,
+                "evicted_bytes": it.evicted_bytes,
+            }))).collect::<serde_json::Map<_, _>>(),
             "bytes_by_cache_salt": engine.salts.iter().take(1000).map(|it| (it.cache_salt.as_str().to_owned(), it.bytes.into())).collect::<serde_json::Map<_, _>>(),
         });
         json!({

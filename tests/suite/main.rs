@@ -10,5 +10,6 @@ mod basics;
 mod hostile;
 mod load;
 mod plugins;
+mod simulate;
 mod start_up;
 mod store_retrieve;

@@ -223,6 +223,65 @@ async fn a_file_gives_settings_that_flags_and_environment_override() {
     );
 }
 
+#[tokio::test]
+async fn tenants_of_the_file_are_shown_and_survive_a_restart() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("stockade.toml");
+    std::fs::write(
+        &file,
+        "[tenants.team]\nsalts = ['a', 'b']\nfloor_gb = 0.015625\nweight = 3\ncap_gb = 0.03125\n\
+         [tenants.visitors]\ncap_gb = 0.015625\n",
+    )
+    .unwrap();
+    for _ in 0..2 {
+        let server = Server::start(&["--config", file.to_str().unwrap()]);
+        let status = server.json("/status").await;
+        let tenants = &status["storage_manager"]["l1_manager"]["tenants"];
+        assert_eq!(tenants["team"]["floor_bytes"], 16 << 20, "{tenants}");
+        assert_eq!(tenants["team"]["cap_bytes"], 32 << 20);
+        assert_eq!(tenants["team"]["salts"], serde_json::json!(["a", "b"]));
+        assert_eq!(tenants["visitors"]["cap_bytes"], 16 << 20);
+        // Three quarters of the 48 MiB beyond the floor, but not beyond the cap.
+        assert_eq!(tenants["team"]["share_bytes"], 32 << 20);
+        let (_, metrics) = server.http("GET", "/metrics", "").await;
+        let line = "stockade_tenant_floor_bytes{tenant=\"team\"} 16777216";
+        assert!(metrics.contains(line), "{metrics}");
+    }
+}
+
+#[test]
+fn tenants_that_cannot_be_honoured_are_refused_by_name() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("stockade.toml");
+    let path = file.to_str().unwrap();
+    for (text, sentence) in [
+        (
+            "[tenants.a]\nsalts = ['x']\nfloor_gb = 2",
+            "tenant `a` does not fit",
+        ),
+        (
+            "[tenants.a]\nsalts = ['x']\n[tenants.b]\nsalts = ['x']",
+            "cache_salt `x` belongs to tenant `a` already",
+        ),
+        (
+            "[tenants.a]\nsalts = ['x@y']",
+            "tenants.a.salts: cache_salt contains '@'",
+        ),
+        ("[tenants.a]\nsalts = []", "tenants.a.salts is empty"),
+        ("[tenants.a]\n[tenants.b]", "tenants.b.salts is missing"),
+        ("[tenants.a]\nweight = 0", "tenants.a.weight 0: give"),
+        ("[tenants.a]\ncap_gb = -1.0", "tenants.a.cap_gb -1: give"),
+        ("[tenants.a]\nflor_gb = 1.0", "flor_gb"),
+    ] {
+        std::fs::write(&file, text).unwrap();
+        refused(
+            &["serve", "--l1-size-gb", "1", "--config", path],
+            64,
+            sentence,
+        );
+    }
+}
+
 #[test]
 fn help_and_version_go_to_stdout() {
     for flag in ["--help", "--version"] {

@@ -3,13 +3,13 @@
 mod config;
 mod observer;
 mod status;
+mod tenant;
 
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-use parking_lot::{Mutex, MutexGuard, RwLock};
 use rustix::io::Errno;
 
 pub use config::EngineConfig;
@@ -18,14 +18,17 @@ pub use status::{
     Cleared, Committed, EndedOwner, EngineStatus, PrefixLock, ReadLease, Reservation, SaltUsage,
 };
 
+pub use tenant::{Budget, EVERYBODY_ELSE, MAX_TENANTS, Tenant, TenantUsage, check_tenants};
+
 use crate::clock::{Clock, SystemClock};
-use crate::error::{CacheError, LeaseError, ReadError, ReserveError};
-use crate::key::ObjectKey;
+use crate::error::{BudgetError, CacheError, LeaseError, ReadError, ReserveError};
+use crate::key::{CacheSalt, ObjectKey};
 use crate::l1::lease::{LeaseId, OwnerId};
 use crate::l1::{L1, L1Settings, Notice, Pinned};
 use crate::shm_pool::prefault::{Prefault, PrefaultThread};
 use crate::shm_pool::slot_allocator::SlotAllocator;
 use crate::shm_pool::{ReadFault, SegmentHealth, ShmPool};
+use crate::sync::{Mutex, MutexGuard, RwLock, unlock_fair};
 
 /// Objects handled per hold of the mutex in work that nobody waits for. At well under a
 /// microsecond each, a request never waits longer for it than for another request.
@@ -88,7 +91,10 @@ impl CacheEngine {
             shared: pool.is_shared(),
         };
         let allocator = SlotAllocator::new(config.capacity_bytes, config.align_bytes);
-        let l1 = L1::new(settings, allocator, config.policy.build());
+        let mut l1 = L1::new(settings, allocator, config.policy);
+        for tenant in &config.tenants {
+            l1.configure_tenant(tenant)?;
+        }
         let (prefault, align) = (config.prefault, config.align_bytes);
         let inner = Arc::new(Inner {
             config,
@@ -296,9 +302,9 @@ impl CacheEngine {
         self.inner.with_l1(|l1, _| l1.finish_read(reader, lease))
     }
 
-    /// Counts as a use of the readable ones among `keys`, given in chunk order. Later
+    /// Makes the readable ones among `keys`, given in chunk order, the most recent ones. Later
     /// chunks become victims before earlier ones, as at the end of a session in LMCache
-    /// (`v1/multiprocess/session.py`).
+    /// (`end_session` in `v1/multiprocess/modules/lookup.py`).
     pub fn touch(&self, keys: &[ObjectKey]) {
         self.inner.with_l1(|l1, _| l1.touch(keys));
     }
@@ -325,10 +331,55 @@ impl CacheEngine {
         }
     }
 
+    /// Sets what the tenant of a salt may use, from now on; a salt without a tenant becomes
+    /// one of its own. LMCache's `PUT /quota/{cache_salt}` sets the cap. A cap below what
+    /// the tenant uses is enforced by the next [`maintain`](Self::maintain).
+    ///
+    /// Objects of the salt that exist already are ranked anew, roughly by their age.
+    ///
+    /// # Errors
+    /// [`BudgetError`]; nothing changes then.
+    pub fn set_budget(&self, salt: &CacheSalt, budget: Budget) -> Result<(), BudgetError> {
+        self.inner.with_l1(|l1, _| l1.set_budget(salt, budget))?;
+        self.move_objects();
+        Ok(())
+    }
+
+    /// Takes a salt from its tenant, so that it counts with all others; `false` if it had
+    /// none. A tenant without salts is gone.
+    pub fn remove_budget(&self, salt: &CacheSalt) -> bool {
+        let removed = self.inner.with_l1(|l1, _| l1.remove_budget(salt));
+        if removed {
+            self.move_objects();
+        }
+        removed
+    }
+
+    /// All tenants, their budgets and what they use; first the one of all other salts.
+    pub fn budgets(&self) -> Vec<TenantUsage> {
+        self.inner.with_l1(|l1, _| l1.tenant_usage())
+    }
+
+    /// Lets existing objects count for the tenants that their salts have now.
+    fn move_objects(&self) {
+        let mut start = 0_u32;
+        loop {
+            let end = start.saturating_add(BACKGROUND_BATCH);
+            let is_more = self
+                .inner
+                .with_l1_fairly(|l1, _| l1.move_objects(start..end));
+            if !is_more {
+                return;
+            }
+            start = end;
+        }
+    }
+
     /// Does what time brings: ends leases whose deadline has come, evicts above the
     /// watermark, and looks after the segment. To be called every 100 ms to 1 s.
     ///
-    /// When at least `trigger_watermark` of the pool is used, reservations included, it
+    /// Tenants above a cap that was lowered lose keys down to it. When at least
+    /// `trigger_watermark` of the pool is used, reservations included, it
     /// evicts until `eviction_ratio` of the used *bytes* are free, in small steps that let
     /// requests through. Held objects are passed over and the next ones go instead.
     pub fn maintain(&self) {
@@ -337,9 +388,14 @@ impl CacheEngine {
         let Some(_maintaining) = self.inner.maintaining.try_lock() else {
             return;
         };
+        let steps = BACKGROUND_BATCH as usize;
+        while !self
+            .inner
+            .with_l1_fairly(|l1, _| l1.evict_over_caps(steps))
+            .is_exhausted
+        {}
         let mut wanted = self.inner.with_l1(|l1, _| l1.bytes_over_watermark());
         while wanted > 0 {
-            let steps = BACKGROUND_BATCH as usize;
             let round = self
                 .inner
                 .with_l1_fairly(|l1, _| l1.evict_some(wanted, steps));
@@ -389,7 +445,7 @@ impl Inner {
     /// As [`with_l1`](Self::with_l1), for work in a loop that nobody waits for: hands the
     /// mutex to whoever is waiting instead of taking it again at once.
     fn with_l1_fairly<R>(&self, work: impl FnOnce(&mut L1, Instant) -> R) -> R {
-        self.with_l1_then(work, |l1| MutexGuard::unlock_fair(l1))
+        self.with_l1_then(work, unlock_fair)
     }
 
     fn with_l1_then<R>(

@@ -1,6 +1,9 @@
 //! What can go wrong at the engine's border.
 
 use std::io;
+use std::sync::Arc;
+
+use crate::key::CacheSalt;
 
 /// Why an engine could not be opened.
 #[derive(Debug, thiserror::Error)]
@@ -57,6 +60,9 @@ pub enum CacheError {
         /// The segment's name, without the leading slash.
         name: String,
     },
+    /// A tenant's budget cannot be honoured.
+    #[error(transparent)]
+    Budget(#[from] BudgetError),
     /// The operating system refused a step.
     #[error("could not {step}")]
     Os {
@@ -64,6 +70,51 @@ pub enum CacheError {
         step: &'static str,
         /// The system's answer.
         source: io::Error,
+    },
+}
+
+/// Why a tenant cannot have a budget. Nothing has changed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum BudgetError {
+    /// The pool cannot keep all floors.
+    #[error(
+        "floor of {floor_bytes} bytes of tenant `{tenant}` does not fit: other floors leave \
+         {left_bytes} bytes of the pool: lower a floor or raise --l1-size-gb"
+    )]
+    FloorsExceedPool {
+        /// The tenant.
+        tenant: Arc<str>,
+        /// The floor it asks for.
+        floor_bytes: u64,
+        /// Bytes of the pool that are nobody's floor.
+        left_bytes: u64,
+    },
+    /// A tenant could never reach its own floor.
+    #[error(
+        "cap of {cap_bytes} bytes of tenant `{tenant}` is below its floor of {floor_bytes}: \
+         raise the cap or lower the floor"
+    )]
+    CapBelowFloor {
+        /// The tenant.
+        tenant: Arc<str>,
+        /// The cap it asks for.
+        cap_bytes: u64,
+        /// Its floor.
+        floor_bytes: u64,
+    },
+    /// An object cannot count for two tenants.
+    #[error("cache_salt `{salt}` belongs to tenant `{tenant}` already: name it in one place")]
+    SaltTaken {
+        /// The salt.
+        salt: CacheSalt,
+        /// The tenant that has it.
+        tenant: Arc<str>,
+    },
+    /// Each tenant costs time when room is needed.
+    #[error("there are {limit} tenants with budgets already: remove one first")]
+    TooMany {
+        /// How many there can be.
+        limit: usize,
     },
 }
 
@@ -81,6 +132,21 @@ pub enum ReserveError {
         /// Bytes free at that moment, in whatever pieces.
         free_bytes: u64,
         /// Bytes of objects that nobody holds and the policy may give up.
+        evictable_bytes: u64,
+    },
+    /// The tenant's cap leaves no room, and too little of its own may go.
+    #[error(
+        "cap of {cap_bytes} bytes is reached: {needed_bytes} bytes needed, {used_bytes} used and \
+         {evictable_bytes} of them evictable: raise the tenant's cap"
+    )]
+    CapReached {
+        /// Bytes the reservation needs, alignment included; saturated if beyond `u64`.
+        needed_bytes: u64,
+        /// Bytes that the tenant may use at most.
+        cap_bytes: u64,
+        /// Bytes that it uses.
+        used_bytes: u64,
+        /// Bytes of its objects that nobody holds and the policy may give up.
         evictable_bytes: u64,
     },
     /// One object is larger than the whole pool.

@@ -32,8 +32,8 @@ pub struct EntryFacts {
 /// Orders objects by how well they can be spared.
 ///
 /// The core calls, for each object: [`insert`](Self::insert) once; any number of
-/// [`touch`](Self::touch); and whenever room is needed [`take`](Self::take), which must be
-/// answered before the next `touch` of that object by exactly one of
+/// [`touch`](Self::touch) and [`session_ended`](Self::session_ended); and whenever room is needed [`take`](Self::take), which must be
+/// answered before the next call on that object by exactly one of
 /// [`evicted`](Self::evicted) (it is gone), [`park`](Self::park) (it is in use) or
 /// [`restore`](Self::restore) (it was not needed after all). [`remove`](Self::remove) ends
 /// an object from any state. Every call must be constant or logarithmic in time, so that a
@@ -44,6 +44,13 @@ pub trait EvictionPolicy: Send {
 
     /// The object was asked for. A parked object goes back into the order.
     fn touch(&mut self, id: EntryId);
+
+    /// The session that asked for the object, or stored it, has ended. As in LMCache this
+    /// makes it the most recent one again; a policy that counts uses must not count it,
+    /// because every object that is stored has such an end.
+    fn session_ended(&mut self, id: EntryId) {
+        self.touch(id);
+    }
 
     /// Takes the object that can best be spared out of the order.
     fn take(&mut self) -> Option<EntryId>;

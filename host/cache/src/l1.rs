@@ -3,6 +3,7 @@
 //! Everything here runs under the engine's one mutex and does no I/O. Time comes in as an
 //! argument; notices for the observer are queued and go out after the mutex is released.
 
+mod budgets;
 mod inspection;
 pub(crate) mod lease;
 mod notices;
@@ -12,6 +13,7 @@ mod scope_table;
 mod slab;
 mod stage;
 mod tally;
+pub(crate) mod tenants;
 mod withdrawing;
 mod writing;
 
@@ -26,13 +28,15 @@ use scope_table::{ScopeId, ScopeTable};
 use slab::Slab;
 use stage::{Event, Outcome, Stage};
 use tally::Tally;
+use tenants::{TenantId, Tenants};
 
 use crate::engine::EndedOwner;
-use crate::eviction::EvictionPolicy;
+use crate::error::LeaseError;
+use crate::eviction::PolicyKind;
 use crate::key::{ChunkHash, KeyScope, ObjectKey};
 use crate::shm_pool::Slot;
 use crate::shm_pool::slot_allocator::SlotAllocator;
-use lease::{Holding, LeaseId, LeaseTable, OwnerId};
+use lease::{Effect, Ending, Holding, Lease, LeaseId, LeaseTable, OwnerId};
 
 /// Number of an object; also its number in the eviction policy.
 pub(crate) type ObjectId = u32;
@@ -53,6 +57,8 @@ enum Contents {
 #[derive(Debug)]
 struct Object {
     scope: ScopeId,
+    /// Whom it counts for, and whose policy ranks it.
+    tenant: TenantId,
     chunk_hash: ChunkHash,
     /// Hash of the whole key: its place in the index, and its name in ghost lists.
     hash: u64,
@@ -123,6 +129,15 @@ struct Counters {
     expired_read_leases: u64,
 }
 
+/// What a lease left when it ended.
+#[derive(Debug, Default)]
+struct EndedLease {
+    /// Objects that are readable now, in the order of their reservation.
+    admitted: Vec<ObjectId>,
+    aborted_objects: usize,
+    released_locks: u64,
+}
+
 /// The table of objects and leases.
 pub(crate) struct L1 {
     settings: L1Settings,
@@ -133,7 +148,7 @@ pub(crate) struct L1 {
     scopes: ScopeTable,
     leases: LeaseTable,
     allocator: SlotAllocator,
-    policy: Box<dyn EvictionPolicy>,
+    tenants: Tenants,
     tally: Tally,
     /// Locks that leases hold, counted apart from those that objects carry.
     owned_locks: u64,
@@ -161,11 +176,7 @@ impl<'k> ScopeCursor<'k> {
 }
 
 impl L1 {
-    pub(crate) fn new(
-        settings: L1Settings,
-        allocator: SlotAllocator,
-        policy: Box<dyn EvictionPolicy>,
-    ) -> Self {
+    pub(crate) fn new(settings: L1Settings, allocator: SlotAllocator, policy: PolicyKind) -> Self {
         Self {
             settings,
             objects: Slab::default(),
@@ -174,7 +185,7 @@ impl L1 {
             scopes: ScopeTable::default(),
             leases: LeaseTable::default(),
             allocator,
-            policy,
+            tenants: Tenants::new(policy),
             tally: Tally::default(),
             owned_locks: 0,
             counters: Counters::default(),
@@ -195,12 +206,13 @@ impl L1 {
     }
 
     pub(crate) fn end_owner(&mut self, owner: OwnerId) -> EndedOwner {
-        let mut ended = EndedOwner::default();
+        let mut all = EndedOwner::default();
         for (id, lease) in self.leases.end_owner(owner) {
-            ended.released_locks += lease.holding.locks();
-            ended.aborted_objects += self.give_back(id, lease.holding);
+            let ended = self.settle_lease(id, lease, Ending::OwnerEnd);
+            all.released_locks += ended.released_locks;
+            all.aborted_objects += ended.aborted_objects;
         }
-        ended
+        all
     }
 
     /// Ends every lease whose deadline has come. Called first in every operation, so a
@@ -212,19 +224,40 @@ impl L1 {
                 Holding::Lookup(_) | Holding::Read(_) => self.counters.expired_read_leases += 1,
             }
             tracing::debug!(lease = %id, owner = %lease.owner, "lease expired");
-            self.give_back(id, lease.holding);
+            self.settle_lease(id, lease, Ending::Expiry);
         }
     }
 
-    /// Undoes exactly what one lease holds; returns the number of reservations aborted.
-    fn give_back(&mut self, id: LeaseId, holding: Holding) -> usize {
-        self.owned_locks -= holding.locks();
-        match holding {
+    /// Ends the lease `id` of `owner` in the given way.
+    fn end_lease(
+        &mut self,
+        owner: OwnerId,
+        id: LeaseId,
+        ending: Ending,
+    ) -> Result<EndedLease, LeaseError> {
+        let lease = self.leases.end(owner, id, ending)?;
+        Ok(self.settle_lease(id, lease, ending))
+    }
+
+    /// Does to what a lease holds what the table of endings says; all leases end here.
+    fn settle_lease(&mut self, id: LeaseId, lease: Lease, ending: Ending) -> EndedLease {
+        let effect = lease::effect(&lease.holding, ending);
+        let mut ended = EndedLease {
+            released_locks: lease.holding.locks(),
+            ..EndedLease::default()
+        };
+        self.owned_locks -= ended.released_locks;
+        match lease.holding {
             Holding::Write(write) => {
                 for &(_, object) in &write.objects {
-                    self.abort_object(object, id);
+                    let is_due = effect == Effect::Publish && self.may_publish(object, &write);
+                    if is_due && self.publish(object, id) {
+                        ended.admitted.push(object);
+                    } else {
+                        self.abort_object(object, id);
+                        ended.aborted_objects += 1;
+                    }
                 }
-                write.objects.len()
             }
             Holding::Lookup(lookup) => {
                 for (&object, &held) in lookup.objects.iter().zip(&lookup.held) {
@@ -232,15 +265,14 @@ impl L1 {
                         self.unlock(object, u64::from(held));
                     }
                 }
-                0
             }
             Holding::Read(read) => {
                 for &object in &read.objects {
                     self.unlock(object, 1);
                 }
-                0
             }
         }
+        ended
     }
 
     /// Takes a reservation back: out of sight at once, its slot free when no copy into it
@@ -295,8 +327,10 @@ impl L1 {
         };
         if let Some(after) = after {
             self.tally.subtract(object);
+            self.tenants.subtract(object);
             object.stage = after;
             self.tally.add(object);
+            self.tenants.add(object);
         }
         let was_indexed = before != Stage::Withdrawn;
         if was_indexed && matches!(after, None | Some(Stage::Withdrawn)) {
@@ -323,6 +357,7 @@ impl L1 {
     fn forget(&mut self, id: ObjectId) -> Option<(u64, u64)> {
         let object = self.objects.remove(id)?;
         self.tally.subtract(&object);
+        self.tenants.subtract(&object);
         self.scopes.subtract(object.scope, object.footprint);
         Some((object.offset, object.footprint))
     }
@@ -331,8 +366,10 @@ impl L1 {
     fn change_hold(&mut self, id: ObjectId, change: impl FnOnce(&mut Object)) {
         if let Some(object) = self.objects.get_mut(id) {
             self.tally.subtract(object);
+            self.tenants.subtract(object);
             change(object);
             self.tally.add(object);
+            self.tenants.add(object);
         }
     }
 
@@ -356,10 +393,11 @@ impl L1 {
 
     fn after_release(&mut self, id: ObjectId) {
         if self.apply(id, Event::Released) == Outcome::Now(Stage::Readable)
-            && self.objects.get(id).is_some_and(Object::is_evictable)
+            && let Some(object) = self.objects.get(id)
+            && object.is_evictable()
         {
             // It may have been parked while it was held.
-            self.policy.restore(id);
+            self.tenants.unpark(object.tenant, id);
         }
     }
 }

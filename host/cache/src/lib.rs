@@ -11,6 +11,7 @@
 //!    lease never gives back the lock of another.
 //! 3. Bytes stay where they are until the last live lease on them has ended.
 //! 4. An eviction policy only orders objects; the core decides what may go.
+//! 5. No tenant is pushed below its floor by another, and none goes beyond its cap.
 #![forbid(unsafe_code)]
 
 pub mod clock;
@@ -20,14 +21,17 @@ pub mod eviction;
 pub mod key;
 mod l1;
 mod shm_pool;
+pub mod simulator;
+mod sync;
 pub mod token_hasher;
 
 pub use clock::{Clock, ManualClock, SystemClock};
 pub use engine::{
-    CacheEngine, CacheObserver, Cleared, Committed, EndedOwner, EngineConfig, EngineStatus,
-    PrefixLock, ReadLease, RemoveReason, Reservation, SaltUsage,
+    Budget, CacheEngine, CacheObserver, Cleared, Committed, EVERYBODY_ELSE, EndedOwner,
+    EngineConfig, EngineStatus, MAX_TENANTS, PrefixLock, ReadLease, RemoveReason, Reservation,
+    SaltUsage, Tenant, TenantUsage, check_tenants,
 };
-pub use error::{CacheError, LeaseError, ReadError, ReserveError};
+pub use error::{BudgetError, CacheError, LeaseError, ReadError, ReserveError};
 pub use eviction::PolicyKind;
 pub use key::{CacheSalt, ChunkHash, KeyScope, ObjectKey, SaltError, kv_rank};
 pub use l1::lease::{LeaseId, OwnerId};

@@ -32,6 +32,11 @@ struct ReasonLabels {
     reason: &'static str,
 }
 
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct TenantLabels {
+    tenant: String,
+}
+
 type FloatGauge = Gauge<f64, AtomicU64>;
 
 /// The OpenMetrics text. LMCache's names carry LMCache's meaning.
@@ -43,6 +48,7 @@ pub(super) fn render(admin: &Admin) -> Result<String, fmt::Error> {
     read_engine(&engine, now.sub_registry_with_prefix("lmcache_mp"));
     let own = now.sub_registry_with_prefix("stockade");
     read_engine_details(&engine, own);
+    read_tenants(&engine, own);
     read_transport(admin, own);
     read_plugins(admin, own);
     encode_registry(&mut text, &now)?;
@@ -149,6 +155,37 @@ fn read_engine_details(status: &EngineStatus, registry: &mut Registry) {
         "Read leases that were not ended in time",
         status.expired_read_leases,
     );
+}
+
+/// There are at most as many tenants as the engine tracks, so their labels are bounded.
+fn read_tenants(status: &EngineStatus, registry: &mut Registry) {
+    let used = Family::<TenantLabels, Gauge>::default();
+    let share = Family::<TenantLabels, Gauge>::default();
+    let floor = Family::<TenantLabels, Gauge>::default();
+    let evicted = Family::<TenantLabels, Gauge>::default();
+    let signed = |value: u64| i64::try_from(value).unwrap_or(i64::MAX);
+    for usage in &status.tenants {
+        let labels = TenantLabels {
+            tenant: usage.tenant.name.to_string(),
+        };
+        used.get_or_create(&labels).set(signed(usage.used_bytes));
+        share.get_or_create(&labels).set(signed(usage.share_bytes));
+        floor
+            .get_or_create(&labels)
+            .set(signed(usage.tenant.budget.floor_bytes));
+        evicted
+            .get_or_create(&labels)
+            .set(signed(usage.evicted_bytes));
+    }
+    let bytes = Unit::Bytes;
+    let help = "Bytes of the pool a tenant uses, reservations included";
+    registry.register_with_unit("tenant_used", help, bytes, used);
+    let help = "Bytes a tenant would have if all wanted everything";
+    registry.register_with_unit("tenant_share", help, Unit::Bytes, share);
+    let help = "Bytes no other tenant can push a tenant below";
+    registry.register_with_unit("tenant_floor", help, Unit::Bytes, floor);
+    let help = "Bytes of a tenant's objects evicted so far";
+    registry.register_with_unit("tenant_evicted", help, Unit::Bytes, evicted);
 }
 
 fn read_transport(admin: &Admin, registry: &mut Registry) {

@@ -39,7 +39,7 @@ impl Service {
                 }
                 Ok(self.slots_reply(&worker, &slots))
             }
-            Err(ReserveError::PoolFull { .. }) => {
+            Err(ReserveError::PoolFull { .. } | ReserveError::CapReached { .. }) => {
                 self.metrics
                     .allocation_failed(&worker.model_name, range.hashes.len());
                 Ok(self.slots_reply(&worker, &[]))

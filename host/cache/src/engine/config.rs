@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use super::Tenant;
 use crate::error::CacheError;
 use crate::eviction::PolicyKind;
 use crate::shm_pool::Backing;
@@ -27,6 +28,9 @@ pub struct EngineConfig {
     pub backing: Backing,
     /// What goes first when room is needed (`--eviction-policy`).
     pub policy: PolicyKind,
+    /// Who may use how much. Salts of no tenant here share what the floors leave, as one
+    /// tenant of weight 1.
+    pub tenants: Vec<Tenant>,
     /// Share of the pool in use at which eviction starts, 0.0 to 1.0
     /// (`--eviction-trigger-watermark`).
     pub trigger_watermark: f64,
@@ -51,6 +55,7 @@ impl EngineConfig {
             align_bytes: 4096,
             backing,
             policy: PolicyKind::Lru,
+            tenants: Vec::new(),
             trigger_watermark: 0.8,
             eviction_ratio: 0.2,
             write_ttl: Duration::from_secs(600),

@@ -1,5 +1,6 @@
 //! What the engine's calls answer.
 
+use super::TenantUsage;
 use crate::key::CacheSalt;
 use crate::l1::lease::LeaseId;
 use crate::shm_pool::Slot;
@@ -121,6 +122,9 @@ pub struct EngineStatus {
     pub segment_repairs: u64,
     /// Keys whose change was not reported because the observer was too slow.
     pub dropped_notices: u64,
+    /// Usage by tenant, in the order in which they were made; first the one that all other
+    /// salts belong to.
+    pub tenants: Vec<TenantUsage>,
     /// Usage by salt, most bytes first.
     pub salts: Vec<SaltUsage>,
 }

@@ -12,17 +12,17 @@
 
 use std::collections::HashMap;
 
-use super::order::{Links, List, Notes};
+use super::order::{Links, List, Notes, Pair, Side};
 use super::{EntryFacts, EntryId, EvictionPolicy};
 
-const T1: u32 = 1;
-const T2: u32 = 2;
+const T1: Side = Side::First;
+const T2: Side = Side::Second;
 
 #[derive(Debug)]
 struct Note {
     fingerprint: u64,
     /// T1 or T2, also while the entry is taken or parked.
-    list: u32,
+    list: Side,
 }
 
 /// Keys that were evicted from one list, oldest first; bounded by the policy's trimming.
@@ -85,31 +85,14 @@ impl Ghosts {
 }
 
 /// Two resident lists, two ghost lists and the target size that moves between them.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Arc {
-    links: Links,
-    t1: List,
-    t2: List,
+    residents: Pair,
     known: Notes<Note>,
     b1: Ghosts,
     b2: Ghosts,
     target_t1: f64,
     capacity: usize,
-}
-
-impl Default for Arc {
-    fn default() -> Self {
-        Self {
-            links: Links::default(),
-            t1: List::new(T1),
-            t2: List::new(T2),
-            known: Notes::default(),
-            b1: Ghosts::default(),
-            b2: Ghosts::default(),
-            target_t1: 0.0,
-            capacity: 0,
-        }
-    }
 }
 
 impl Arc {
@@ -119,7 +102,7 @@ impl Arc {
     }
 
     fn trim_ghosts(&mut self) {
-        while self.t1.len() + self.b1.len() > self.capacity && self.b1.len() > 0 {
+        while self.residents.len(T1) + self.b1.len() > self.capacity && self.b1.len() > 0 {
             self.b1.pop_oldest();
         }
         while self.known.len() + self.b1.len() + self.b2.len() > 2 * self.capacity {
@@ -149,7 +132,7 @@ impl EvictionPolicy for Arc {
         }
         let list = T1;
         self.known.insert(id, Note { fingerprint, list });
-        self.t1.push_back(&mut self.links, id);
+        self.residents.push_back(T1, id);
         self.capacity = self.capacity.max(self.known.len());
         self.trim_ghosts();
     }
@@ -159,37 +142,22 @@ impl EvictionPolicy for Arc {
             return;
         };
         note.list = T2;
-        if !self.t1.remove(&mut self.links, id) {
-            self.t2.remove(&mut self.links, id);
-        }
-        self.t2.push_back(&mut self.links, id);
+        self.residents.push_back(T2, id);
     }
 
     fn take(&mut self) -> Option<EntryId> {
         // The target is cut to whole entries, as in LMCache.
-        let from_t1 = self.t1.len() >= self.target_t1 as usize;
-        let (first, second) = if from_t1 {
-            (&mut self.t1, &mut self.t2)
-        } else {
-            (&mut self.t2, &mut self.t1)
-        };
-        first
-            .pop_front(&mut self.links)
-            .or_else(|| second.pop_front(&mut self.links))
+        let from_t1 = self.residents.len(T1) >= self.target_t1 as usize;
+        let (first, second) = if from_t1 { (T1, T2) } else { (T2, T1) };
+        let victim = self.residents.pop_front(first);
+        victim.or_else(|| self.residents.pop_front(second))
     }
 
     fn park(&mut self, _id: EntryId) {}
 
     fn restore(&mut self, id: EntryId) {
-        let Some(note) = self.known.get(id) else {
-            return;
-        };
-        if self.links.list_of(id).is_some() {
-            return;
-        }
-        match note.list {
-            T1 => self.t1.push_front(&mut self.links, id),
-            _ => self.t2.push_front(&mut self.links, id),
+        if let Some(note) = self.known.get(id) {
+            self.residents.restore(note.list, id);
         }
     }
 
@@ -197,9 +165,7 @@ impl EvictionPolicy for Arc {
         let Some(note) = self.known.remove(id) else {
             return;
         };
-        if !self.t1.remove(&mut self.links, id) {
-            self.t2.remove(&mut self.links, id);
-        }
+        self.residents.unlink(id);
         match note.list {
             T1 => self.b1.push(note.fingerprint),
             _ => self.b2.push(note.fingerprint),
@@ -211,9 +177,7 @@ impl EvictionPolicy for Arc {
         let Some(note) = self.known.remove(id) else {
             return;
         };
-        if !self.t1.remove(&mut self.links, id) {
-            self.t2.remove(&mut self.links, id);
-        }
+        self.residents.unlink(id);
         self.b1.forget(note.fingerprint);
         self.b2.forget(note.fingerprint);
         self.trim_ghosts();

@@ -28,7 +28,7 @@ pub(super) struct Links {
 
 impl Links {
     /// The tag of the list that holds `id`.
-    pub(super) fn list_of(&self, id: EntryId) -> Option<u32> {
+    fn list_of(&self, id: EntryId) -> Option<u32> {
         let list = self.links.get(id as usize)?.list;
         (list != NONE).then_some(list)
     }
@@ -124,6 +124,75 @@ impl List {
     pub(super) fn pop_front(&mut self, links: &mut Links) -> Option<EntryId> {
         let id = self.front;
         self.remove(links, id).then_some(id)
+    }
+}
+
+/// One of the two lists of a [`Pair`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Side {
+    First,
+    Second,
+}
+
+/// Two lists that entries move between.
+#[derive(Debug)]
+pub(super) struct Pair {
+    links: Links,
+    first: List,
+    second: List,
+}
+
+impl Default for Pair {
+    fn default() -> Self {
+        Self {
+            links: Links::default(),
+            first: List::new(0),
+            second: List::new(1),
+        }
+    }
+}
+
+impl Pair {
+    fn parts(&mut self, side: Side) -> (&mut List, &mut Links) {
+        match side {
+            Side::First => (&mut self.first, &mut self.links),
+            Side::Second => (&mut self.second, &mut self.links),
+        }
+    }
+
+    pub(super) fn len(&self, side: Side) -> usize {
+        match side {
+            Side::First => self.first.len(),
+            Side::Second => self.second.len(),
+        }
+    }
+
+    /// Takes an entry out of whichever list holds it.
+    pub(super) fn unlink(&mut self, id: EntryId) {
+        if !self.first.remove(&mut self.links, id) {
+            self.second.remove(&mut self.links, id);
+        }
+    }
+
+    /// Makes an entry the last of a list, wherever it was.
+    pub(super) fn push_back(&mut self, side: Side, id: EntryId) {
+        self.unlink(id);
+        let (list, links) = self.parts(side);
+        list.push_back(links, id);
+    }
+
+    /// Makes an entry that is in neither list the first of one.
+    pub(super) fn restore(&mut self, side: Side, id: EntryId) {
+        if self.links.list_of(id).is_none() {
+            let (list, links) = self.parts(side);
+            list.push_front(links, id);
+        }
+    }
+
+    /// Takes the first entry of a list out.
+    pub(super) fn pop_front(&mut self, side: Side) -> Option<EntryId> {
+        let (list, links) = self.parts(side);
+        list.pop_front(links)
     }
 }
 

@@ -8,11 +8,11 @@
 
 use std::collections::{HashMap, VecDeque};
 
-use super::order::{Links, List, Notes};
+use super::order::{Notes, Pair, Side};
 use super::{EntryFacts, EntryId, EvictionPolicy};
 
-const SMALL: u32 = 1;
-const MAIN: u32 = 2;
+const SMALL: Side = Side::First;
+const MAIN: Side = Side::Second;
 
 /// Touches beyond this number do not count, so that an old favourite can still leave.
 const MAX_USES: u8 = 3;
@@ -27,35 +27,19 @@ const MAX_SPARED: u32 = 256;
 #[derive(Debug)]
 struct Note {
     fingerprint: u64,
-    queue: u32,
+    queue: Side,
     uses: u8,
 }
 
 /// The small, main and ghost queues.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct S3Fifo {
-    links: Links,
-    small: List,
-    main: List,
+    residents: Pair,
     known: Notes<Note>,
     /// (fingerprint, generation), oldest first; an entry counts only while the map agrees.
     ghost_order: VecDeque<(u64, u64)>,
     ghosts: HashMap<u64, u64>,
     ghost_generation: u64,
-}
-
-impl Default for S3Fifo {
-    fn default() -> Self {
-        Self {
-            links: Links::default(),
-            small: List::new(SMALL),
-            main: List::new(MAIN),
-            known: Notes::default(),
-            ghost_order: VecDeque::new(),
-            ghosts: HashMap::new(),
-            ghost_generation: 0,
-        }
-    }
 }
 
 impl S3Fifo {
@@ -77,12 +61,12 @@ impl S3Fifo {
     /// Takes from the small queue, moving on what was used there.
     fn take_small(&mut self) -> Option<EntryId> {
         for spared in 0.. {
-            let id = self.small.pop_front(&mut self.links)?;
+            let id = self.residents.pop_front(SMALL)?;
             match self.known.get_mut(id) {
                 Some(note) if note.uses > 0 && spared < MAX_SPARED => {
                     note.uses = 0;
                     note.queue = MAIN;
-                    self.main.push_back(&mut self.links, id);
+                    self.residents.push_back(MAIN, id);
                 }
                 _ => return Some(id),
             }
@@ -93,22 +77,16 @@ impl S3Fifo {
     /// Takes from the main queue; what was used goes round once more for each use.
     fn take_main(&mut self) -> Option<EntryId> {
         for spared in 0.. {
-            let id = self.main.pop_front(&mut self.links)?;
+            let id = self.residents.pop_front(MAIN)?;
             match self.known.get_mut(id) {
                 Some(note) if note.uses > 0 && spared < MAX_SPARED => {
                     note.uses -= 1;
-                    self.main.push_back(&mut self.links, id);
+                    self.residents.push_back(MAIN, id);
                 }
                 _ => return Some(id),
             }
         }
         None
-    }
-
-    fn unlink(&mut self, id: EntryId) {
-        if !self.small.remove(&mut self.links, id) {
-            self.main.remove(&mut self.links, id);
-        }
     }
 }
 
@@ -126,10 +104,7 @@ impl EvictionPolicy for S3Fifo {
                 uses: 0,
             },
         );
-        match queue {
-            MAIN => self.main.push_back(&mut self.links, id),
-            _ => self.small.push_back(&mut self.links, id),
-        }
+        self.residents.push_back(queue, id);
     }
 
     fn touch(&mut self, id: EntryId) {
@@ -139,9 +114,13 @@ impl EvictionPolicy for S3Fifo {
         }
     }
 
+    fn session_ended(&mut self, id: EntryId) {
+        self.restore(id);
+    }
+
     fn take(&mut self) -> Option<EntryId> {
-        let residents = self.small.len() + self.main.len();
-        if self.small.len() * SMALL_SHARE > residents {
+        let small = self.residents.len(SMALL);
+        if small * SMALL_SHARE > small + self.residents.len(MAIN) {
             self.take_small().or_else(|| self.take_main())
         } else {
             self.take_main().or_else(|| self.take_small())
@@ -151,20 +130,13 @@ impl EvictionPolicy for S3Fifo {
     fn park(&mut self, _id: EntryId) {}
 
     fn restore(&mut self, id: EntryId) {
-        let Some(note) = self.known.get(id) else {
-            return;
-        };
-        if self.links.list_of(id).is_some() {
-            return;
-        }
-        match note.queue {
-            MAIN => self.main.push_front(&mut self.links, id),
-            _ => self.small.push_front(&mut self.links, id),
+        if let Some(note) = self.known.get(id) {
+            self.residents.restore(note.queue, id);
         }
     }
 
     fn evicted(&mut self, id: EntryId) {
-        self.unlink(id);
+        self.residents.unlink(id);
         if let Some(note) = self.known.remove(id)
             && note.queue == SMALL
         {
@@ -173,7 +145,7 @@ impl EvictionPolicy for S3Fifo {
     }
 
     fn remove(&mut self, id: EntryId) {
-        self.unlink(id);
+        self.residents.unlink(id);
         self.known.remove(id);
     }
 

@@ -62,6 +62,7 @@ fn check(mut policy: impl EvictionPolicy, script: &str, expected: &str) {
             match verb {
                 "insert" | "batch" => policy.insert(id, facts),
                 "touch" | "hit" => policy.touch(id),
+                "end" => policy.session_ended(id),
                 "remove" => policy.remove(id),
                 "pin" => assert!(pinned.insert(id)),
                 "unpin" => {
@@ -81,6 +82,7 @@ fn lru_evicts_the_key_touched_longest_ago() {
     check(Lru::default(), "insert a b c; evict 3", "a b c");
     check(Lru::default(), "insert a b; insert a; evict 2", "b a");
     check(Lru::default(), "insert a; touch b; remove a; evict 1", "");
+    check(Lru::default(), "insert a b c; end a; evict 3", "b c a");
 }
 
 #[test]
@@ -192,6 +194,13 @@ fn s3_fifo_lets_one_time_keys_pass_and_keeps_the_used_ones() {
         S3Fifo::default(),
         "insert a b c d; evict 1; insert a; insert e f; evict 5",
         "a b c d e f",
+    );
+    // That a session ended is no use: every key that is stored has one.
+    check(S3Fifo::default(), "insert a b; end a; evict 2", "a b");
+    check(
+        S3Fifo::default(),
+        "insert a b; pin a; evict 1; end a; unpin a; evict 1",
+        "b a",
     );
     // Three uses are three more rounds, not more.
     check(

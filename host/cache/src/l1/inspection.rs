@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use super::lease::{Holding, LeaseId};
 use super::stage::Stage;
 use super::tally::Tally;
+use super::tenants::TenantId;
 use super::{L1, ObjectId};
 use crate::engine::{EngineStatus, SaltUsage};
 
@@ -41,6 +42,7 @@ impl L1 {
             expired_read_leases: self.counters.expired_read_leases,
             segment_repairs: 0,
             dropped_notices: self.notices.dropped(),
+            tenants: self.tenants.usage(capacity_bytes),
             salts: self
                 .scopes
                 .salts()
@@ -83,7 +85,8 @@ impl L1 {
                 self.index.len()
             ));
         }
-        let known = self.policy.len();
+        self.check_tenants()?;
+        let known = self.tenants.known_objects();
         if known != 0 && known != self.tally.readable {
             return Err(format!(
                 "policy knows {known} of {} objects",
@@ -91,6 +94,31 @@ impl L1 {
             ));
         }
         Ok(())
+    }
+
+    /// Each tenant's sums must be those of its objects.
+    fn check_tenants(&self) -> Result<(), String> {
+        let mut sums = HashMap::<TenantId, [u64; 3]>::new();
+        for (id, object) in self.objects.iter() {
+            let [used, evictable, _] = sums.entry(object.tenant).or_default();
+            *used += object.footprint;
+            if object.is_evictable() {
+                *evictable += object.footprint;
+            }
+            if object.tenant != self.scopes.tenant_of(object.scope) {
+                return Err(format!("object {id} counts for another's tenant"));
+            }
+        }
+        for (tenant, counted) in self.tenants.sums() {
+            let found = sums.remove(&tenant).unwrap_or_default();
+            if counted != found {
+                return Err(format!("tenant {tenant} counts {counted:?}, has {found:?}"));
+            }
+        }
+        match sums.is_empty() {
+            true => Ok(()),
+            false => Err("objects count for a tenant that is gone".to_owned()),
+        }
     }
 
     fn check_slots(&self) -> Result<(), String> {

@@ -123,6 +123,64 @@ impl Holding {
     }
 }
 
+/// Everything that can end a lease.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Ending {
+    /// Its owner committed it.
+    Commit,
+    /// Its owner gave it up.
+    Abort,
+    /// Its deadline came.
+    Expiry,
+    /// Its owner ended: it unregistered, was reaped, its process died, or its session ended.
+    OwnerEnd,
+    /// Its reader is done.
+    Finish,
+    /// Its last lock was given back or handed to a reader.
+    LastLock,
+}
+
+/// What an ending means for what a lease holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Effect {
+    /// What was written becomes readable; slots that were not written are taken back.
+    Publish,
+    /// Slots are taken back, locks given back; nothing becomes readable.
+    GiveBack,
+    /// A lease of that kind has no such end.
+    Refused,
+}
+
+/// The table of endings. All ways out of a lease go through it, and its first row is the
+/// only one that makes anything readable.
+///
+/// | | write | lookup | read |
+/// |---|---|---|---|
+/// | commit | publishes | refused | refused |
+/// | abort | gives back | refused | refused |
+/// | expiry | gives back | gives back | gives back |
+/// | end of the owner (death of the client, unregistering, end of the session) | gives back | gives back | gives back |
+/// | reader is done | refused | refused | gives back |
+/// | last lock released or handed on | refused | gives back | refused |
+///
+/// Clearing the cache ends no lease. Without `force` it leaves objects that a lease holds
+/// alone; with `force` it withdraws readable ones at once, so that no lookup finds them and
+/// no read of them begins, and their slots become free with the last lease that holds them.
+/// Reservations stay either way.
+pub(super) fn effect(holding: &Holding, ending: Ending) -> Effect {
+    use Ending::{Abort, Commit, Expiry, Finish, LastLock, OwnerEnd};
+    match (holding, ending) {
+        (Holding::Write(_), Commit) => Effect::Publish,
+        (Holding::Write(_), Abort)
+        | (Holding::Read(_), Finish)
+        | (Holding::Lookup(_), LastLock)
+        | (_, Expiry | OwnerEnd) => Effect::GiveBack,
+        (Holding::Write(_), Finish | LastLock)
+        | (Holding::Lookup(_), Commit | Abort | Finish)
+        | (Holding::Read(_), Commit | Abort | LastLock) => Effect::Refused,
+    }
+}
+
 #[derive(Debug)]
 pub(super) struct Lease {
     pub(super) owner: OwnerId,
@@ -184,7 +242,7 @@ impl LeaseTable {
     }
 
     /// Removes a lease without a word on why.
-    pub(super) fn take(&mut self, id: LeaseId) -> Option<Lease> {
+    fn take(&mut self, id: LeaseId) -> Option<Lease> {
         let lease = self.leases.remove(&id)?;
         self.by_owner.remove(&(lease.owner, id));
         self.by_deadline.remove(&(lease.deadline, id));
@@ -221,6 +279,22 @@ impl LeaseTable {
         }
     }
 
+    /// Removes the live lease `id` of `owner` if it may end that way.
+    ///
+    /// # Errors
+    /// As [`get`](Self::get), and `Unknown` for a lease of another kind.
+    pub(super) fn end(
+        &mut self,
+        owner: OwnerId,
+        id: LeaseId,
+        ending: Ending,
+    ) -> Result<Lease, LeaseError> {
+        if effect(&self.get(owner, id)?.holding, ending) == Effect::Refused {
+            return Err(LeaseError::Unknown);
+        }
+        self.take(id).ok_or(LeaseError::Unknown)
+    }
+
     pub(super) fn len(&self) -> usize {
         self.leases.len()
     }
@@ -246,5 +320,43 @@ impl LeaseTable {
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_commit_of_a_write_makes_anything_readable() {
+        let holdings = [
+            Holding::Write(WriteLease {
+                objects: Vec::new(),
+                copied: false,
+            }),
+            Holding::Lookup(LookupLease {
+                rows: 0,
+                chunks: 0,
+                objects: Vec::new(),
+                held: Vec::new(),
+                remaining: 0,
+            }),
+            Holding::Read(ReadingLease {
+                objects: Vec::new(),
+            }),
+        ];
+        use Effect::{GiveBack, Publish, Refused};
+        let table = [
+            (Ending::Commit, [Publish, Refused, Refused]),
+            (Ending::Abort, [GiveBack, Refused, Refused]),
+            (Ending::Expiry, [GiveBack, GiveBack, GiveBack]),
+            (Ending::OwnerEnd, [GiveBack, GiveBack, GiveBack]),
+            (Ending::Finish, [Refused, Refused, GiveBack]),
+            (Ending::LastLock, [Refused, GiveBack, Refused]),
+        ];
+        for (ending, row) in table {
+            let found = [0, 1, 2].map(|kind: usize| effect(&holdings[kind], ending));
+            assert_eq!(found, row, "{ending:?}");
+        }
     }
 }

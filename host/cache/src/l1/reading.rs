@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::time::Instant;
 
-use super::lease::{Holding, Lease, LeaseId, LookupLease, OwnerId, ReadingLease};
+use super::lease::{Ending, Holding, Lease, LeaseId, LookupLease, OwnerId, ReadingLease};
 use super::{Contents, L1, Object, ObjectId, Pinned, ScopeCursor};
 use crate::engine::{PrefixLock, ReadLease};
 use crate::error::{LeaseError, ReadError};
@@ -35,7 +35,9 @@ impl L1 {
             for row in (0..rows.len()).rev() {
                 if let Some(&object) = objects.get(row * chunks + chunk) {
                     self.lock(object, u64::from(readers));
-                    self.policy.touch(object);
+                    if let Some(found) = self.objects.get(object) {
+                        self.tenants.touch(found.tenant, object);
+                    }
                 }
             }
         }
@@ -133,7 +135,8 @@ impl L1 {
         let total: u64 = released.iter().map(|&(_, count)| count).sum();
         lookup.remaining -= total;
         if lookup.remaining == 0 {
-            self.leases.take(id);
+            // It holds nothing any more, so nothing is left to settle.
+            let _ = self.leases.end(owner, id, Ending::LastLock);
         }
         self.owned_locks -= total;
         for (object, count) in released {
@@ -179,7 +182,8 @@ impl L1 {
         held.iter_mut().for_each(|held| *held -= 1);
         lookup.remaining -= ids.len() as u64;
         if lookup.remaining == 0 {
-            self.leases.take(lookup_id);
+            // Its reader holds its locks now.
+            let _ = self.leases.end(lookup_owner, lookup_id, Ending::LastLock);
         }
         let lease = self.leases.reserve_id();
         self.leases.insert(
@@ -231,29 +235,17 @@ impl L1 {
     }
 
     pub(crate) fn finish_read(&mut self, reader: OwnerId, lease: LeaseId) -> bool {
-        let Ok(Lease {
-            holding: Holding::Read(_),
-            ..
-        }) = self.leases.get(reader, lease)
-        else {
-            return false;
-        };
-        match self.leases.take(lease) {
-            Some(ended) => {
-                self.give_back(lease, ended.holding);
-                true
-            }
-            None => false,
-        }
+        self.end_lease(reader, lease, Ending::Finish).is_ok()
     }
 
     pub(crate) fn touch(&mut self, keys: &[ObjectKey]) {
         let mut cursor = ScopeCursor::default();
         for key in keys.iter().rev() {
             if let Some(id) = self.find(&mut cursor, key)
-                && self.objects.get(id).is_some_and(Object::is_readable)
+                && let Some(object) = self.objects.get(id)
+                && object.is_readable()
             {
-                self.policy.touch(id);
+                self.tenants.session_ended(object.tenant, id);
             }
         }
     }

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use hashbrown::DefaultHashBuilder;
 
 use super::slab::Slab;
+use super::tenants::TenantId;
 use crate::key::{CacheSalt, KeyScope};
 
 /// Number of an interned scope.
@@ -19,6 +20,7 @@ pub(super) type ScopeId = u32;
 struct ScopeEntry {
     scope: Arc<KeyScope>,
     salt: u32,
+    tenant: TenantId,
     fingerprint: u64,
     objects: u64,
 }
@@ -47,11 +49,16 @@ impl ScopeTable {
     }
 
     /// Counts an object of `bytes` under a scope, which is interned if need be.
-    /// `None` if there is no number left.
-    pub(super) fn add(&mut self, scope: &Arc<KeyScope>, bytes: u64) -> Option<ScopeId> {
+    /// `None` if there is no number left. `tenant` is asked once for a scope.
+    pub(super) fn add(
+        &mut self,
+        scope: &Arc<KeyScope>,
+        bytes: u64,
+        tenant: impl FnOnce(&CacheSalt) -> TenantId,
+    ) -> Option<ScopeId> {
         let id = match self.find(scope) {
             Some(id) => id,
-            None => self.intern(scope)?,
+            None => self.intern(scope, tenant(&scope.cache_salt))?,
         };
         let entry = self.scopes.get_mut(id)?;
         entry.objects += 1;
@@ -61,7 +68,7 @@ impl ScopeTable {
         Some(id)
     }
 
-    fn intern(&mut self, scope: &Arc<KeyScope>) -> Option<ScopeId> {
+    fn intern(&mut self, scope: &Arc<KeyScope>, tenant: TenantId) -> Option<ScopeId> {
         let salt = match self.by_salt.get(&scope.cache_salt) {
             Some(&salt) => salt,
             None => {
@@ -77,6 +84,7 @@ impl ScopeTable {
         let id = self.scopes.insert(ScopeEntry {
             scope: Arc::clone(scope),
             salt,
+            tenant,
             fingerprint: self.hasher.hash_one(scope),
             objects: 0,
         })?;
@@ -120,6 +128,18 @@ impl ScopeTable {
     /// The number of the scope's salt.
     pub(super) fn salt_of(&self, id: ScopeId) -> u32 {
         self.scopes.get(id).map_or(0, |entry| entry.salt)
+    }
+
+    /// The tenant that objects of the scope count for.
+    pub(super) fn tenant_of(&self, id: ScopeId) -> TenantId {
+        self.scopes.get(id).map_or(0, |entry| entry.tenant)
+    }
+
+    /// Asks anew for the tenant of each scope.
+    pub(super) fn reassign(&mut self, tenant: impl Fn(&CacheSalt) -> TenantId) {
+        for entry in self.scopes.iter_mut() {
+            entry.tenant = tenant(&entry.scope.cache_salt);
+        }
     }
 
     pub(super) fn salts(&self) -> impl Iterator<Item = &SaltEntry> {

@@ -58,4 +58,8 @@ impl<T> Slab<T> {
             .enumerate()
             .filter_map(|(id, entry)| Some((id as u32, entry.as_ref()?)))
     }
+
+    pub(super) fn iter_mut(&mut self) -> impl Iterator<Item = &mut T> {
+        self.entries.iter_mut().flatten()
+    }
 }

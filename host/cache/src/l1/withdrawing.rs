@@ -58,7 +58,9 @@ impl L1 {
 
     /// Takes a readable object out of sight for another reason than its rank.
     fn withdraw(&mut self, id: ObjectId, reason: RemoveReason) {
-        self.policy.remove(id);
+        if let Some(object) = self.objects.get(id) {
+            self.tenants.remove_entry(object.tenant, id);
+        }
         self.notice_removal(id, reason);
         self.apply(id, Event::Withdraw);
     }

@@ -1,17 +1,20 @@
 //! Slots for writers: reserved, written, then committed or aborted.
 
 use std::hash::BuildHasher;
+use std::sync::Arc;
 use std::time::Instant;
 
 use hashbrown::HashTable;
 
-use super::lease::{Holding, Lease, LeaseId, OwnerId, WriteLease};
+use super::lease::{Ending, Holding, Lease, LeaseId, OwnerId, WriteLease};
+use super::reclaim::Shortage;
 use super::stage::{Event, Outcome, Stage};
-use super::{Contents, L1, Notice, Object, ObjectId, Pinned, ScopeCursor};
+use super::tenants::{Search, TenantId};
+use super::{Contents, EndedLease, L1, Notice, Object, ObjectId, Pinned, ScopeCursor};
 use crate::engine::{Committed, Reservation};
 use crate::error::{LeaseError, ReserveError};
 use crate::eviction::EntryFacts;
-use crate::key::ObjectKey;
+use crate::key::{KeyScope, ObjectKey};
 use crate::shm_pool::Slot;
 
 impl L1 {
@@ -45,13 +48,13 @@ impl L1 {
         for &object in &resident {
             self.pin(object);
         }
-        let offsets = self.allocate_slots(wanted.len(), footprint);
+        let wants = self.wants(keys, &wanted, footprint);
+        let offsets = self.allocate_slots(&wants, wanted.len(), footprint);
         for &object in &resident {
             self.unpin(object);
         }
-        let Some(offsets) = offsets else {
-            return Err(self.pool_full(wanted.len(), footprint));
-        };
+        let offsets =
+            offsets.map_err(|shortage| self.no_room(shortage, &wants, wanted.len(), footprint))?;
         let lease = self.leases.reserve_id();
         let mut slots = Vec::with_capacity(wanted.len());
         let mut objects = Vec::with_capacity(wanted.len());
@@ -118,21 +121,53 @@ impl L1 {
         (wanted, resident)
     }
 
-    fn pool_full(&mut self, count: usize, footprint: u64) -> ReserveError {
+    /// What each tenant wants, in bytes; nearly always there is one.
+    fn wants(&self, keys: &[ObjectKey], wanted: &[usize], footprint: u64) -> Vec<(TenantId, u64)> {
+        let mut wants: Vec<(TenantId, u64)> = Vec::with_capacity(1);
+        let mut last: Option<(&Arc<KeyScope>, TenantId)> = None;
+        for key in wanted.iter().filter_map(|&index| keys.get(index)) {
+            let tenant = match last {
+                Some((scope, tenant)) if Arc::ptr_eq(scope, &key.scope) => tenant,
+                _ => self.tenants.of_salt(&key.scope.cache_salt),
+            };
+            last = Some((&key.scope, tenant));
+            match wants.iter_mut().find(|(known, _)| *known == tenant) {
+                Some((_, bytes)) => *bytes = bytes.saturating_add(footprint),
+                None => wants.push((tenant, footprint)),
+            }
+        }
+        wants
+    }
+
+    fn no_room(
+        &mut self,
+        shortage: Shortage,
+        wants: &[(TenantId, u64)],
+        count: usize,
+        footprint: u64,
+    ) -> ReserveError {
         let needed_bytes = (count as u64).saturating_mul(footprint);
-        let free_bytes = self.allocator.free_bytes();
-        let evictable_bytes = self.reclaimable_bytes();
+        let search = Search::on_behalf_of(wants.iter().map(|&(tenant, _)| tenant));
+        let error = match shortage {
+            Shortage::Pool => ReserveError::PoolFull {
+                needed_bytes,
+                free_bytes: self.allocator.free_bytes(),
+                evictable_bytes: self.tenants.reclaimable_bytes(&search),
+            },
+            Shortage::Cap { tenant, cap_bytes } => ReserveError::CapReached {
+                needed_bytes,
+                cap_bytes,
+                used_bytes: self.tenants.used_bytes(tenant),
+                evictable_bytes: self.tenants.evictable_bytes(tenant),
+            },
+        };
         self.counters.allocation_failures += 1;
         self.notices.push(Notice::AllocationFailed {
             needed_bytes,
-            free_bytes,
-            evictable_bytes,
+            free_bytes: self.allocator.free_bytes(),
+            evictable_bytes: self.tenants.reclaimable_bytes(&search),
         });
-        ReserveError::PoolFull {
-            needed_bytes,
-            free_bytes,
-            evictable_bytes,
-        }
+        error
     }
 
     fn insert_reserved(
@@ -142,10 +177,14 @@ impl L1 {
         footprint: u64,
         lease: LeaseId,
     ) -> Option<ObjectId> {
-        let scope = self.scopes.add(&key.scope, footprint)?;
+        let tenants = &self.tenants;
+        let scope = self
+            .scopes
+            .add(&key.scope, footprint, |salt| tenants.of_salt(salt))?;
         let hash = self.key_hash(self.scopes.fingerprint(scope), &key.chunk_hash);
         let object = Object {
             scope,
+            tenant: self.scopes.tenant_of(scope),
             chunk_hash: key.chunk_hash,
             hash,
             offset: slot.offset,
@@ -162,6 +201,7 @@ impl L1 {
         };
         if let Some(object) = self.objects.get(id) {
             self.tally.add(object);
+            self.tenants.add(object);
         }
         let objects = &self.objects;
         self.index.insert_unique(hash, id, |&other| {
@@ -231,27 +271,14 @@ impl L1 {
         owner: OwnerId,
         lease: LeaseId,
     ) -> Result<Committed, LeaseError> {
-        let write = self.take_write_lease(owner, lease)?;
-        let mut admitted = Vec::with_capacity(write.objects.len());
-        let mut discarded = 0;
-        for &(_, id) in &write.objects {
-            if self.may_publish(id, &write) && self.publish(id, lease) {
-                admitted.push(id);
-            } else {
-                self.abort_object(id, lease);
-                discarded += 1;
-            }
-        }
+        let EndedLease {
+            admitted,
+            aborted_objects: discarded,
+            ..
+        } = self.end_lease(owner, lease, Ending::Commit)?;
         // Last chunk first, so that of one prefix the later chunks are evicted first.
         for &id in admitted.iter().rev() {
-            if let Some(object) = self.objects.get(id) {
-                let facts = EntryFacts {
-                    fingerprint: object.hash,
-                    salt: self.scopes.salt_of(object.scope),
-                    weight: object.footprint,
-                };
-                self.policy.insert(id, facts);
-            }
+            self.rank(id);
         }
         if self.notices.is_wanted() && !admitted.is_empty() {
             let keys = admitted.iter().filter_map(|&id| self.key_of(id)).collect();
@@ -263,9 +290,21 @@ impl L1 {
         })
     }
 
+    /// Gives a readable object a place in its tenant's order.
+    pub(super) fn rank(&mut self, id: ObjectId) {
+        if let Some(object) = self.objects.get(id) {
+            let facts = EntryFacts {
+                fingerprint: object.hash,
+                salt: self.scopes.salt_of(object.scope),
+                weight: object.footprint,
+            };
+            self.tenants.insert_entry(object.tenant, id, facts);
+        }
+    }
+
     /// A slot may be served if all its bytes are known to have come in: through the
     /// engine, or from a worker that can reach the pool and says so by committing.
-    fn may_publish(&self, id: ObjectId, write: &WriteLease) -> bool {
+    pub(super) fn may_publish(&self, id: ObjectId, write: &WriteLease) -> bool {
         match self.objects.get(id).map(|object| object.contents) {
             Some(Contents::Written { .. }) => true,
             Some(Contents::Unwritten) => self.settings.shared && !write.copied,
@@ -273,26 +312,12 @@ impl L1 {
         }
     }
 
-    fn publish(&mut self, id: ObjectId, lease: LeaseId) -> bool {
+    pub(super) fn publish(&mut self, id: ObjectId, lease: LeaseId) -> bool {
         self.apply(id, Event::Commit(lease)) == Outcome::Now(Stage::Readable)
     }
 
     pub(crate) fn abort(&mut self, owner: OwnerId, lease: LeaseId) -> Result<usize, LeaseError> {
-        let write = self.take_write_lease(owner, lease)?;
-        Ok(self.give_back(lease, Holding::Write(write)))
-    }
-
-    fn take_write_lease(
-        &mut self,
-        owner: OwnerId,
-        lease: LeaseId,
-    ) -> Result<WriteLease, LeaseError> {
-        if !matches!(self.leases.get(owner, lease)?.holding, Holding::Write(_)) {
-            return Err(LeaseError::Unknown);
-        }
-        match self.leases.take(lease).map(|lease| lease.holding) {
-            Some(Holding::Write(write)) => Ok(write),
-            _ => Err(LeaseError::Unknown),
-        }
+        let ended = self.end_lease(owner, lease, Ending::Abort)?;
+        Ok(ended.aborted_objects)
     }
 }

@@ -386,3 +386,98 @@ fn a_store_that_began_before_clearing_may_finish_after_it() {
     assert_eq!(cache.commit(owner, lease).unwrap().admitted, 1);
     assert_eq!(cache.hits(&keys(0..1)), 1);
 }
+
+/// Each row of the table of endings, seen from outside: what can be found afterwards, what
+/// is in use, and what is locked. Object 0 is stored before, 5 is what is being stored.
+#[test]
+fn every_end_of_a_lease_does_what_the_table_says() {
+    /// Stands for the calls that end leases.
+    #[derive(Debug, Clone, Copy)]
+    enum End {
+        Commit,
+        Abort,
+        Expiry,
+        Owner,
+        Finish,
+        LastLock,
+        Clear,
+        ForcedClear,
+    }
+    use End::*;
+    // (what happens, chunks found of [0, 5], pages in use, locks)
+    let writes = [
+        (Commit, [true, true], 2, 0),
+        (Abort, [true, false], 1, 0),
+        (Expiry, [true, false], 1, 0),
+        (Owner, [true, false], 1, 0),
+        (Finish, [true, false], 2, 0),
+        (LastLock, [true, false], 2, 0),
+        (Clear, [false, false], 1, 0),
+        (ForcedClear, [false, false], 1, 0),
+    ];
+    let lookups = [
+        (Commit, [true, false], 1, 2),
+        (Abort, [true, false], 1, 2),
+        (Expiry, [true, false], 1, 0),
+        (Owner, [true, false], 1, 0),
+        (Finish, [true, false], 1, 2),
+        (LastLock, [true, false], 1, 0),
+        (Clear, [true, false], 1, 2),
+        (ForcedClear, [false, false], 1, 2),
+    ];
+    let reads = [
+        (Commit, [true, false], 1, 1),
+        (Abort, [true, false], 1, 1),
+        (Expiry, [true, false], 1, 0),
+        (Owner, [true, false], 1, 0),
+        (Finish, [true, false], 1, 0),
+        (LastLock, [true, false], 1, 1),
+        (Clear, [true, false], 1, 1),
+        (ForcedClear, [false, false], 1, 1),
+    ];
+    for (kind, rows) in [("write", writes), ("lookup", lookups), ("read", reads)] {
+        for (end, found, pages, locks) in rows {
+            let cache = private(4);
+            cache.store(&keys(0..1), 0);
+            let owner = cache.new_owner();
+            let lease = match kind {
+                "write" => {
+                    let (lease, _) = cache.reserve_all(owner, &keys(5..6));
+                    cache.write_bytes(owner, lease, 0, &bytes_of(5, OBJECT));
+                    lease
+                }
+                "lookup" => cache.lock_prefix(owner, &[keys(0..1)], 2).lease.unwrap(),
+                _ => {
+                    let other = cache.new_owner();
+                    let lookup = cache.lock_prefix(other, &[keys(0..1)], 1).lease.unwrap();
+                    let read = cache.begin_read(other, lookup, owner, 0, 0..1);
+                    read.unwrap().lease
+                }
+            };
+            match end {
+                Commit => drop(cache.commit(owner, lease)),
+                Abort => drop(cache.abort(owner, lease)),
+                Expiry => cache.clock.advance(WRITE_TTL),
+                Owner => drop(cache.end_owner(owner)),
+                Finish => drop(cache.finish_read(owner, lease)),
+                LastLock => drop(cache.release_prefix(owner, lease, 0..1, 128)),
+                Clear => drop(cache.clear(false)),
+                ForcedClear => drop(cache.clear(true)),
+            }
+            let status = cache.status();
+            let what = format!("{end:?} of a {kind} lease: {status:?}");
+            assert_eq!(status.used_bytes, pages * PAGE, "{what}");
+            assert_eq!(
+                (status.object_locks, status.owned_locks),
+                (locks, locks),
+                "{what}"
+            );
+            assert_eq!(cache.present(&keys([0, 5])), found, "{what}");
+            cache.check_invariants().unwrap();
+            // Whatever was left goes with the owner.
+            cache.end_owner(owner);
+            cache.clear(false);
+            assert_eq!(cache.status().used_bytes, 0, "{what}");
+        }
+    }
+}

@@ -15,4 +15,7 @@ mod leases;
 mod lmcache_defects;
 mod model;
 mod observer;
+mod policies;
 mod shared_memory;
+mod simulator;
+mod tenants;

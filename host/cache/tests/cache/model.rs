@@ -7,10 +7,12 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
 use proptest::prelude::*;
+use proptest::test_runner::TestRunner;
 use stockade_cache::{
     Backing, CacheObserver, EngineConfig, LeaseError, LeaseId, ObjectKey, OwnerId, PolicyKind,
     ReadError, RemoveReason, ReserveError, Slot,
@@ -867,28 +869,49 @@ impl Model {
     }
 }
 
-proptest! {
-    #![proptest_config(ProptestConfig {
-        failure_persistence: None,
-        ..ProptestConfig::default()
-    })]
+/// Operations to try: a few thousand, or as many as `STOCKADE_MODEL_OPS` says.
+fn wanted_operations() -> usize {
+    let asked = std::env::var("STOCKADE_MODEL_OPS").ok();
+    asked.map_or(15_000, |text| text.parse().unwrap())
+}
 
-    #[test]
-    fn the_engine_agrees_with_the_model(
-        is_shared in any::<bool>(),
-        policy in prop::sample::select(&PolicyKind::ALL[..4]),
-        ops in prop::collection::vec(op(), 1..120),
-    ) {
-        let mut model = Model::new(is_shared, policy);
-        for op in &ops {
-            model.apply(op);
-            model.agree();
-        }
-        for owner in model.owners.clone() {
-            model.end_owner(owner);
-        }
+/// One life of an engine; both must agree after each operation.
+fn live(is_shared: bool, policy: PolicyKind, ops: &[Op]) {
+    let mut model = Model::new(is_shared, policy);
+    for op in ops {
+        model.apply(op);
         model.agree();
-        model.clear(false);
-        prop_assert_eq!(model.cache.status().used_bytes, 0);
+    }
+    for owner in model.owners.clone() {
+        model.end_owner(owner);
+    }
+    model.agree();
+    model.clear(false);
+    assert_eq!(model.cache.status().used_bytes, 0);
+}
+
+#[test]
+fn the_engine_agrees_with_the_model() {
+    let wanted = wanted_operations();
+    let done = AtomicUsize::new(0);
+    let lives = (
+        any::<bool>(),
+        prop::sample::select(&PolicyKind::ALL[..4]),
+        prop::collection::vec(op(), 1..120),
+    );
+    while done.load(Ordering::Relaxed) < wanted {
+        let mut runner = TestRunner::new(ProptestConfig {
+            cases: 64,
+            failure_persistence: None,
+            ..ProptestConfig::default()
+        });
+        let result = runner.run(&lives, |(is_shared, policy, ops)| {
+            live(is_shared, policy, &ops);
+            done.fetch_add(ops.len(), Ordering::Relaxed);
+            Ok(())
+        });
+        if let Err(failure) = result {
+            panic!("{failure}");
+        }
     }
 }
