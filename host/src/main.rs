@@ -10,6 +10,11 @@ use stockade::{
 };
 use tokio::signal::unix::{SignalKind, signal};
 
+/// Gives memory back to the system after a burst of large requests; with glibc's allocator
+/// each thread keeps what it has used.
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
 /// Wrong flags or file, as in sysexits.h.
 const EX_USAGE: u8 = 64;
 /// Something that the server needs cannot be had, as in sysexits.h.
