@@ -6,6 +6,11 @@ use std::{ffi::OsString, io::Write as _, process::ExitCode};
 use stockade::{cli::Command, config::Config, server::Server, telemetry};
 use tokio::signal::unix::{SignalKind, signal};
 
+/// Gives memory back to the system after a burst of large requests; with glibc's allocator
+/// each thread keeps what it has used.
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
 /// The command was understood and could not be done.
 const EX_FAILURE: u8 = 1;
 /// Wrong flags or file, as in sysexits.h.

@@ -5,6 +5,7 @@
 
 mod control;
 mod kv_events;
+mod lapsed;
 mod metrics;
 mod retrieve;
 mod sessions;
@@ -21,8 +22,11 @@ use std::{
 };
 
 use bytes::Bytes;
-use parking_lot::Mutex;
 use prometheus_client::registry::Registry;
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    fd::OwnedFd,
+};
 use serde_json::{Value, json};
 use stockade_cache::{CacheEngine, CacheSalt, KeyScope, TokenHasher, kv_rank};
 use stockade_transport::{DisconnectReason, Frames, Handler, Limit, Message, Outcome, Peer};
@@ -31,13 +35,15 @@ use stockade_wire::{
 };
 
 use self::{
+    control::P2pTasks,
     kv_events::KvEvents,
+    lapsed::{Lapsed, RECONNECT_WINDOW},
     metrics::ServiceMetrics,
     sessions::Sessions,
     store::TransferRange,
-    workers::{TransferKey, Worker, Workers},
+    workers::{Orphan, TransferKey, Worker, Workers},
 };
-use tokio::sync::Notify;
+use tokio::{runtime::Handle, sync::Notify};
 
 use crate::telemetry::LogLimiter;
 
@@ -67,15 +73,9 @@ pub struct ServiceSettings {
     pub kv_event_log_size: usize,
 }
 
-/// A process on this machine whose connection closed, and what it had registered.
-struct Suspect {
-    pid: i32,
-    instances: Vec<InstanceId>,
-    since: Instant,
-}
-
-/// How long a process whose connection closed is watched for its death.
-const SUSPECT_FOR: Duration = Duration::from_secs(10);
+/// Shortest and longest time between two looks at a process whose connection has closed. A
+/// process that dies closes its connections just before.
+const DEATH_CHECK: (Duration, Duration) = (Duration::from_millis(1), Duration::from_secs(1));
 
 /// The request path: all operations over one cache engine.
 pub struct Service {
@@ -86,9 +86,11 @@ pub struct Service {
     workers: Workers,
     sessions: Sessions,
     events: Arc<KvEvents>,
+    p2p: P2pTasks,
     metrics: ServiceMetrics,
     log: LogLimiter,
-    suspects: Mutex<Vec<Suspect>>,
+    lapsed: Lapsed,
+    started: Instant,
     stored: Notify,
     draining: AtomicBool,
 }
@@ -112,9 +114,11 @@ impl Service {
             workers: Workers::default(),
             sessions: Sessions::default(),
             events,
+            p2p: P2pTasks::default(),
             metrics: ServiceMetrics::register(registry),
             log: LogLimiter::default(),
-            suspects: Mutex::default(),
+            lapsed: Lapsed::default(),
+            started: Instant::now(),
             stored: Notify::new(),
             draining: AtomicBool::new(false),
         })
@@ -139,7 +143,9 @@ impl Service {
             Request::Ping { instance_id } => self.ping(peer, *instance_id),
             Request::Register(context) => self.register(peer, context),
             Request::Unregister { instance_id } => self.unregister(*instance_id),
-            Request::PrepareStore { key, instance_id } => self.prepare_store(key, *instance_id),
+            Request::PrepareStore { key, instance_id } => {
+                self.prepare_store(peer, key, *instance_id)
+            }
             Request::CommitStore {
                 key,
                 instance_id,
@@ -167,9 +173,12 @@ impl Service {
                 )
                 .into(),
             }),
-            // As a 0.5.6 server without P2P answers: no task, nothing found, nothing to unlock.
-            Request::P2pLookupAndLock { .. } => Ok(Response::Int(0)),
-            Request::P2pQueryLookupResults { .. } => Ok(Response::P2pAddresses(1)),
+            // As a 0.5.6 server without P2P answers: a task that finds nothing.
+            Request::P2pLookupAndLock { keys } => Ok(Response::Int(self.p2p.begin(*keys))),
+            Request::P2pQueryLookupResults { task_id } => Ok(self
+                .p2p
+                .collect(*task_id)
+                .map_or(Response::None, Response::P2pAddresses)),
             Request::P2pUnlockObjects => Ok(Response::None),
             Request::Unsupported(operation) => Err(control::way_out(*operation)),
             other => Err(format!(
@@ -231,7 +240,7 @@ impl Service {
                 self.log.warn("refused", || {
                     format!("{} from {}: {sentence}", operation.name(), peer.address())
                 });
-                Some(error_reply(&envelope, &sentence))
+                Some(refusal(&envelope, Some(operation), &sentence))
             }
         }
     }
@@ -247,7 +256,8 @@ impl Service {
             )
         });
         let envelope = rejected.envelope.as_ref()?;
-        Some(error_reply(envelope, &rejected.error.to_string()))
+        let sentence = rejected.error.to_string();
+        Some(refusal(envelope, rejected.operation, &sentence))
     }
 
     /// Counts and logs a negative result that the operation has in its type.
@@ -259,11 +269,19 @@ impl Service {
     }
 
     fn worker(&self, instance_id: InstanceId) -> Result<Arc<Worker>, String> {
-        let worker = self.workers.get(instance_id).ok_or_else(|| {
-            format!("instance_id {instance_id} is not registered, or was reaped: register it again")
-        })?;
+        let Some(worker) = self.workers.get(instance_id) else {
+            self.lapsed.note(instance_id);
+            return Err(format!(
+                "instance_id {instance_id} is not registered, or was reaped: register it again"
+            ));
+        };
         worker.touch();
         Ok(worker)
+    }
+
+    /// Whether a connection may be that of an engine that outlived the last server.
+    fn is_survivor(&self, peer: &Peer) -> bool {
+        peer.connected_at().saturating_duration_since(self.started) < RECONNECT_WINDOW
     }
 
     fn salt(&self, key: &CacheKey) -> Result<CacheSalt, String> {
@@ -349,9 +367,9 @@ impl Service {
             settings.worker_reap_timeout,
             settings.worker_registration_grace,
         ) {
+            self.lapsed.note(worker.instance_id);
             self.end_worker(&worker, "silent for too long");
         }
-        self.reap_dead_processes();
         self.events.reap(settings.worker_reap_timeout);
         let sessions = self.sessions.reap(settings.session_ttl, &self.engine);
         if sessions > 0 {
@@ -371,22 +389,18 @@ impl Service {
         );
     }
 
-    /// Ends the workers of processes on this machine that died after their connection closed.
-    fn reap_dead_processes(&self) {
-        let mut dead = Vec::new();
-        self.suspects.lock().retain(|suspect| {
-            let is_dead = rustix::process::Pid::from_raw(suspect.pid).is_some_and(|pid| {
-                rustix::process::test_kill_process(pid) == Err(rustix::io::Errno::SRCH)
-            });
-            if is_dead {
-                dead.extend_from_slice(&suspect.instances);
+    /// Ends a worker once its process is dead, as long as it is heard on no other connection.
+    async fn await_death(self: Arc<Self>, orphan: Orphan) {
+        let mut pause = DEATH_CHECK.0;
+        while !has_ended(&orphan.process) {
+            if !self.workers.is_orphan(&orphan) {
+                return;
             }
-            !is_dead && suspect.since.elapsed() < SUSPECT_FOR
-        });
-        for instance_id in dead {
-            if let Some(worker) = self.workers.unregister(instance_id) {
-                self.end_worker(&worker, "its process is dead");
-            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(DEATH_CHECK.1);
+        }
+        if let Some(worker) = self.workers.take_orphan(&orphan) {
+            self.end_worker(&worker, "its connection is closed and its process dead");
         }
     }
 
@@ -507,6 +521,12 @@ impl Service {
     }
 }
 
+/// Whether the process behind a pidfd has ended, whether or not its parent has noticed.
+fn has_ended(process: &OwnedFd) -> bool {
+    let mut polled = [PollFd::new(process, PollFlags::IN)];
+    poll(&mut polled, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
+}
+
 /// Instance ids are msgpack integers, so they fit one of JSON's two integer ranges.
 fn number(id: InstanceId) -> Value {
     u64::try_from(id.0)
@@ -537,13 +557,7 @@ impl Handler for ServiceHandler {
                 .answer(peer, frames)
                 .map_or(Outcome::Nothing, Outcome::Reply);
         }
-        let envelope = match frames.as_slice() {
-            [uid, operation, ..] => Some(Envelope {
-                uid: uid.clone(),
-                operation: operation.clone(),
-            }),
-            _ => None,
-        };
+        let envelope = envelope(&frames);
         let (worker, peer) = (Arc::clone(service), Arc::clone(peer));
         let service = Arc::clone(service);
         Outcome::Later(Box::pin(async move {
@@ -551,12 +565,16 @@ impl Handler for ServiceHandler {
             match tokio::time::timeout(service.settings.deadline, answer).await {
                 Ok(Ok(reply)) => reply,
                 Ok(Err(_)) | Err(_) => {
-                    service.metrics.failed(None, "deadline");
+                    let envelope = envelope?;
+                    let operation = envelope.known_operation(&service.limits);
+                    service.metrics.failed(operation, "deadline");
+                    let name = operation.map_or("a request", Operation::name);
                     service.log.warn("deadline", || {
-                        "a request was not done within its deadline".to_owned()
+                        format!("{name} was not done within its deadline")
                     });
-                    Some(error_reply(
-                        &envelope?,
+                    Some(refusal(
+                        &envelope,
+                        operation,
                         "the server could not do this within --request-deadline-seconds: try again",
                     ))
                 }
@@ -567,16 +585,12 @@ impl Handler for ServiceHandler {
     fn disconnected(&self, peer: &Arc<Peer>, _reason: DisconnectReason) {
         let service = &self.0;
         service.events.disconnected(peer.id());
-        let Some(pid) = peer.credentials().and_then(|credentials| credentials.pid) else {
+        // Without a runtime the server is being taken down, and the workers with it.
+        let Ok(runtime) = Handle::try_current() else {
             return;
         };
-        let instances = service.workers.only_on(peer.id());
-        if !instances.is_empty() {
-            service.suspects.lock().push(Suspect {
-                pid,
-                instances,
-                since: Instant::now(),
-            });
+        for orphan in service.workers.left_by(peer.id()) {
+            runtime.spawn(Arc::clone(service).await_death(orphan));
         }
     }
 }
@@ -588,7 +602,11 @@ fn too_large(
     announced: u64,
     limit: Limit,
 ) -> Outcome {
-    service.metrics.failed(None, "too_large");
+    let envelope = envelope(&frames_before);
+    let operation = envelope
+        .as_ref()
+        .and_then(|envelope| envelope.known_operation(&service.limits));
+    service.metrics.failed(operation, "too_large");
     let sentence = match limit {
         Limit::Frames => "the message has too many frames".to_owned(),
         Limit::FrameBytes | Limit::MessageBytes => {
@@ -598,16 +616,37 @@ fn too_large(
         }
     };
     service.log.warn("too_large", || {
-        format!("request from {} refused: {sentence}", peer.address())
+        let name = operation.map_or("request", Operation::name);
+        format!("{name} from {} refused: {sentence}", peer.address())
     });
-    match frames_before.as_slice() {
-        [uid, operation, ..] => {
-            let envelope = Envelope {
-                uid: uid.clone(),
-                operation: operation.clone(),
-            };
-            Outcome::Reply(error_reply(&envelope, &sentence))
+    envelope.map_or(Outcome::Nothing, |envelope| {
+        Outcome::Reply(refusal(&envelope, operation, &sentence))
+    })
+}
+
+fn envelope(frames: &[Bytes]) -> Option<Envelope> {
+    let [uid, operation, ..] = frames else {
+        return None;
+    };
+    Some(Envelope {
+        uid: uid.clone(),
+        operation: operation.clone(),
+    })
+}
+
+/// The reply to a request that is not served: the negative result that the operation has in
+/// its type, or else an error reply.
+///
+/// An engine takes the first for a miss, or for a store that did not happen; the second
+/// becomes an exception in its worker.
+fn refusal(envelope: &Envelope, operation: Option<Operation>, sentence: &str) -> Frames {
+    let negative = match operation {
+        Some(Operation::CommitStore | Operation::CommitRetrieve) => Response::Bool(false),
+        Some(Operation::PrepareRetrieve) => retrieve::miss(),
+        Some(Operation::QueryPrefetchStatus | Operation::WaitPrefetchStatus) => {
+            Response::OptionalInt(Some(0))
         }
-        _ => Outcome::Nothing,
-    }
+        _ => return error_reply(envelope, sentence),
+    };
+    reply(envelope, &negative)
 }

@@ -69,7 +69,30 @@ where
             // The line is the plugin's alone: fields would look like a part of it.
             return writeln!(writer, "[{}] {}", line.plugin, line.message);
         }
-        writeln!(writer, "{}{}", line.message, line.fields)
+        writeln!(
+            writer,
+            "{}{}",
+            OneLine(&line.message),
+            OneLine(&line.fields)
+        )
+    }
+}
+
+/// Text with its control characters escaped: names that clients choose must not look like
+/// lines of ours.
+struct OneLine<'a>(&'a str);
+
+impl fmt::Display for OneLine<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for part in self.0.split_inclusive(char::is_control) {
+            match part.char_indices().next_back() {
+                Some((at, last)) if last.is_control() => {
+                    write!(f, "{}{}", &part[..at], last.escape_default())?;
+                }
+                _ => f.write_str(part)?,
+            }
+        }
+        Ok(())
     }
 }
 

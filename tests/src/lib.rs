@@ -213,6 +213,32 @@ impl Server {
         )
     }
 
+    /// The value of a metric without labels, or the sum over its labels.
+    pub async fn metric(&self, name: &str) -> f64 {
+        let (status, body) = self.http("GET", "/metrics", "").await;
+        assert_eq!(status, 200, "{body}");
+        let samples = body.lines().filter(|line| {
+            line.strip_prefix(name)
+                .is_some_and(|rest| rest.starts_with(['{', ' ']))
+        });
+        let values: Vec<f64> = samples
+            .map(|line| line.rsplit(' ').next().unwrap().parse().unwrap())
+            .collect();
+        assert!(!values.is_empty(), "there is no metric {name}:\n{body}");
+        values.iter().sum()
+    }
+
+    /// Memory of its own that the server's process holds; the pool is not counted.
+    #[must_use]
+    pub fn anonymous_memory_kib(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
+        let line = status
+            .lines()
+            .find_map(|line| line.strip_prefix("RssAnon:"))
+            .unwrap();
+        line.trim().trim_end_matches(" kB").trim().parse().unwrap()
+    }
+
     /// GET of a JSON document.
     pub async fn json(&self, path: &str) -> serde_json::Value {
         let (status, body) = self.http("GET", path, "").await;

@@ -290,12 +290,7 @@ async fn silent_workers_are_reaped_and_their_reservations_freed() {
         );
         tokio::task::yield_now().await;
     }
-    let error = worker
-        .client
-        .call(17, &[key.value(), 1.into(), Value::Binary(Vec::new())])
-        .await
-        .error();
-    assert!(error.contains("register it again"), "{error}");
+    assert!(!worker.commit_store(&key).await);
     assert_eq!(
         server.json("/status").await["storage_manager"]["l1_manager"]["staging_bytes"],
         0

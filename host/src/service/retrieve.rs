@@ -265,7 +265,8 @@ impl Service {
     }
 }
 
-fn miss() -> Response {
+/// Nothing there, as `prepare_retrieve` says it.
+pub(super) fn miss() -> Response {
     Response::PrepareRetrieve {
         success: false,
         data: Bytes::new(),

@@ -173,13 +173,20 @@ impl Sessions {
     pub(crate) fn reap(&self, ttl: Duration, engine: &CacheEngine) -> usize {
         let now = Instant::now();
         let mut ended = Vec::new();
-        self.entries.lock().retain(|_, entry| {
-            let is_live = now.saturating_duration_since(entry.last_used) < ttl;
-            if !is_live {
-                ended.push(Arc::clone(&entry.session));
+        {
+            let mut entries = self.entries.lock();
+            entries.retain(|_, entry| {
+                let is_live = now.saturating_duration_since(entry.last_used) < ttl;
+                if !is_live {
+                    ended.push(Arc::clone(&entry.session));
+                }
+                is_live
+            });
+            // A burst of requests should not be remembered by the size of the table.
+            if entries.capacity() > 1024 && entries.len() < entries.capacity() / 8 {
+                entries.shrink_to_fit();
             }
-            is_live
-        });
+        }
         let count = ended.len();
         end_all(ended, engine);
         count

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use stockade_cache::{ChunkHash, KeyScope, LeaseId, ObjectKey, ReserveError, Slot};
+use stockade_transport::Peer;
 use stockade_wire::{CacheKey, InstanceId, Response, SlotDescriptor, StoreSlot, pickle};
 
 use super::{
@@ -17,7 +18,25 @@ impl Service {
     ///
     /// Empty slots mean "nothing to store", which is also the answer when the pool is full:
     /// the engine goes on without storing, and the failure is counted.
-    pub(super) fn prepare_store(&self, key: &CacheKey, instance_id: InstanceId) -> Answer {
+    ///
+    /// A worker that outlived its registration gets a context without slots: its commit is
+    /// then declined and its next ping makes it register again. An error would end its engine.
+    pub(super) fn prepare_store(
+        &self,
+        peer: &Peer,
+        key: &CacheKey,
+        instance_id: InstanceId,
+    ) -> Answer {
+        if self.workers.get(instance_id).is_none()
+            && (self.lapsed.note(instance_id) || self.is_survivor(peer))
+        {
+            self.refused(
+                "prepare_store",
+                "instance_id",
+                &format!("{instance_id} has outlived its registration, nothing is stored until it registers again"),
+            );
+            return Ok(Response::PrepareStore(None));
+        }
         let worker = self.worker(instance_id)?;
         let range = self.transfer_range(key, &worker)?;
         if !self.shm_enabled() {

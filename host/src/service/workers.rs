@@ -4,6 +4,7 @@ use std::{
     collections::HashMap,
     hash::{Hash, Hasher as _},
     ops::Range,
+    os::fd::OwnedFd,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -73,6 +74,26 @@ struct Activity {
     reads: HashMap<TransferKey, PendingRead>,
     /// Connections it was heard on, newest last.
     peers: Vec<u64>,
+    /// The process that registered it, where the connection told.
+    process: Option<Arc<OwnedFd>>,
+}
+
+/// Where a registration came from.
+#[derive(Debug)]
+pub(crate) struct Sender {
+    /// The connection.
+    pub(crate) peer: u64,
+    /// A pidfd of the process, on a local socket.
+    pub(crate) process: Option<Arc<OwnedFd>>,
+}
+
+/// A worker on this machine whose connections have all closed.
+#[derive(Debug)]
+pub(crate) struct Orphan {
+    instance_id: InstanceId,
+    owner: OwnerId,
+    /// A pidfd of its process.
+    pub(crate) process: Arc<OwnedFd>,
 }
 
 /// One registered worker.
@@ -212,7 +233,7 @@ impl Workers {
         context: &RegisterContext,
         chunk_size: u32,
         pool_bytes: u64,
-        peer: u64,
+        sender: Sender,
         new_owner: impl FnOnce() -> OwnerId,
     ) -> Result<Option<Arc<Worker>>, RegisterError> {
         if !(1..=255).contains(&context.world_size) {
@@ -246,7 +267,8 @@ impl Workers {
         {
             let mut activity = known.activity.lock();
             activity.last_seen = Instant::now();
-            note_peer(&mut activity.peers, peer);
+            note_peer(&mut activity.peers, sender.peer);
+            activity.process = sender.process;
             return Ok(None);
         }
         if registry.workers.len() >= MAX_WORKERS
@@ -274,7 +296,8 @@ impl Workers {
                 sends_inline: false,
                 stores: HashMap::new(),
                 reads: HashMap::new(),
-                peers: vec![peer],
+                peers: vec![sender.peer],
+                process: sender.process,
             }),
         };
         registry
@@ -338,14 +361,37 @@ impl Workers {
         reaped
     }
 
-    /// Workers that were last heard on this connection, and on no other one.
-    pub(crate) fn only_on(&self, peer: u64) -> Vec<InstanceId> {
+    /// Forgets a connection; returns the workers with a known process that have no other one.
+    pub(crate) fn left_by(&self, peer: u64) -> Vec<Orphan> {
         let registry = self.registry.lock();
-        let on_peer = registry
-            .workers
-            .values()
-            .filter(|worker| worker.activity.lock().peers == [peer]);
-        on_peer.map(|worker| worker.instance_id).collect()
+        let orphan = |worker: &Arc<Worker>| {
+            let mut activity = worker.activity.lock();
+            let known = activity.peers.iter().position(|&known| known == peer)?;
+            activity.peers.remove(known);
+            Some(Orphan {
+                instance_id: worker.instance_id,
+                owner: worker.owner,
+                process: activity
+                    .process
+                    .clone()
+                    .filter(|_| activity.peers.is_empty())?,
+            })
+        };
+        registry.workers.values().filter_map(orphan).collect()
+    }
+
+    /// Whether the worker is registered as it was, and was heard on no other connection since.
+    pub(crate) fn is_orphan(&self, orphan: &Orphan) -> bool {
+        self.registry.lock().holds(orphan)
+    }
+
+    /// Removes the worker if it [is still an orphan](Self::is_orphan); the caller ends its owner.
+    pub(crate) fn take_orphan(&self, orphan: &Orphan) -> Option<Arc<Worker>> {
+        let mut registry = self.registry.lock();
+        registry
+            .holds(orphan)
+            .then(|| registry.remove(orphan.instance_id))
+            .flatten()
     }
 
     /// All registrations, by instance id.
@@ -357,6 +403,12 @@ impl Workers {
 }
 
 impl Registry {
+    fn holds(&self, orphan: &Orphan) -> bool {
+        self.workers.get(&orphan.instance_id).is_some_and(|worker| {
+            worker.owner == orphan.owner && worker.activity.lock().peers.is_empty()
+        })
+    }
+
     fn remove(&mut self, instance_id: InstanceId) -> Option<Arc<Worker>> {
         let worker = self.workers.remove(&instance_id)?;
         let key = (Arc::clone(&worker.model_name), worker.world_size);

@@ -8,7 +8,7 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::fs::Mode;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, sockopt};
@@ -154,6 +154,7 @@ impl Listener {
                 let (stream, address) = socket.accept().await?;
                 let origin = Origin {
                     listener,
+                    since: Instant::now(),
                     address: PeerAddress::Tcp(address),
                     credentials: None,
                 };
@@ -172,6 +173,7 @@ impl Listener {
                 });
                 let origin = Origin {
                     listener,
+                    since: Instant::now(),
                     address: PeerAddress::Ipc(Arc::clone(path)),
                     credentials,
                 };

@@ -6,6 +6,7 @@ use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Instant;
 
 use bytes::Bytes;
 use futures_util::task::AtomicWaker;
@@ -65,6 +66,7 @@ pub struct Peer {
 #[derive(Debug, Clone)]
 pub(crate) struct Origin {
     pub(crate) listener: Arc<str>,
+    pub(crate) since: Instant,
     pub(crate) address: PeerAddress,
     pub(crate) credentials: Option<Credentials>,
 }
@@ -78,6 +80,11 @@ impl Peer {
     /// The name of the listener it came through.
     pub fn listener(&self) -> &Arc<str> {
         &self.origin.listener
+    }
+
+    /// When it was accepted.
+    pub fn connected_at(&self) -> Instant {
+        self.origin.since
     }
 
     /// Where it connected from.

@@ -55,6 +55,14 @@ pub struct Envelope {
     pub operation: Bytes,
 }
 
+impl Envelope {
+    /// The operation, if LMCache 0.5.6 knows it: for requests whose payload cannot be looked at.
+    #[must_use]
+    pub fn known_operation(&self, limits: &Limits) -> Option<Operation> {
+        decode_operation(&self.operation, limits).ok()
+    }
+}
+
 /// Decodes one request: the frames after the peer's identity.
 ///
 /// Follows `transport/zmq_impl/mq.py` of LMCache 0.5.6: what its server answers is accepted,

@@ -1,6 +1,5 @@
 //! The cache key that a request carries: which tokens, of which model, for whom.
 
-use std::hash::{Hash, Hasher};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,8 +12,8 @@ use crate::token_ids::{self, TokenIds};
 
 /// A key as clients send it: `IPCCacheServerKey` in LMCache's `custom_types.py`.
 ///
-/// It is not comparable by itself because not all of it is identity; see
-/// [`identity`](Self::identity).
+/// It is not comparable because not all of it is identity: what makes a commit find its
+/// prepare is for the server to say, which knows chunks by their hashes.
 #[derive(Clone, Debug)]
 pub struct CacheKey {
     /// The model whose KV cache this is.
@@ -38,63 +37,6 @@ pub struct CacheKey {
     /// How many workers will retrieve the objects; below 1 means an older client that does
     /// not send it, which lookups must refuse. Not identity.
     pub num_kv_readers: i64,
-}
-
-impl CacheKey {
-    /// Whether both name the same range of the same tokens for the same rank and salt:
-    /// LMCache's equality, by which a commit finds its prepare.
-    #[must_use]
-    pub fn same_range_as(&self, other: &Self) -> bool {
-        self.start == other.start
-            && self.end == other.end
-            && self.world_size == other.world_size
-            && self.worker_id == other.worker_id
-            && self.model_name == other.model_name
-            && self.cache_salt == other.cache_salt
-            && self.tokens == other.tokens
-    }
-
-    /// The part that is identity, to look a pending transfer up by. Shares the key's memory.
-    #[must_use]
-    pub fn identity(&self) -> KeyIdentity {
-        KeyIdentity {
-            model_name: Arc::clone(&self.model_name),
-            world_size: self.world_size,
-            worker_id: self.worker_id,
-            tokens: self.tokens.clone(),
-            start: self.start,
-            end: self.end,
-            cache_salt: Arc::clone(&self.cache_salt),
-        }
-    }
-}
-
-/// What makes two keys the same: all of it but the request id, the request's settings and
-/// the reader count.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct KeyIdentity {
-    start: u64,
-    end: u64,
-    world_size: u32,
-    worker_id: Option<u32>,
-    model_name: Arc<str>,
-    cache_salt: Arc<str>,
-    tokens: TokenIds,
-}
-
-impl Hash for KeyIdentity {
-    /// Hashes the last tokens instead of all: equality still compares all of them, and
-    /// hashing a long prompt would cost more than the map look-up it is for.
-    fn hash<H: Hasher>(&self, state: &mut H) {
-        const HASHED_BYTES: usize = 256;
-        (self.start, self.end, self.world_size, self.worker_id).hash(state);
-        self.model_name.hash(state);
-        self.cache_salt.hash(state);
-        let tokens = self.tokens.as_be_bytes();
-        tokens.len().hash(state);
-        let from = tokens.len().saturating_sub(HASHED_BYTES);
-        tokens.get(from..).hash(state);
-    }
 }
 
 /// Settings that an engine passes per request: what we know of `request_configs`.

@@ -32,7 +32,7 @@ pub mod token_ids;
 pub use dtype::Dtype;
 pub use error::{DecodeError, FieldProblem, Rejected, Unit};
 pub use frame::{Envelope, Limits, decode};
-pub use key::{CacheKey, KeyIdentity, RequestConfigs};
+pub use key::{CacheKey, RequestConfigs};
 pub use kv_event::{KvEvent, KvEventBatch, KvEventKind};
 pub use operation::Operation;
 pub use pickle::{PickleError, PickledTensor, read_tensors, write_tensors};

@@ -1,6 +1,5 @@
 //! What is refused and how it is said.
 
-use std::collections::HashMap;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -293,43 +292,6 @@ fn limits_are_enforced_and_named() {
 fn the_last_of_two_fields_of_a_name_counts() {
     let twice = [Field::is("start", b"\x05"), Field::is("start", b"\x07")];
     assert_eq!(lookup(&twice).unwrap().start, 7);
-}
-
-#[test]
-fn keys_are_the_same_without_regard_to_request_settings_and_readers() {
-    let key = lookup(&[]).unwrap();
-    for (field, value) in [
-        ("request_id", &b"\xa5other"[..]),
-        ("request_configs", b"\x81\xa1a\x01"),
-        ("num_kv_readers", b"\x05"),
-    ] {
-        let other = lookup(&[Field::is(field, value)]).unwrap();
-        assert!(key.same_range_as(&other), "{field}");
-        assert_eq!(key.identity(), other.identity());
-        let pending = HashMap::from([(key.identity(), 1)]);
-        assert_eq!(pending.get(&other.identity()), Some(&1));
-    }
-    for (field, value) in [
-        ("model_name", &b"\xa1x"[..]),
-        ("world_size", b"\x09"),
-        ("worker_id", b"\x00"),
-        ("token_ids", b"\x94\x01\x02\x03\x05"),
-        ("start", b"\x01"),
-        ("end", b"\x02"),
-        ("cache_salt", b"\xa1s"),
-    ] {
-        let other = lookup(&[Field::is(field, value)]).unwrap();
-        assert!(!key.same_range_as(&other), "{field}");
-        assert_ne!(key.identity(), other.identity(), "{field}");
-    }
-}
-
-#[test]
-fn prompts_that_differ_only_early_are_told_apart() {
-    let tokens = |first: u8| [b"\xdc\x10\x00".as_slice(), &[first], &[7; 4095]].concat();
-    let of = |first| lookup(&[Field::is("token_ids", tokens(first))]).unwrap();
-    assert_eq!(of(1).identity(), of(1).identity());
-    assert_ne!(of(1).identity(), of(2).identity());
 }
 
 #[test]
