@@ -15,8 +15,8 @@ use std::{
 };
 
 use stockade_sandbox::{
-    Compiler, Contract, NativeConfig, PluginState, PluginStatus, Supervisor, SupervisorConfig,
-    WasmConfig,
+    CompileLimits, Compiler, Contract, NativeConfig, PluginState, PluginStatus, Policy, Supervisor,
+    SupervisorConfig, WasmConfig,
 };
 
 /// What a condition gets on a loaded machine before the test fails.
@@ -75,7 +75,10 @@ impl Den {
             wasm: WasmConfig {
                 cache_dir: self.directory.path().join("cache"),
                 compiler: Compiler::InProcess,
+                compile_limits: CompileLimits::default(),
             },
+            policy: Policy::default(),
+            watch: false,
             native,
             server_environment,
         }
@@ -215,7 +218,7 @@ async fn each_guest_ends_as_it_should() {
             PluginState::Refused,
             "is not a WebAssembly module",
         ),
-        ("component", "", PluginState::Refused, "is a component"),
+        ("component", "", PluginState::Refused, "no wasi:cli/run"),
         ("nonsense", "", PluginState::Refused, "nonsense"),
     ];
     let supervisor = den.start();
