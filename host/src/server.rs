@@ -256,13 +256,15 @@ fn supervisor_config(config: &Config) -> anyhow::Result<SupervisorConfig> {
     // What /proc/self/exe points to would be followed anew at each start; this is read once.
     let program = std::env::current_exe().context("the path of this program could not be read")?;
     let environment: Vec<_> = std::env::vars_os().collect();
+    let mut native = NativeConfig::new(environment.iter().cloned(), &[]);
+    native.policy = config.native_plugins;
     Ok(SupervisorConfig {
         locations: config.runtime_plugin_locations.clone(),
         wasm: WasmConfig {
             cache_dir,
             compiler: Compiler::Child { program },
         },
-        native: NativeConfig::new(environment.iter().cloned(), &[]),
+        native,
         server_environment: environment,
     })
 }
