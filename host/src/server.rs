@@ -8,7 +8,7 @@ use stockade_cache::{
     Backing, CacheEngine, CacheError, EngineConfig, TokenHasher, remove_dead_segments,
 };
 use stockade_sandbox::{
-    Compiler, Contract, NativeConfig, Supervisor, SupervisorConfig, WasmConfig,
+    Compiler, Contract, FIRST_BACKOFF, NativeConfig, Supervisor, SupervisorConfig, WasmConfig,
 };
 use stockade_transport::{Endpoint, ListenOptions, Listener};
 use tokio::{net::TcpListener, sync::watch};
@@ -266,6 +266,7 @@ fn supervisor_config(config: &Config) -> anyhow::Result<SupervisorConfig> {
         },
         native,
         server_environment: environment,
+        first_backoff: FIRST_BACKOFF,
     })
 }
 
