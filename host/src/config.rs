@@ -10,6 +10,7 @@ use std::{collections::BTreeMap, num::NonZeroUsize, path::PathBuf, str::FromStr,
 use anyhow::Context as _;
 use serde::Deserialize;
 use stockade_cache::{PolicyKind, Tenant};
+use stockade_sandbox::NativePolicy;
 
 pub use settings::Settings;
 
@@ -83,6 +84,8 @@ pub struct Config {
     pub runtime_plugin_locations: Vec<PathBuf>,
     /// Extra configuration of plugins, a JSON object.
     pub runtime_plugin_config: serde_json::Map<String, serde_json::Value>,
+    /// How far scripts are trusted.
+    pub native_plugins: NativePolicy,
     /// Where compiled plugins are kept; `None` for the user's cache directory.
     pub plugin_cache_dir: Option<PathBuf>,
     /// Host of the HTTP API.
@@ -259,6 +262,12 @@ impl Config {
             }
             Err(error) => return Err(format!("--runtime-plugin-config is not JSON: {error}")),
         };
+        let native_plugins = match settings.native_plugins.as_deref() {
+            Some(policy) => policy
+                .parse()
+                .map_err(|error| format!("--native-plugins {policy}: {error}"))?,
+            None => NativePolicy::default(),
+        };
         let max_message_mib = settings
             .max_message_mib
             .unwrap_or(match shm_name.as_deref() {
@@ -325,6 +334,7 @@ impl Config {
             tenants: Vec::new(),
             runtime_plugin_locations: settings.runtime_plugin_locations.unwrap_or_default(),
             runtime_plugin_config,
+            native_plugins,
             plugin_cache_dir: settings.plugin_cache_dir,
             http_host: settings.http_host.unwrap_or_else(|| "127.0.0.1".to_owned()),
             http_port: settings.http_port.unwrap_or(8080),

@@ -8,7 +8,7 @@ use stockade_cache::{
     Backing, CacheEngine, CacheError, EngineConfig, TokenHasher, remove_dead_segments,
 };
 use stockade_sandbox::{
-    Compiler, Contract, NativeConfig, Supervisor, SupervisorConfig, WasmConfig,
+    Compiler, Contract, FIRST_BACKOFF, NativeConfig, Supervisor, SupervisorConfig, WasmConfig,
 };
 use stockade_transport::{Endpoint, ListenOptions, Listener};
 use tokio::{net::TcpListener, sync::watch};
@@ -256,14 +256,17 @@ fn supervisor_config(config: &Config) -> anyhow::Result<SupervisorConfig> {
     // What /proc/self/exe points to would be followed anew at each start; this is read once.
     let program = std::env::current_exe().context("the path of this program could not be read")?;
     let environment: Vec<_> = std::env::vars_os().collect();
+    let mut native = NativeConfig::new(environment.iter().cloned(), &[]);
+    native.policy = config.native_plugins;
     Ok(SupervisorConfig {
         locations: config.runtime_plugin_locations.clone(),
         wasm: WasmConfig {
             cache_dir,
             compiler: Compiler::Child { program },
         },
-        native: NativeConfig::new(environment.iter().cloned(), &[]),
+        native,
         server_environment: environment,
+        first_backoff: FIRST_BACKOFF,
     })
 }
 

@@ -9,6 +9,7 @@
 mod basics;
 mod hostile;
 mod load;
+mod native_plugins;
 mod plugins;
 mod simulate;
 mod start_up;

@@ -5,25 +5,36 @@
 //! becomes log events in [`log_stream`]. Nothing here knows the cache or the wire.
 #![deny(unsafe_code)]
 
+pub mod grants;
+pub mod limit;
 pub mod loader;
 pub mod manifest;
+pub mod policy;
+pub mod provenance;
 
 mod native_script;
+mod python;
 pub mod wasm;
 
 pub mod log_stream;
 pub mod supervisor;
 
+pub use grants::{Access, Directories, Directory};
+pub use limit::{Limit, LimitHits, LimitUse};
 pub use loader::{Found, LoadError, PluginKind};
 pub use log_stream::{LogCounts, LogLimits, LogLine, LogStream, OutputStream};
-pub use manifest::{Manifest, ManifestError, Restart};
+pub use manifest::{Limits, Manifest, ManifestError, ProcessGrants, Restart};
 pub use native_script::{
-    Containment, KEEPER_ARGUMENT, NativeConfig, NativeScript, ProcessEnd, ProcessLimits, ScriptEnd,
-    ScriptError, ScriptOutput, keeper_main, passed_on,
+    Containment, Granted, KEEPER_ARGUMENT, NativeConfig, NativePolicy, NativeScript, ProcessEnd,
+    ProcessLimits, Protection, ScriptEnd, ScriptError, ScriptOutput, keeper_main, passed_on,
 };
+pub use policy::{Origin, Policy};
+pub use provenance::{PublicKey, SecretKey, Sha256Digest};
 pub use supervisor::{
-    Contract, PluginState, PluginStatus, Supervisor, SupervisorConfig, SupervisorError,
+    Contract, FIRST_BACKOFF, PluginState, PluginStatus, Supervisor, SupervisorConfig,
+    SupervisorError,
 };
 pub use wasm::{
-    COMPILE_ARGUMENT, Compiler, WasmConfig, WasmEnd, WasmError, WasmLimits, compile_child_main,
+    COMPILE_ARGUMENT, CompileLimits, Compiler, WasmConfig, WasmEnd, WasmError, WasmLimits,
+    compile_child_main,
 };

@@ -2,13 +2,19 @@
 
 use std::{
     collections::{HashMap, HashSet},
+    ffi::OsString,
     fs,
     io::{self, Read as _},
+    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
     sync::Arc,
 };
 
-use crate::manifest::{Manifest, ManifestError};
+use crate::{
+    manifest::{Manifest, ManifestError},
+    policy::{Origin, PluginFiles, Policy},
+    provenance::{MAX_SIGNATURE_BYTES, SIGNATURE_SUFFIX, Sha256Digest},
+};
 
 /// How deep directories are searched.
 const MAX_DEPTH: usize = 16;
@@ -16,7 +22,7 @@ const MAX_DEPTH: usize = 16;
 const MAX_ENTRIES: usize = 100_000;
 /// Most plugins of one server.
 const MAX_PLUGINS: usize = 10_000;
-/// Largest WebAssembly file that is read, in bytes.
+/// Largest plugin file that is read, in bytes.
 pub const MAX_MODULE_BYTES: u64 = 16 << 20;
 
 /// What a plugin is.
@@ -58,11 +64,22 @@ pub struct Found {
     pub kind: PluginKind,
     /// The file, as reached through its location.
     pub path: PathBuf,
-    /// The bytes of a WASI module: what is hashed, checked and run is this, not the file.
-    pub module: Option<Arc<[u8]>>,
-    /// What its manifest says.
+    /// Its bytes: what is hashed, checked and, of a module, run is this, not the file.
+    pub bytes: Arc<[u8]>,
+    /// The digest of the bytes.
+    pub sha256: Sha256Digest,
+    /// What its manifest asks for and the server's policy leaves of that.
     pub manifest: Manifest,
+    /// How much is known of where it comes from, or why it must not run.
+    pub origin: Result<Origin, String>,
 }
+
+/// What tells that a plugin's files changed without reading them: of the plugin, its manifest
+/// and its signature.
+pub type Stamp = [Option<FileStamp>; 3];
+
+/// Of one file: inode, size, and the times of its last change in nanoseconds.
+pub type FileStamp = (u64, u64, i128, i128);
 
 /// Why the plugins cannot be loaded; the server does not start then.
 #[derive(Debug, thiserror::Error)]
@@ -81,13 +98,15 @@ pub enum LoadError {
         /// The location.
         path: PathBuf,
     },
-    /// A WASI module is too large to be one.
-    #[error("plugin {} has {bytes} bytes, more than the {MAX_MODULE_BYTES} allowed", path.display())]
+    /// A file is too large to be a plugin.
+    #[error("plugin {} has {bytes} bytes, more than the {limit} allowed", path.display())]
     TooLarge {
-        /// The module.
+        /// The file.
         path: PathBuf,
         /// Its size in bytes.
         bytes: u64,
+        /// The most it may have.
+        limit: u64,
     },
     /// The search went out of bounds.
     #[error("plugin location {} has more than {MAX_ENTRIES} entries, {MAX_PLUGINS} plugins or {MAX_DEPTH} levels: name the plugins' own directory", path.display())]
@@ -100,7 +119,7 @@ pub enum LoadError {
     Manifest(#[from] ManifestError),
 }
 
-/// Finds the plugins of `locations`: files, or directories searched recursively.
+/// Finds the plugins of `locations`, files or directories searched recursively, and reads them.
 ///
 /// The order is that of the locations, and by path below each; a file reached twice is
 /// taken once. Follows LMCache's `v1/plugin/runtime_plugin_launcher.py`, except that a
@@ -108,7 +127,34 @@ pub enum LoadError {
 ///
 /// # Errors
 /// [`LoadError`], which names the path and the way out.
-pub fn find(locations: &[PathBuf]) -> Result<Vec<Found>, LoadError> {
+pub fn find(locations: &[PathBuf], policy: &Policy) -> Result<Vec<Found>, LoadError> {
+    let files = search(locations)?;
+    let mut stems: HashMap<String, usize> = HashMap::new();
+    for (path, _) in &files {
+        *stems.entry(stem(path)).or_default() += 1;
+    }
+    let mut names: HashSet<String> = HashSet::new();
+    let mut found = Vec::with_capacity(files.len());
+    for (path, kind) in files {
+        if !Manifest::beside(&path)?.enabled {
+            continue;
+        }
+        let base = match stems.get(&stem(&path)) {
+            Some(1) => stem(&path),
+            _ => file_name(&path),
+        };
+        let name = free_name(&base, |name| !names.contains(name));
+        let plugin = read(name.as_str().into(), &path, kind, policy)?;
+        names.insert(name);
+        if plugin.manifest.enabled {
+            found.push(plugin);
+        }
+    }
+    Ok(found)
+}
+
+/// The plugin files below `locations`, in their order, unread.
+pub(crate) fn search(locations: &[PathBuf]) -> Result<Vec<(PathBuf, PluginKind)>, LoadError> {
     let mut search = Search::default();
     for location in locations {
         let metadata = fs::metadata(location).map_err(|cause| unreadable(location, cause))?;
@@ -124,46 +170,107 @@ pub fn find(locations: &[PathBuf]) -> Result<Vec<Found>, LoadError> {
             });
         }
     }
-    let mut stems: HashMap<String, usize> = HashMap::new();
-    for (path, _) in &search.files {
-        *stems.entry(stem(path)).or_default() += 1;
+    Ok(search.files)
+}
+
+/// Reads one plugin with its manifest and signature, and checks them against the policy.
+///
+/// # Errors
+/// [`LoadError`]; a plugin that the policy refuses is no error, but [`Found::origin`] is.
+pub fn read(
+    name: Arc<str>,
+    path: &Path,
+    kind: PluginKind,
+    policy: &Policy,
+) -> Result<Found, LoadError> {
+    let (mut manifest, manifest_bytes) = Manifest::read(path)?;
+    let bytes = read_bounded(path, MAX_MODULE_BYTES)?;
+    let signature = read_signature(path)?;
+    let narrowed = policy.narrow(&name, &mut manifest);
+    let origin = narrowed.and_then(|()| {
+        policy.origin(
+            &name,
+            PluginFiles {
+                plugin: &bytes,
+                manifest: manifest_bytes.as_deref(),
+                signature: signature.as_deref(),
+            },
+        )
+    });
+    Ok(Found {
+        name,
+        kind,
+        path: path.to_owned(),
+        sha256: Sha256Digest::of(&bytes),
+        bytes,
+        manifest,
+        origin,
+    })
+}
+
+/// A name for a plugin that came while the server ran.
+pub(crate) fn name_for(path: &Path, is_free: impl Fn(&str) -> bool) -> String {
+    let stem = stem(path);
+    if is_free(&stem) {
+        return stem;
     }
-    let mut names: HashSet<String> = HashSet::new();
-    let mut found = Vec::with_capacity(search.files.len());
-    for (path, kind) in search.files {
-        let manifest = Manifest::beside(&path)?;
-        if !manifest.enabled {
-            continue;
+    free_name(&file_name(path), is_free)
+}
+
+/// What tells whether the files of a plugin changed.
+pub(crate) fn stamp(path: &Path) -> Stamp {
+    let of = |path: &Path| {
+        let metadata = fs::metadata(path).ok()?;
+        let nanoseconds =
+            |seconds: i64, rest: i64| i128::from(seconds) * 1_000_000_000 + i128::from(rest);
+        Some((
+            metadata.ino(),
+            metadata.len(),
+            nanoseconds(metadata.mtime(), metadata.mtime_nsec()),
+            nanoseconds(metadata.ctime(), metadata.ctime_nsec()),
+        ))
+    };
+    [
+        of(path),
+        of(&Manifest::path_beside(path)),
+        of(&signature_path(path)),
+    ]
+}
+
+/// Where the signature of a plugin is, if it has one.
+#[must_use]
+pub fn signature_path(path: &Path) -> PathBuf {
+    let mut name: OsString = path.as_os_str().to_owned();
+    name.push(SIGNATURE_SUFFIX);
+    name.into()
+}
+
+fn read_signature(path: &Path) -> Result<Option<String>, LoadError> {
+    let path = signature_path(path);
+    match read_bounded(&path, MAX_SIGNATURE_BYTES) {
+        // What is not text is no signature, and says so when it is verified.
+        Ok(bytes) => Ok(Some(String::from_utf8_lossy(&bytes).into_owned())),
+        Err(LoadError::Unreadable { cause, .. }) if cause.kind() == io::ErrorKind::NotFound => {
+            Ok(None)
         }
-        let base = match stems.get(&stem(&path)) {
-            Some(1) => stem(&path),
-            _ => path
-                .file_name()
-                .map(|name| printable(&name.to_string_lossy()))
-                .unwrap_or_default(),
-        };
-        let mut name = base.clone();
-        let mut number = 2;
-        while !names.insert(name.clone()) {
-            name = format!("{base}~{number}");
-            number += 1;
-        }
-        let module = match kind {
-            PluginKind::Wasm => Some(read_module(&path)?),
-            PluginKind::Script => {
-                fs::File::open(&path).map_err(|cause| unreadable(&path, cause))?;
-                None
-            }
-        };
-        found.push(Found {
-            name: name.into(),
-            kind,
-            path,
-            module,
-            manifest,
-        });
+        Err(error) => Err(error),
     }
-    Ok(found)
+}
+
+fn free_name(base: &str, is_free: impl Fn(&str) -> bool) -> String {
+    let mut name = base.to_owned();
+    let mut number = 2_usize;
+    while !is_free(&name) {
+        name = format!("{base}~{number}");
+        number += 1;
+    }
+    name
+}
+
+fn file_name(path: &Path) -> String {
+    path.file_name()
+        .map(|name| printable(&name.to_string_lossy()))
+        .unwrap_or_default()
 }
 
 #[derive(Default)]
@@ -233,17 +340,18 @@ fn unreadable(path: &Path, cause: io::Error) -> LoadError {
     }
 }
 
-fn read_module(path: &Path) -> Result<Arc<[u8]>, LoadError> {
+fn read_bounded(path: &Path, limit: u64) -> Result<Arc<[u8]>, LoadError> {
     let file = fs::File::open(path).map_err(|cause| unreadable(path, cause))?;
     let mut bytes = Vec::new();
-    file.take(MAX_MODULE_BYTES + 1)
+    file.take(limit + 1)
         .read_to_end(&mut bytes)
         .map_err(|cause| unreadable(path, cause))?;
-    if bytes.len() as u64 > MAX_MODULE_BYTES {
+    if bytes.len() as u64 > limit {
         let bytes = fs::metadata(path).map_or(bytes.len() as u64, |metadata| metadata.len());
         return Err(LoadError::TooLarge {
             path: path.to_owned(),
             bytes,
+            limit,
         });
     }
     Ok(bytes.into())
@@ -280,7 +388,7 @@ mod tests {
     }
 
     fn names(locations: &[PathBuf]) -> Vec<String> {
-        find(locations)
+        find(locations, &Policy::default())
             .unwrap()
             .iter()
             .map(|found| found.name.to_string())

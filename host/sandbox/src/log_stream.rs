@@ -14,6 +14,8 @@ use std::{
 
 use parking_lot::Mutex;
 
+use crate::limit::{Limit, LimitUse};
+
 /// Longest line that is kept, in bytes.
 pub const MAX_LINE_BYTES: usize = 8 * 1024;
 /// Lines kept per plugin for `tail`.
@@ -81,6 +83,8 @@ pub struct LogCounts {
     pub cut_lines: u64,
     /// Bytes taken.
     pub bytes: u64,
+    /// How often the plugin had to wait because it printed too many bytes.
+    pub waits: u64,
 }
 
 #[derive(Debug)]
@@ -98,6 +102,19 @@ impl TokenBucket {
             tokens: per_second * 2.0,
             filled: Instant::now(),
         }
+    }
+
+    /// Sets another rate; what was saved up stays, as far as the new rate allows.
+    fn set(&mut self, per_second: u32) {
+        self.refill();
+        self.per_second = f64::from(per_second.max(1));
+        self.tokens = self.tokens.min(self.per_second * 2.0);
+    }
+
+    /// What was taken of late, a second: the rate when nothing is left, 0 after a pause.
+    fn rate(&mut self) -> u64 {
+        self.refill();
+        ((self.per_second * 2.0 - self.tokens) / 2.0).max(0.0) as u64
     }
 
     fn refill(&mut self) {
@@ -173,7 +190,9 @@ impl LogStream {
             let missing = {
                 let mut state = self.state.lock();
                 state.bytes.refill();
-                state.bytes.per_second / 10.0 - state.bytes.tokens
+                let missing = state.bytes.per_second / 10.0 - state.bytes.tokens;
+                state.counts.waits += u64::from(missing > 0.0);
+                missing
             };
             if missing <= 0.0 {
                 return;
@@ -235,6 +254,53 @@ impl LogStream {
             .iter()
             .skip(state.ring.len().saturating_sub(count))
             .cloned()
+            .collect()
+    }
+
+    /// Holds the plugin to other limits from now on.
+    pub fn set_limits(&self, limits: LogLimits) {
+        let mut state = self.state.lock();
+        state.lines.set(limits.lines_per_second);
+        state.bytes.set(limits.bytes_per_second);
+    }
+
+    /// The limits, with what was used of late.
+    #[must_use]
+    pub fn limits(&self) -> Vec<LimitUse> {
+        let mut state = self.state.lock();
+        let partial = state
+            .partial
+            .iter()
+            .map(|partial| partial.bytes.len())
+            .max();
+        let counts = state.counts;
+        let rows = [
+            (
+                Limit::LogLines,
+                state.lines.per_second as u64,
+                state.lines.rate(),
+                counts.dropped_lines,
+            ),
+            (
+                Limit::LogBytes,
+                state.bytes.per_second as u64,
+                state.bytes.rate(),
+                counts.waits,
+            ),
+            (
+                Limit::LogLineBytes,
+                MAX_LINE_BYTES as u64,
+                partial.unwrap_or_default() as u64,
+                counts.cut_lines,
+            ),
+        ];
+        rows.into_iter()
+            .map(|(limit, declared, used, hits)| LimitUse {
+                limit,
+                declared,
+                used: Some(used),
+                hits,
+            })
             .collect()
     }
 

@@ -1,13 +1,19 @@
 //! What a plugin's author or operator says of it: `<name>.plugin.toml` beside the plugin.
 
 use std::{
-    io,
+    collections::BTreeMap,
+    fs,
+    io::{self, Read as _},
     path::{Path, PathBuf},
 };
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
-use crate::log_stream::LogLimits;
+use crate::{
+    grants::{self, Directories},
+    log_stream::LogLimits,
+    native_script::Protection,
+};
 
 /// Largest manifest that is read, in bytes.
 const MAX_MANIFEST_BYTES: u64 = 64 * 1024;
@@ -37,12 +43,45 @@ pub struct Manifest {
     pub stop_grace_seconds: u32,
     /// Variables of the server's environment that it may see, by name.
     pub env: Vec<String>,
+    /// Directories that it may use, by the name a sandboxed plugin knows them under; a script
+    /// knows them by the host's.
+    pub directories: Directories,
     /// What it may use.
     pub limits: Limits,
+    /// Whether a Python script runs in the sandbox where the server has a Python for that.
+    pub sandbox: bool,
+    /// What a script may use as a process of its own.
+    pub process: ProcessGrants,
+}
+
+/// The `[process]` table: what only scripts have. Limits hold for each process.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ProcessGrants {
+    /// What must hold; the script is refused on a machine that does not give it.
+    pub required: Vec<Protection>,
+    /// Whether it may use the network.
+    pub network: bool,
+    /// Whether it may use UNIX sockets: with them, daemons of the host that root may command.
+    pub unix_sockets: bool,
+    /// The user that it runs as, by name; needs a server that runs as root.
+    pub user: Option<String>,
+    /// Address space in MiB; 4096 when confined.
+    pub memory_mib: Option<u32>,
+    /// Seconds of CPU time after which it is killed.
+    pub cpu_seconds: Option<u32>,
+    /// Files open at once; 1024.
+    pub open_files: Option<u32>,
+    /// Largest file that it may write, in MiB.
+    pub file_mib: Option<u32>,
+    /// Processes and threads of the script at once.
+    pub processes: u32,
+    /// Size of its private temporary directories, in MiB.
+    pub tmp_mib: u32,
 }
 
 /// The `[limits]` table.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Limits {
     /// Linear memory of a sandboxed plugin over all its memories, in MiB.
@@ -53,6 +92,24 @@ pub struct Limits {
     pub log_lines_per_second: u32,
     /// KiB of output a second; the plugin waits when it prints more.
     pub log_kib_per_second: u32,
+    /// Elements of a sandboxed plugin's tables.
+    pub table_elements: u32,
+    /// Milliseconds of processor time that a sandboxed plugin may take ahead of its share.
+    pub cpu_burst_ms: u32,
+    /// Turns of a sandboxed plugin when others want to run too, against their weights.
+    pub cpu_weight: u32,
+    /// Seconds that a sandboxed plugin's start function may take.
+    pub start_seconds: u32,
+    /// Seconds that a whole run of a sandboxed plugin may take; 0 is no limit.
+    pub run_seconds: u32,
+    /// Seconds that one call of a sandboxed plugin into the file system may take.
+    pub host_call_seconds: u32,
+    /// KiB of arguments and environment of a sandboxed plugin.
+    pub environment_kib: u32,
+    /// Files and directories that a sandboxed plugin may have open.
+    pub open_files: u32,
+    /// MiB that may lie in a sandboxed plugin's writable directories.
+    pub directory_mib: u32,
 }
 
 impl Default for Manifest {
@@ -62,7 +119,27 @@ impl Default for Manifest {
             restart: Restart::default(),
             stop_grace_seconds: 5,
             env: Vec::new(),
+            directories: Directories::default(),
             limits: Limits::default(),
+            sandbox: true,
+            process: ProcessGrants::default(),
+        }
+    }
+}
+
+impl Default for ProcessGrants {
+    fn default() -> Self {
+        Self {
+            required: Vec::new(),
+            network: true,
+            unix_sockets: false,
+            user: None,
+            memory_mib: None,
+            cpu_seconds: None,
+            open_files: None,
+            file_mib: None,
+            processes: 256,
+            tmp_mib: 64,
         }
     }
 }
@@ -74,6 +151,15 @@ impl Default for Limits {
             cpu_percent: 50,
             log_lines_per_second: 200,
             log_kib_per_second: 1024,
+            table_elements: 100_000,
+            cpu_burst_ms: 50,
+            cpu_weight: 100,
+            start_seconds: 10,
+            run_seconds: 0,
+            host_call_seconds: 10,
+            environment_kib: 256,
+            open_files: 32,
+            directory_mib: 64,
         }
     }
 }
@@ -105,7 +191,12 @@ impl Manifest {
     /// # Errors
     /// [`ManifestError`], which names the file and the field.
     pub fn beside(plugin: &Path) -> Result<Self, ManifestError> {
-        let path = plugin.with_extension("plugin.toml");
+        Ok(Self::read(plugin)?.0)
+    }
+
+    /// The manifest beside `plugin` and its bytes, if there is one.
+    pub(crate) fn read(plugin: &Path) -> Result<(Self, Option<Vec<u8>>), ManifestError> {
+        let path = Self::path_beside(plugin);
         let unreadable = |cause| ManifestError::Unreadable {
             path: path.clone(),
             cause,
@@ -114,51 +205,54 @@ impl Manifest {
             path: path.clone(),
             reason,
         };
-        match std::fs::metadata(&path) {
-            Ok(metadata) if metadata.len() > MAX_MANIFEST_BYTES => {
-                return Err(invalid(format!(
-                    "{} bytes are more than the {MAX_MANIFEST_BYTES} allowed",
-                    metadata.len()
-                )));
+        let file = match fs::File::open(&path) {
+            Ok(file) => file,
+            Err(cause) if cause.kind() == io::ErrorKind::NotFound => {
+                return Ok((Self::default(), None));
             }
-            Ok(_) => {}
-            Err(cause) if cause.kind() == io::ErrorKind::NotFound => return Ok(Self::default()),
             Err(cause) => return Err(unreadable(cause)),
+        };
+        let mut bytes = Vec::new();
+        file.take(MAX_MANIFEST_BYTES + 1)
+            .read_to_end(&mut bytes)
+            .map_err(unreadable)?;
+        if bytes.len() as u64 > MAX_MANIFEST_BYTES {
+            return Err(invalid(format!(
+                "it has more than the {MAX_MANIFEST_BYTES} bytes allowed"
+            )));
         }
-        let text = std::fs::read_to_string(&path).map_err(unreadable)?;
-        let manifest: Self = toml::from_str(&text)
+        let text = std::str::from_utf8(&bytes).map_err(|error| invalid(error.to_string()))?;
+        let manifest: Self = toml::from_str(text)
             .map_err(|error| invalid(error.to_string().trim_end().replace('\n', " ")))?;
         manifest.check().map_err(invalid)?;
-        Ok(manifest)
+        Ok((manifest, Some(bytes)))
+    }
+
+    /// Where the manifest of `plugin` is, if it has one.
+    pub(crate) fn path_beside(plugin: &Path) -> PathBuf {
+        plugin.with_extension("plugin.toml")
     }
 
     fn check(&self) -> Result<(), String> {
-        let limits = &self.limits;
-        let ranges = [
-            ("stop_grace_seconds", self.stop_grace_seconds, 0..=600),
-            ("limits.memory_mib", limits.memory_mib, 1..=4096),
-            ("limits.cpu_percent", limits.cpu_percent, 1..=100),
-            (
-                "limits.log_lines_per_second",
-                limits.log_lines_per_second,
-                1..=100_000,
-            ),
-            (
-                "limits.log_kib_per_second",
-                limits.log_kib_per_second,
-                1..=1_048_576,
-            ),
-        ];
-        for (field, value, range) in ranges {
+        if !(0..=600).contains(&self.stop_grace_seconds) {
+            return Err(out_of_range(
+                "stop_grace_seconds",
+                self.stop_grace_seconds,
+                &(0..=600),
+            ));
+        }
+        for (field, value, range) in [
+            ("process.processes", self.process.processes, 1..=1_000_000),
+            ("process.tmp_mib", self.process.tmp_mib, 1..=1_048_576),
+        ] {
             if !range.contains(&value) {
-                return Err(format!(
-                    "{field} is {value}: give {} to {}",
-                    range.start(),
-                    range.end()
-                ));
+                return Err(out_of_range(field, value, &range));
             }
         }
-        Ok(())
+        grants::check_directories(&self.directories)?;
+        self.limits
+            .check()
+            .map_err(|reason| format!("limits.{reason}"))
     }
 
     /// How much it may print.
@@ -169,6 +263,76 @@ impl Manifest {
             bytes_per_second: self.limits.log_kib_per_second * 1024,
         }
     }
+}
+
+impl Limits {
+    /// Checks that each value is within its range.
+    fn check(&self) -> Result<(), String> {
+        let ranges = [
+            ("memory_mib", self.memory_mib, 1..=4096),
+            ("cpu_percent", self.cpu_percent, 1..=100),
+            (
+                "log_lines_per_second",
+                self.log_lines_per_second,
+                1..=100_000,
+            ),
+            ("log_kib_per_second", self.log_kib_per_second, 1..=1_048_576),
+            ("table_elements", self.table_elements, 1..=10_000_000),
+            ("cpu_burst_ms", self.cpu_burst_ms, 5..=10_000),
+            ("cpu_weight", self.cpu_weight, 10..=1000),
+            ("start_seconds", self.start_seconds, 1..=600),
+            ("run_seconds", self.run_seconds, 0..=u32::MAX),
+            ("host_call_seconds", self.host_call_seconds, 1..=600),
+            ("environment_kib", self.environment_kib, 1..=16_384),
+            ("open_files", self.open_files, 0..=200),
+            ("directory_mib", self.directory_mib, 0..=1_048_576),
+        ];
+        for (field, value, range) in ranges {
+            if !range.contains(&value) {
+                return Err(out_of_range(field, value, &range));
+            }
+        }
+        Ok(())
+    }
+
+    /// These limits, none above what `caps` says of it by name.
+    ///
+    /// # Errors
+    /// One sentence that names the limit that does not exist or is out of its range.
+    pub(crate) fn at_most(&self, caps: &BTreeMap<String, u32>) -> Result<Self, String> {
+        // A cap is checked like a limit, so that a typing error is found at the start.
+        let given = toml::Table::from_iter(
+            caps.iter()
+                .map(|(name, cap)| (name.clone(), toml::Value::from(*cap))),
+        );
+        let given: Self = given
+            .try_into()
+            .map_err(|error: toml::de::Error| error.message().to_owned())?;
+        given.check()?;
+        let mut limits = toml::Table::try_from(self).map_err(|error| error.to_string())?;
+        for (name, cap) in caps {
+            // Only the run time has a 0, which is none.
+            let cap = match i64::from(*cap) {
+                0 if name == "run_seconds" => continue,
+                cap => cap,
+            };
+            if let Some(toml::Value::Integer(limit)) = limits.get_mut(name) {
+                let is_none = *limit == 0 && name == "run_seconds";
+                *limit = if is_none { cap } else { cap.min(*limit) };
+            }
+        }
+        limits
+            .try_into()
+            .map_err(|error: toml::de::Error| error.message().to_owned())
+    }
+}
+
+fn out_of_range(field: &str, value: u32, range: &std::ops::RangeInclusive<u32>) -> String {
+    format!(
+        "{field} is {value}: give {} to {}",
+        range.start(),
+        range.end()
+    )
 }
 
 #[cfg(test)]
@@ -210,6 +374,8 @@ mod tests {
                 "log_lines_per_second",
             ),
             ("restart = 'sometimes'", "sometimes"),
+            ("[process]\nrequired = ['magic']", "magic"),
+            ("[process]\nprocesses = 0", "process.processes"),
         ] {
             let error = manifest(text).unwrap_err().to_string();
             assert!(

@@ -4,10 +4,13 @@
 //! `prepared -> running -> exited | failed -> backoff -> running ... -> quarantined | stopped`.
 //! A plugin that cannot be run at all (a module that is refused) is `refused`.
 
+mod watch;
+
 use std::{
-    collections::HashMap,
     ffi::OsString,
-    path::PathBuf,
+    fs,
+    path::{Path, PathBuf},
+    pin::Pin,
     sync::{
         Arc, OnceLock,
         atomic::{AtomicU64, Ordering},
@@ -15,33 +18,41 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock};
 use tokio::{
-    sync::{Semaphore, mpsc},
+    sync::{Semaphore, mpsc, oneshot},
     task::JoinHandle,
     time::Instant,
 };
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    limit::{Limit, LimitHits, LimitUse},
     loader::{self, Found, LoadError, PluginKind},
     log_stream::{LogCounts, LogLine, LogStream, OutputStream},
-    manifest::Restart,
-    native_script::{NativeConfig, NativeScript, ProcessEnd, ScriptOutput, passed_on},
+    manifest::{Manifest, Restart},
+    native_script::{
+        Granted, NativeConfig, NativePolicy, NativeScript, ProcessEnd, ScriptOutput, passed_on,
+    },
+    policy::{Origin, Policy},
+    provenance::Sha256Digest,
+    python::{self, PythonError, PythonScript},
     wasm::{
-        GuestOutput, GuestStream, WasmConfig, WasmEnd, WasmError, WasmLimits, WasmModule, WasmRun,
-        WasmRuntime,
+        self, CompileLimits, GuestOutput, GuestStream, Launch, WasmConfig, WasmEnd, WasmError,
+        WasmLimits, WasmModule, WasmRun, WasmRuntime, WasmUsage,
     },
 };
 
-/// Delay before the first restart; it doubles with each failure in a row.
-const FIRST_BACKOFF: Duration = Duration::from_millis(500);
+/// Default delay before the first restart; it doubles with each failure in a row.
+pub const FIRST_BACKOFF: Duration = Duration::from_millis(500);
 /// Longest delay before a restart.
 const LONGEST_BACKOFF: Duration = Duration::from_secs(60);
 /// A run of this length makes earlier failures forgotten.
 const HEALTHY_UPTIME: Duration = Duration::from_secs(60);
 /// Failures in a row after which a plugin is left alone until someone restarts it.
 const QUARANTINE_AFTER: u32 = 8;
+/// How long a reloaded plugin must have run before it takes the old one's place.
+pub const PROBE_TIME: Duration = Duration::from_secs(1);
 /// What the end of a plugin may take beyond its grace.
 const KILL_LIMIT: Duration = Duration::from_secs(3);
 /// What a script's keeper gets, of that, to kill and report; then it is left to itself.
@@ -136,22 +147,28 @@ pub struct PluginStatus {
     pub path: PathBuf,
     /// Where it is in its life.
     pub state: PluginState,
-    /// blake3 of a module's bytes.
-    pub digest: Option<String>,
+    /// Of the bytes that run, or are refused.
+    pub sha256: Sha256Digest,
+    /// How much is known of where those bytes come from; `None` when they are refused for it.
+    pub origin: Option<Origin>,
     /// Restarts since the server's start.
     pub restarts: u64,
     /// How the last run ended, or why it is refused.
     pub last_end: Option<String>,
+    /// How the last reload ended.
+    pub last_reload: Option<String>,
     /// Milliseconds since the Unix epoch at which the current run began.
     pub running_since_unix_ms: Option<u64>,
     /// Linear memory of a sandboxed plugin in bytes.
     pub memory_bytes: Option<u64>,
     /// CPU time of a sandboxed plugin's current run.
     pub cpu_time: Option<Duration>,
-    /// How often a sandboxed plugin's current run was refused memory or table elements.
-    pub refused_growths: Option<u64>,
-    /// What holds a script's processes together.
+    /// What it is held to, with what it uses and how often that held.
+    pub limits: Vec<LimitUse>,
+    /// What holds it: the sandbox, or what holds a script's processes together.
     pub containment: Option<&'static str>,
+    /// What the kernel holds a script's current or latest run to.
+    pub granted: Option<Granted>,
     /// What it printed.
     pub logs: LogCounts,
 }
@@ -161,12 +178,20 @@ pub struct PluginStatus {
 pub struct SupervisorConfig {
     /// Plugin files and directories.
     pub locations: Vec<PathBuf>,
+    /// What the server grants of what manifests ask for.
+    pub policy: Policy,
+    /// Whether files that come, change and go while the server runs are noticed.
+    pub watch: bool,
     /// How modules are compiled and where artefacts are kept.
     pub wasm: WasmConfig,
     /// How scripts run; each plugin gets its own grants on top.
     pub native: NativeConfig,
     /// The server's environment, of which plugins see what their manifests name.
     pub server_environment: Vec<(OsString, OsString)>,
+    /// A CPython that is a WASI command; with it Python scripts run in the sandbox.
+    pub python: Option<PathBuf>,
+    /// Delay before the first restart; it doubles with each failure in a row.
+    pub first_backoff: Duration,
 }
 
 /// Why plugins cannot be managed as asked.
@@ -186,46 +211,76 @@ pub enum SupervisorError {
         "plugin `{0}` cannot take the request now: the server is stopping, or other requests wait"
     )]
     Busy(String),
+    /// A reload came to nothing; what ran before it goes on.
+    #[error("plugin `{name}` was not reloaded: {reason}")]
+    NotReloaded {
+        /// The plugin.
+        name: String,
+        /// Why.
+        reason: String,
+    },
 }
 
 /// What somebody asks of a plugin.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug)]
 enum Request {
     Start,
     Stop,
     Restart,
+    /// Takes the file as it is now, and answers when it runs or why it does not.
+    Reload(oneshot::Sender<Result<(), String>>),
 }
 
 struct Plugin {
-    found: Found,
+    name: Arc<str>,
+    kind: PluginKind,
+    path: PathBuf,
     logs: Arc<LogStream>,
     shared: Mutex<Shared>,
     restarts: AtomicU64,
     requests: mpsc::Sender<Request>,
+    compile_limits: CompileLimits,
+    /// The end of the server, or of this plugin alone when its file is gone.
+    over: CancellationToken,
 }
 
 struct Shared {
     state: PluginState,
-    digest: Option<String>,
+    sha256: Sha256Digest,
+    origin: Option<Origin>,
+    /// What its manifest asks for, as far as it is granted.
+    manifest: Manifest,
+    module_bytes: u64,
     last_end: Option<String>,
+    last_reload: Option<String>,
     running_since: Option<SystemTime>,
     usage: Option<WasmRun>,
     script: Option<Arc<NativeScript>>,
+    is_sandboxed: bool,
+    /// Of runs that are over.
+    hits: LimitHits,
 }
 
 /// All plugins of a server. Dropping it kills them.
 pub struct Supervisor {
-    config: SupervisorConfig,
-    plugins: Vec<Arc<Plugin>>,
-    by_name: HashMap<Arc<str>, usize>,
-    /// Of each plugin, for the task that `start` gives it.
-    inboxes: Mutex<Vec<Inbox>>,
+    shared: Arc<Plugins>,
+}
+
+/// What the supervisor and the watch of its files share.
+struct Plugins {
+    config: Arc<SupervisorConfig>,
+    registry: RwLock<Registry>,
     tasks: Mutex<Vec<JoinHandle<()>>>,
     ending: Ending,
 }
 
-/// A plugin's requests and its module's bytes.
-type Inbox = (mpsc::Receiver<Request>, Option<Arc<[u8]>>);
+struct Registry {
+    compile_limits: CompileLimits,
+    shutdown: CancellationToken,
+    plugins: Vec<Arc<Plugin>>,
+    /// Those that `start` has yet to give a task.
+    waiting: Vec<(Arc<Plugin>, mpsc::Receiver<Request>, Found)>,
+}
 
 /// The end of the server, as every plugin's task hears of it.
 #[derive(Clone, Default)]
@@ -242,41 +297,23 @@ impl Supervisor {
     /// # Errors
     /// [`SupervisorError::Load`], which names the path and the way out.
     pub fn discover(config: SupervisorConfig) -> Result<Self, SupervisorError> {
-        let mut plugins = Vec::new();
-        let mut inboxes = Vec::new();
-        let mut by_name = HashMap::new();
-        for mut found in loader::find(&config.locations)? {
-            let module = found.module.take();
-            let (requests, inbox) = mpsc::channel(8);
-            by_name.insert(Arc::clone(&found.name), plugins.len());
-            inboxes.push((inbox, module.clone()));
-            plugins.push(Arc::new(Plugin {
-                logs: Arc::new(LogStream::new(
-                    Arc::clone(&found.name),
-                    found.manifest.log_limits(),
-                )),
-                shared: Mutex::new(Shared {
-                    state: PluginState::Discovered,
-                    digest: module
-                        .as_ref()
-                        .map(|bytes| blake3::hash(bytes).to_hex().to_string()),
-                    last_end: None,
-                    running_since: None,
-                    usage: None,
-                    script: None,
-                }),
-                restarts: AtomicU64::new(0),
-                requests,
-                found,
-            }));
+        let ending = Ending::default();
+        let mut registry = Registry {
+            compile_limits: config.wasm.compile_limits,
+            shutdown: ending.shutdown.clone(),
+            plugins: Vec::new(),
+            waiting: Vec::new(),
+        };
+        for found in loader::find(&config.locations, &config.policy)? {
+            registry.add(found);
         }
         Ok(Self {
-            config,
-            plugins,
-            by_name,
-            inboxes: Mutex::new(inboxes),
-            tasks: Mutex::default(),
-            ending: Ending::default(),
+            shared: Arc::new(Plugins {
+                config: Arc::new(config),
+                registry: RwLock::new(registry),
+                tasks: Mutex::default(),
+                ending,
+            }),
         })
     }
 
@@ -285,87 +322,59 @@ impl Supervisor {
     /// # Errors
     /// [`SupervisorError::Wasm`] when there are sandboxed plugins and no sandbox can be had.
     pub fn start(&self, contract: &Contract) -> Result<(), SupervisorError> {
-        let inboxes = std::mem::take(&mut *self.inboxes.lock());
-        let needs_wasm = self
-            .plugins
-            .iter()
-            .any(|plugin| plugin.found.kind == PluginKind::Wasm);
-        let runtime = match needs_wasm {
-            true => Some(Arc::new(WasmRuntime::start(self.config.wasm.clone())?)),
-            false => None,
-        };
-        let variables = contract.variables();
-        let mut tasks = self.tasks.lock();
-        if inboxes.is_empty() {
+        let shared = &self.shared;
+        let mut tasks = shared.tasks.lock();
+        if !tasks.is_empty() {
             return Ok(());
         }
-        let preparing = Arc::new(Semaphore::new(PREPARING_AT_ONCE));
-        for (plugin, (inbox, bytes)) in self.plugins.iter().zip(inboxes) {
-            let runner = match (&runtime, bytes) {
-                (Some(runtime), Some(bytes)) => Runner::Wasm {
-                    runtime: Arc::clone(runtime),
-                    module: Module::Unprepared {
-                        bytes,
-                        preparing: Arc::clone(&preparing),
-                    },
-                },
-                _ => {
-                    let mut native = self.config.native.clone();
-                    let environment = self.config.server_environment.iter().cloned();
-                    native.passed_on = passed_on(environment, &plugin.found.manifest.env);
-                    let script = Arc::new(NativeScript::new(
-                        &*plugin.found.name,
-                        &plugin.found.path,
-                        native,
-                    ));
-                    plugin.shared.lock().script = Some(Arc::clone(&script));
-                    Runner::Script(script)
-                }
-            };
-            let life = Life {
-                plugin: Arc::clone(plugin),
-                runner,
-                variables: self.variables_of(&plugin.found, &variables),
-                inbox,
-                ending: self.ending.clone(),
-            };
-            tasks.push(tokio::spawn(life.run()));
+        let waiting = std::mem::take(&mut shared.registry.write().waiting);
+        let workshop = Arc::new(Workshop {
+            config: Arc::clone(&shared.config),
+            contract: contract.variables(),
+            runtime: Mutex::default(),
+            python: Mutex::default(),
+            preparing: Semaphore::new(PREPARING_AT_ONCE),
+        });
+        if waiting
+            .iter()
+            .any(|(plugin, ..)| plugin.kind == PluginKind::Wasm)
+        {
+            workshop.runtime()?;
         }
-        let (plugins, shutdown) = (self.plugins.clone(), self.ending.shutdown.clone());
+        for (plugin, inbox, found) in waiting {
+            let life = Life::new(plugin, &workshop, inbox, &shared.ending);
+            tasks.push(tokio::spawn(life.run(found)));
+        }
+        let (plugins, shutdown) = (Arc::downgrade(shared), shared.ending.shutdown.clone());
         tasks.push(tokio::spawn(async move {
             let report = async {
                 loop {
                     tokio::time::sleep(DROP_REPORT_INTERVAL).await;
-                    plugins.iter().for_each(|plugin| plugin.logs.report_drops());
+                    let Some(plugins) = plugins.upgrade() else {
+                        return;
+                    };
+                    for plugin in &plugins.registry.read().plugins {
+                        plugin.logs.report_drops();
+                    }
                 }
             };
             let _ended = shutdown.run_until_cancelled(report).await;
         }));
+        if shared.config.watch {
+            let watch = watch::run(Arc::downgrade(shared), workshop);
+            let shutdown = shared.ending.shutdown.clone();
+            tasks.push(tokio::spawn(async move {
+                let _ended = shutdown.run_until_cancelled(watch).await;
+            }));
+        }
         Ok(())
-    }
-
-    /// The contract and what the manifest names of the server's environment.
-    fn variables_of(&self, found: &Found, contract: &[(String, String)]) -> Vec<(String, String)> {
-        let granted = self
-            .config
-            .server_environment
-            .iter()
-            .filter_map(|(name, value)| {
-                let (name, value) = (name.to_str()?, value.to_str()?);
-                found
-                    .manifest
-                    .env
-                    .iter()
-                    .any(|granted| granted == name)
-                    .then(|| (name.to_owned(), value.to_owned()))
-            });
-        granted.chain(contract.iter().cloned()).collect()
     }
 
     /// What is known of each plugin, in the order they were found.
     #[must_use]
     pub fn snapshot(&self) -> Vec<PluginStatus> {
-        self.plugins.iter().map(|plugin| plugin.status()).collect()
+        let plugins = self.shared.registry.read().plugins.clone();
+        plugins.iter().map(|plugin| plugin.status()).collect()
     }
 
     /// What is known of one plugin.
@@ -408,6 +417,27 @@ impl Supervisor {
         self.ask(name, Request::Restart)
     }
 
+    /// Takes a plugin's files as they are now: the new one is compiled, checked and started
+    /// beside the running one, and takes its place when it is still well after
+    /// [`PROBE_TIME`]; the old one is told to stop then. When anything of that fails, the old
+    /// one goes on. Waits for the outcome, which compiling can make a minute.
+    ///
+    /// # Errors
+    /// [`SupervisorError::NotReloaded`] with the reason, [`SupervisorError::NotFound`] or
+    /// [`SupervisorError::Busy`].
+    pub async fn reload_plugin(&self, name: &str) -> Result<(), SupervisorError> {
+        let (reply, outcome) = oneshot::channel();
+        self.ask(name, Request::Reload(reply))?;
+        match outcome.await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(reason)) => Err(SupervisorError::NotReloaded {
+                name: name.to_owned(),
+                reason,
+            }),
+            Err(_) => Err(SupervisorError::Busy(name.to_owned())),
+        }
+    }
+
     fn ask(&self, name: &str, request: Request) -> Result<(), SupervisorError> {
         let plugin = self.plugin(name)?;
         plugin
@@ -416,21 +446,22 @@ impl Supervisor {
             .map_err(|_| SupervisorError::Busy(name.to_owned()))
     }
 
-    fn plugin(&self, name: &str) -> Result<&Arc<Plugin>, SupervisorError> {
-        let index = self
-            .by_name
-            .get(name)
-            .ok_or_else(|| SupervisorError::NotFound(name.to_owned()))?;
-        Ok(&self.plugins[*index])
+    fn plugin(&self, name: &str) -> Result<Arc<Plugin>, SupervisorError> {
+        let registry = self.shared.registry.read();
+        let found = registry.plugins.iter().find(|plugin| &*plugin.name == name);
+        found
+            .cloned()
+            .ok_or_else(|| SupervisorError::NotFound(name.to_owned()))
     }
 
     /// Ends all plugins: each is told, has its grace, and is killed. Nothing of them is left
     /// when this returns, at most `grace` and three seconds later.
     pub async fn shutdown(&self, grace: Duration) {
         // Set once: a second caller waits for what the first began.
-        let _ = self.ending.grace.set(grace);
-        self.ending.shutdown.cancel();
-        let tasks = std::mem::take(&mut *self.tasks.lock());
+        let ending = &self.shared.ending;
+        let _ = ending.grace.set(grace);
+        ending.shutdown.cancel();
+        let tasks = std::mem::take(&mut *self.shared.tasks.lock());
         let deadline = tokio::time::Instant::now() + grace;
         let mut left = Vec::new();
         for mut task in tasks {
@@ -438,7 +469,7 @@ impl Supervisor {
                 left.push(task);
             }
         }
-        self.ending.kill.cancel();
+        ending.kill.cancel();
         let deadline = tokio::time::Instant::now() + KILL_LIMIT;
         for mut task in left {
             if tokio::time::timeout_at(deadline, &mut task).await.is_err() {
@@ -451,10 +482,48 @@ impl Supervisor {
 
 impl Drop for Supervisor {
     fn drop(&mut self) {
-        self.ending.kill.cancel();
-        for task in self.tasks.lock().drain(..) {
+        self.shared.ending.kill.cancel();
+        for task in self.shared.tasks.lock().drain(..) {
             task.abort();
         }
+    }
+}
+
+impl Registry {
+    /// A plugin that was found; `start` gives it its task.
+    fn add(&mut self, found: Found) -> Arc<Plugin> {
+        let (requests, inbox) = mpsc::channel(8);
+        let kind = found.kind;
+        let plugin = Arc::new(Plugin {
+            name: Arc::clone(&found.name),
+            kind: found.kind,
+            path: found.path.clone(),
+            logs: Arc::new(LogStream::new(
+                Arc::clone(&found.name),
+                found.manifest.log_limits(),
+            )),
+            shared: Mutex::new(Shared {
+                state: PluginState::Discovered,
+                sha256: found.sha256,
+                origin: found.origin.as_ref().ok().copied(),
+                manifest: found.manifest.clone(),
+                module_bytes: found.bytes.len() as u64,
+                last_end: None,
+                last_reload: None,
+                running_since: None,
+                usage: None,
+                script: None,
+                is_sandboxed: kind == PluginKind::Wasm,
+                hits: LimitHits::default(),
+            }),
+            restarts: AtomicU64::new(0),
+            requests,
+            compile_limits: self.compile_limits,
+            over: self.shutdown.child_token(),
+        });
+        self.plugins.push(Arc::clone(&plugin));
+        self.waiting.push((Arc::clone(&plugin), inbox, found));
+        plugin
     }
 }
 
@@ -463,27 +532,45 @@ impl Plugin {
         let shared = self.shared.lock();
         let usage = shared.usage.as_ref().map(WasmRun::usage);
         PluginStatus {
-            name: Arc::clone(&self.found.name),
-            kind: self.found.kind,
-            path: self.found.path.clone(),
+            name: Arc::clone(&self.name),
+            kind: self.kind,
+            path: self.path.clone(),
             state: shared.state,
-            digest: shared.digest.clone(),
+            sha256: shared.sha256,
+            origin: shared.origin,
             restarts: self.restarts.load(Ordering::Relaxed),
             last_end: shared.last_end.clone(),
+            last_reload: shared.last_reload.clone(),
             running_since_unix_ms: shared.running_since.map(|since| {
                 let since_epoch = since.duration_since(UNIX_EPOCH).unwrap_or_default();
                 u64::try_from(since_epoch.as_millis()).unwrap_or(u64::MAX)
             }),
             memory_bytes: usage.as_ref().map(|usage| usage.memory_bytes),
             cpu_time: usage.as_ref().map(|usage| usage.cpu_time),
-            refused_growths: usage.as_ref().map(|usage| usage.refused_growths),
-            containment: shared
-                .script
-                .as_ref()
-                .and_then(|script| script.containment())
-                .map(|it| it.name()),
+            limits: self.limits(&shared, usage.unwrap_or_default()),
+            containment: match &shared.script {
+                Some(script) => script.containment().map(|it| it.name()),
+                None => shared.is_sandboxed.then_some("sandbox"),
+            },
+            granted: shared.script.as_ref().and_then(|script| script.granted()),
             logs: self.logs.counts(),
         }
+    }
+
+    /// The limits of a sandboxed plugin, then those that all kinds have.
+    fn limits(&self, shared: &Shared, mut usage: WasmUsage) -> Vec<LimitUse> {
+        let mut limits = Vec::new();
+        if shared.is_sandboxed {
+            usage.hits.add_all(&shared.hits);
+            limits = usage.limits(&wasm_limits(&shared.manifest));
+            limits.extend(wasm::module_limits(
+                shared.module_bytes,
+                self.compile_limits,
+                &shared.hits,
+            ));
+        }
+        limits.extend(self.logs.limits());
+        limits
     }
 
     fn enter(&self, state: PluginState) {
@@ -494,28 +581,257 @@ impl Plugin {
             shared.usage = None;
         }
     }
+
+    /// Makes `generation` the one that counts.
+    fn adopt(&self, generation: &Generation, usage: Option<WasmRun>) {
+        self.logs.set_limits(generation.manifest.log_limits());
+        let mut shared = self.shared.lock();
+        shared.sha256 = generation.sha256;
+        shared.origin = Some(generation.origin);
+        shared.manifest = generation.manifest.clone();
+        shared.module_bytes = generation.module_bytes;
+        shared.script = match &generation.runner {
+            Runner::Script(script) => Some(Arc::clone(script)),
+            Runner::Wasm { .. } => None,
+        };
+        shared.is_sandboxed = matches!(generation.runner, Runner::Wasm { .. });
+        shared.usage = usage;
+    }
+}
+
+/// What plugins are made ready with.
+struct Workshop {
+    config: Arc<SupervisorConfig>,
+    contract: Vec<(String, String)>,
+    /// Started with the first sandboxed plugin.
+    runtime: Mutex<Option<Arc<WasmRuntime>>>,
+    /// Compiled with the first Python script that runs in the sandbox.
+    python: Mutex<Option<WasmModule>>,
+    preparing: Semaphore,
+}
+
+/// A plugin's files at one time, ready to run.
+struct Generation {
+    runner: Runner,
+    manifest: Manifest,
+    variables: Vec<(String, String)>,
+    sha256: Sha256Digest,
+    origin: Origin,
+    module_bytes: u64,
 }
 
 enum Runner {
     Wasm {
         runtime: Arc<WasmRuntime>,
-        module: Module,
+        module: WasmModule,
+        /// What the module, which is Python then, runs.
+        script: Option<PythonScript>,
     },
     Script(Arc<NativeScript>),
 }
 
-enum Module {
-    /// The bytes are given up when they have been compiled.
-    Unprepared {
-        bytes: Arc<[u8]>,
-        preparing: Arc<Semaphore>,
-    },
-    Prepared(WasmModule),
+/// Why a plugin cannot be run, and the limit that says so, if one does.
+struct Refusal {
+    reason: String,
+    limit: Option<Limit>,
+}
+
+impl From<String> for Refusal {
+    fn from(reason: String) -> Self {
+        Self {
+            reason,
+            limit: None,
+        }
+    }
+}
+
+impl From<WasmError> for Refusal {
+    fn from(error: WasmError) -> Self {
+        Self {
+            reason: error.to_string(),
+            limit: error.limit(),
+        }
+    }
+}
+
+impl Workshop {
+    fn runtime(&self) -> Result<Arc<WasmRuntime>, WasmError> {
+        let mut runtime = self.runtime.lock();
+        if let Some(runtime) = &*runtime {
+            return Ok(Arc::clone(runtime));
+        }
+        let started = Arc::new(WasmRuntime::start(self.config.wasm.clone())?);
+        *runtime = Some(Arc::clone(&started));
+        Ok(started)
+    }
+
+    /// Reads a plugin's files again, off the async threads.
+    async fn read(self: &Arc<Self>, plugin: &Plugin) -> Result<Found, String> {
+        let (workshop, name) = (Arc::clone(self), Arc::clone(&plugin.name));
+        let (path, kind) = (plugin.path.clone(), plugin.kind);
+        let reading = tokio::task::spawn_blocking(move || {
+            loader::read(name, &path, kind, &workshop.config.policy)
+        });
+        let found = reading.await.map_err(|error| error.to_string())?;
+        found.map_err(|error| error.to_string())
+    }
+
+    /// Compiles and checks, off the async threads. What runs are the bytes of `found`, which
+    /// were checked, and not whatever its file holds by now.
+    async fn prepare(self: &Arc<Self>, found: Found) -> Result<Generation, Refusal> {
+        let origin = found.origin.clone()?;
+        let variables = self.variables_of(&found.manifest);
+        let turn = self.preparing.acquire().await;
+        let _turn = turn.map_err(|error| error.to_string())?;
+        let (workshop, sha256, manifest) = (Arc::clone(self), found.sha256, found.manifest.clone());
+        let module_bytes = found.bytes.len() as u64;
+        let making = tokio::task::spawn_blocking(move || workshop.runner(&found));
+        let runner = making.await.map_err(|error| error.to_string())??;
+        Ok(Generation {
+            runner,
+            manifest,
+            variables,
+            sha256,
+            origin,
+            module_bytes,
+        })
+    }
+
+    fn runner(&self, found: &Found) -> Result<Runner, Refusal> {
+        if found.kind == PluginKind::Wasm {
+            let runtime = self.runtime()?;
+            let module = runtime.prepare(&found.name, &found.bytes)?;
+            return Ok(Runner::Wasm {
+                runtime,
+                module,
+                script: None,
+            });
+        }
+        // Somebody vouches for these bytes, so it is they that run, from a copy that only our
+        // user can write. Other scripts run where they lie, beside what they may refer to.
+        let path = match found.origin {
+            Ok(origin) if origin.is_checked() => sealed_copy(&self.config.wasm.cache_dir, found)
+                .map_err(|error| {
+                    format!(
+                        "a copy of it cannot be put into {}: {error}",
+                        self.config.wasm.cache_dir.display()
+                    )
+                })?,
+            _ => found.path.clone(),
+        };
+        let is_python = found.path.extension().is_some_and(|it| it == "py");
+        if let Some(command) = &self.config.python
+            && is_python
+            && found.manifest.sandbox
+        {
+            return self
+                .python(command, &path)
+                .map_err(|error| error.to_string().into());
+        }
+        if self.config.native.policy == NativePolicy::Deny {
+            return Err(Refusal::from(
+                "this server runs no scripts; start it with --native-plugins=confined, or make the plugin a sandboxed one"
+                    .to_owned(),
+            ));
+        }
+        let mut native = self.config.native.clone();
+        let environment = self.config.server_environment.iter().cloned();
+        native.passed_on = passed_on(environment, &found.manifest.env);
+        let script = NativeScript::new(&*found.name, path, native, found.manifest.clone());
+        Ok(Runner::Script(Arc::new(script)))
+    }
+
+    /// A Python script in the sandbox.
+    fn python(&self, command: &Path, path: &Path) -> Result<Runner, PythonError> {
+        let home = self.config.server_environment.iter();
+        let home = home
+            .filter(|(name, _)| name == "HOME")
+            .map(|(_, home)| home.as_os_str())
+            .next();
+        let script = PythonScript::new(path, home)?;
+        let runtime = self.runtime()?;
+        let mut prepared = self.python.lock();
+        let module = match &*prepared {
+            Some(module) => module.clone(),
+            None => prepared.insert(python::prepare(&runtime, command)?).clone(),
+        };
+        Ok(Runner::Wasm {
+            runtime,
+            module,
+            script: Some(script),
+        })
+    }
+
+    /// The contract and what the manifest names of the server's environment.
+    fn variables_of(&self, manifest: &Manifest) -> Vec<(String, String)> {
+        let granted = self
+            .config
+            .server_environment
+            .iter()
+            .filter_map(|(name, value)| {
+                let (name, value) = (name.to_str()?, value.to_str()?);
+                manifest
+                    .env
+                    .iter()
+                    .any(|granted| granted == name)
+                    .then(|| (name.to_owned(), value.to_owned()))
+            });
+        granted.chain(self.contract.iter().cloned()).collect()
+    }
+}
+
+/// Puts a script's bytes into a directory of ours, under their digest, and returns the path.
+fn sealed_copy(cache_dir: &Path, found: &Found) -> std::io::Result<PathBuf> {
+    use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
+    let file_name = found.path.file_name().unwrap_or_default();
+    let directory = cache_dir.join("scripts").join(found.sha256.to_string());
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(&directory)?;
+    for ours in [cache_dir, &cache_dir.join("scripts"), &directory] {
+        let metadata = fs::symlink_metadata(ours)?;
+        let is_ours = metadata.is_dir()
+            && metadata.uid() == rustix::process::geteuid().as_raw()
+            && metadata.mode() & 0o022 == 0;
+        if !is_ours {
+            return Err(std::io::Error::other(format!(
+                "{} is not a directory that only the server's user can write",
+                ours.display()
+            )));
+        }
+    }
+    let path = directory.join(file_name);
+    if fs::read(&path).is_ok_and(|bytes| bytes == *found.bytes) {
+        return Ok(path);
+    }
+    let temporary = directory.join(format!(".{}.tmp", uuid_like()));
+    let mut file = fs::OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o500)
+        .open(&temporary)?;
+    std::io::Write::write_all(&mut file, &found.bytes)?;
+    file.sync_all()?;
+    fs::rename(&temporary, &path)?;
+    Ok(path)
+}
+
+/// A name that no other thread or process of ours uses now.
+fn uuid_like() -> String {
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    format!(
+        "{}-{}",
+        std::process::id(),
+        NEXT.fetch_add(1, Ordering::Relaxed)
+    )
 }
 
 /// How a run ended.
 struct End {
     is_clean: bool,
+    /// Whether another run would end in the same way.
+    is_refused: bool,
     description: String,
 }
 
@@ -526,41 +842,105 @@ enum Next {
     Over,
 }
 
-/// One plugin's life, from the start of the server to its end.
+type Run = Pin<Box<dyn Future<Output = End> + Send>>;
+
+/// A run and the ends it is held by. Dropping it kills.
+struct Running {
+    run: Run,
+    stop: CancellationToken,
+    started: Instant,
+    usage: Option<WasmRun>,
+}
+
+/// A reload under way, and who waits for it.
+struct Reload {
+    outcome: Pin<Box<dyn Future<Output = Result<(Arc<Generation>, Running), String>> + Send>>,
+    reply: oneshot::Sender<Result<(), String>>,
+}
+
+/// One plugin's life, from when it is found to the end of the server.
 struct Life {
     plugin: Arc<Plugin>,
-    runner: Runner,
-    variables: Vec<(String, String)>,
+    workshop: Arc<Workshop>,
     inbox: mpsc::Receiver<Request>,
     ending: Ending,
 }
 
 impl Life {
-    async fn run(mut self) {
+    fn new(
+        plugin: Arc<Plugin>,
+        workshop: &Arc<Workshop>,
+        inbox: mpsc::Receiver<Request>,
+        ending: &Ending,
+    ) -> Self {
+        Self {
+            ending: Ending {
+                shutdown: plugin.over.clone(),
+                ..ending.clone()
+            },
+            plugin,
+            workshop: Arc::clone(workshop),
+            inbox,
+        }
+    }
+
+    async fn run(mut self, found: Found) {
         let ending = self.ending.clone();
-        loop {
+        let mut read = Ok(found);
+        let mut reply: Option<oneshot::Sender<Result<(), String>>> = None;
+        let mut generation = loop {
+            let preparing = async {
+                match read {
+                    Ok(found) => self.workshop.prepare(found).await,
+                    Err(reason) => Err(Refusal::from(reason)),
+                }
+            };
             // Compiling may take a minute, which the end of the server does not wait for.
-            let Some(prepared) = ending.shutdown.run_until_cancelled(self.prepare()).await else {
+            let Some(prepared) = ending.shutdown.run_until_cancelled(preparing).await else {
                 return self.plugin.enter(PluginState::Stopped);
             };
-            let Err(reason) = prepared else { break };
-            let name = &self.plugin.found.name;
+            let refusal = match prepared {
+                Ok(generation) => break Arc::new(generation),
+                Err(refusal) => refusal,
+            };
+            let (name, reason) = (&self.plugin.name, refusal.reason);
             tracing::error!(plugin = &**name, "plugin `{name}` is refused: {reason}");
-            self.plugin.shared.lock().last_end = Some(reason);
-            self.plugin.enter(PluginState::Refused);
-            if !self.wait_for_start(PluginState::Refused).await {
-                return;
+            {
+                let mut shared = self.plugin.shared.lock();
+                if let Some(limit) = refusal.limit {
+                    shared.hits.add(limit, 1);
+                }
+                shared.last_end = Some(reason.clone());
             }
-        }
+            self.plugin.enter(PluginState::Refused);
+            if let Some(reply) = reply.take() {
+                let _ = reply.send(Err(reason));
+            }
+            // Whoever asks again may have mended the file.
+            match self.wait_for_start(PluginState::Refused).await {
+                None => return,
+                Some(asked) => reply = asked,
+            }
+            read = self.workshop.read(&self.plugin).await;
+            if let Ok(found) = &read {
+                let mut shared = self.plugin.shared.lock();
+                shared.sha256 = found.sha256;
+                shared.origin = found.origin.as_ref().ok().copied();
+            }
+        };
+        self.plugin.adopt(&generation, None);
         self.plugin.enter(PluginState::Prepared);
+        if let Some(reply) = reply.take() {
+            let _ = reply.send(Ok(()));
+        }
         let mut failures = Failures::default();
         loop {
-            match self.run_once(&mut failures).await {
+            match self.run_once(&mut generation, &mut failures).await {
                 Next::Again => {}
                 Next::Over => return self.plugin.enter(PluginState::Stopped),
                 Next::Wait(state) => {
                     self.plugin.enter(state);
-                    if !self.wait_for_start(PluginState::Stopped).await {
+                    if !self.rest(&mut generation).await {
                         return;
                     }
                     failures = Failures::default();
@@ -570,78 +950,148 @@ impl Life {
         }
     }
 
-    /// Compiles a module, off the async threads.
-    async fn prepare(&mut self) -> Result<(), String> {
-        let Runner::Wasm { runtime, module } = &mut self.runner else {
-            return Ok(());
-        };
-        let Module::Unprepared { bytes, preparing } = module else {
-            return Ok(());
-        };
-        let turn = Arc::clone(preparing).acquire_owned().await;
-        let turn = turn.map_err(|error| error.to_string())?;
-        let (runtime, bytes) = (Arc::clone(runtime), Arc::clone(bytes));
-        let name = Arc::clone(&self.plugin.found.name);
-        let compile = tokio::task::spawn_blocking(move || {
-            let _turn = turn;
-            runtime.prepare(&name, &bytes)
-        });
-        let prepared = compile.await.map_err(|error| error.to_string())?;
-        *module = Module::Prepared(prepared.map_err(|error| error.to_string())?);
-        Ok(())
+    /// Waits until a plugin that does not run is started, or reloaded with success; `false`
+    /// when the server ends first.
+    async fn rest(&mut self, generation: &mut Arc<Generation>) -> bool {
+        loop {
+            let reply = match self.wait_for_start(PluginState::Stopped).await {
+                None => return false,
+                Some(None) => return true,
+                Some(Some(reply)) => reply,
+            };
+            let loading = load(&self.workshop, &self.plugin);
+            let Some(loaded) = self.ending.shutdown.run_until_cancelled(loading).await else {
+                return false;
+            };
+            let loaded = loaded.map(|loaded| {
+                *generation = Arc::new(loaded);
+                self.plugin.adopt(generation, None);
+            });
+            let is_loaded = loaded.is_ok();
+            self.tell(reply, loaded);
+            if is_loaded {
+                return true;
+            }
+        }
     }
 
-    /// Waits until somebody starts the plugin; `false` when the server ends first. `stopped` is
-    /// what somebody stopping it makes of it.
-    async fn wait_for_start(&mut self, stopped: PluginState) -> bool {
+    /// Waits until somebody starts or reloads the plugin, the latter with who waits for that;
+    /// `None` when the server ends first. `stopped` is what somebody stopping it makes of it.
+    async fn wait_for_start(
+        &mut self,
+        stopped: PluginState,
+    ) -> Option<Option<oneshot::Sender<Result<(), String>>>> {
         loop {
             tokio::select! {
-                () = self.ending.shutdown.cancelled() => return false,
+                () = self.ending.shutdown.cancelled() => return None,
                 request = self.inbox.recv() => match request {
-                    Some(Request::Start | Request::Restart) => return true,
+                    Some(Request::Start | Request::Restart) => return Some(None),
+                    Some(Request::Reload(reply)) => return Some(Some(reply)),
                     Some(Request::Stop) => self.plugin.enter(stopped),
-                    None => return false,
+                    None => return None,
                 },
             }
         }
     }
 
-    /// One run and, if it failed, the delay before the next.
-    async fn run_once(&mut self, failures: &mut Failures) -> Next {
+    /// One run, with what replaces it meanwhile, and if it failed the delay before the next.
+    async fn run_once(
+        &mut self,
+        generation: &mut Arc<Generation>,
+        failures: &mut Failures,
+    ) -> Next {
         if self.ending.shutdown.is_cancelled() {
             return Next::Over;
         }
-        let stop = CancellationToken::new();
-        let started = Instant::now();
         self.plugin.enter(PluginState::Running);
+        let mut current = start(&self.plugin, generation, &self.ending);
+        self.plugin.shared.lock().usage = current.usage.clone();
         let mut asked = None;
-        let end = {
-            let run = execute(
-                &self.plugin,
-                &self.runner,
-                &self.variables,
-                &stop,
-                &self.ending,
-            );
-            tokio::pin!(run);
-            loop {
-                tokio::select! {
-                    end = &mut run => break end,
-                    () = self.ending.shutdown.cancelled(), if !stop.is_cancelled() => stop.cancel(),
-                    request = self.inbox.recv() => match request {
+        let mut reload: Option<Reload> = None;
+        let mut draining: Option<Run> = None;
+        let end = loop {
+            let reloaded = async {
+                match &mut reload {
+                    Some(reload) => reload.outcome.as_mut().await,
+                    None => std::future::pending().await,
+                }
+            };
+            let drained = async {
+                match &mut draining {
+                    Some(run) => run.as_mut().await,
+                    None => std::future::pending().await,
+                }
+            };
+            let outcome = tokio::select! {
+                outcome = reloaded => outcome,
+                end = &mut current.run => {
+                    // What is being tried takes the place, if it is well.
+                    match &mut reload {
+                        Some(reload) if asked.is_none() && !self.ending.shutdown.is_cancelled() => {
+                            match self.ending.shutdown.run_until_cancelled(reload.outcome.as_mut()).await {
+                                Some(outcome @ Ok(_)) => outcome,
+                                _ => break end,
+                            }
+                        }
+                        _ => break end,
+                    }
+                }
+                end = drained => {
+                    draining = None;
+                    let name = &self.plugin.name;
+                    tracing::info!(plugin = &**name, "the version of plugin `{name}` that was replaced {}", end.description);
+                    continue;
+                }
+                () = self.ending.shutdown.cancelled(), if !current.stop.is_cancelled() => {
+                    current.stop.cancel();
+                    continue;
+                }
+                request = self.inbox.recv() => {
+                    match request {
                         Some(Request::Start) => {}
-                        Some(request) => {
+                        Some(Request::Reload(reply)) => {
+                            if reload.is_some() || draining.is_some() || asked.is_some() {
+                                let _ = reply.send(Err("it is being reloaded or stopped already; try again when that is over".to_owned()));
+                            } else {
+                                let trial = try_out(Arc::clone(&self.workshop), Arc::clone(&self.plugin), self.ending.clone());
+                                reload = Some(Reload { outcome: Box::pin(trial), reply });
+                            }
+                        }
+                        Some(request @ (Request::Stop | Request::Restart)) => {
                             asked = Some(request);
-                            stop.cancel();
+                            current.stop.cancel();
                         }
                         // The supervisor is gone, and with it this task's reason.
                         None => return Next::Over,
-                    },
+                    }
+                    continue;
                 }
-            }
+            };
+            let Some(Reload { reply, .. }) = reload.take() else {
+                continue;
+            };
+            let outcome = outcome.map(|(fresh, running)| {
+                let old = std::mem::replace(&mut current, running);
+                old.stop.cancel();
+                draining = Some(old.run);
+                self.plugin.adopt(&fresh, current.usage.clone());
+                self.plugin.shared.lock().running_since = Some(SystemTime::now());
+                *generation = fresh;
+                *failures = Failures::default();
+            });
+            self.tell(reply, outcome);
         };
+        if let Some(Reload { reply, .. }) = reload.take() {
+            self.tell(
+                reply,
+                Err("it ended while its new version was tried".to_owned()),
+            );
+        }
+        if let Some(run) = draining {
+            run.await;
+        }
         self.plugin.logs.finish();
-        let name = &self.plugin.found.name;
+        let name = &self.plugin.name;
         tracing::info!(plugin = &**name, "plugin `{name}` {}", end.description);
         self.plugin.shared.lock().last_end = Some(end.description);
         if self.ending.shutdown.is_cancelled() {
@@ -655,8 +1105,13 @@ impl Life {
             }
             None => {}
         }
-        let policy = self.plugin.found.manifest.restart;
-        match failures.after(end.is_clean, started.elapsed(), policy) {
+        if end.is_refused {
+            return Next::Wait(PluginState::Refused);
+        }
+        let policy = generation.manifest.restart;
+        let first_backoff = self.workshop.config.first_backoff;
+        let uptime = current.started.elapsed();
+        match failures.after(end.is_clean, uptime, policy, first_backoff) {
             After::Rest(state) => {
                 if state == PluginState::Quarantined {
                     tracing::error!(
@@ -666,31 +1121,100 @@ impl Life {
                 }
                 Next::Wait(state)
             }
-            After::Restart(delay) => self.back_off(delay).await,
+            After::Restart(delay) => self.back_off(generation, delay).await,
         }
     }
 
-    async fn back_off(&mut self, delay: Duration) -> Next {
+    async fn back_off(&mut self, generation: &mut Arc<Generation>, delay: Duration) -> Next {
         self.plugin.enter(PluginState::Backoff);
-        // Plugins that failed together, for one cause, should not all come back together.
-        let name_hash = blake3::hash(self.plugin.found.name.as_bytes());
-        let jitter = f64::from(name_hash.as_bytes()[0]) / 255.0 * 0.25;
+        // Plugins that failed together, for one cause, should not all come back together, and
+        // not each time in the same order.
+        let restarts = self.plugin.restarts.load(Ordering::Relaxed);
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(self.plugin.name.as_bytes());
+        hasher.update(&restarts.to_le_bytes());
+        let jitter = f64::from(hasher.finalize().as_bytes()[0]) / 255.0 * 0.25;
         let delay = delay.mul_f64(1.0 + jitter);
-        let name = &self.plugin.found.name;
+        let name = &self.plugin.name;
         tracing::info!(
             plugin = &**name,
             "plugin `{name}` starts again in {:.1} s",
             delay.as_secs_f64()
         );
-        tokio::select! {
-            () = tokio::time::sleep(delay) => Next::Again,
-            () = self.ending.shutdown.cancelled() => Next::Over,
+        let reply = tokio::select! {
+            () = tokio::time::sleep(delay) => return Next::Again,
+            () = self.ending.shutdown.cancelled() => return Next::Over,
             request = self.inbox.recv() => match request {
-                Some(Request::Start | Request::Restart) => Next::Again,
-                Some(Request::Stop) => Next::Wait(PluginState::Stopped),
-                None => Next::Over,
+                Some(Request::Start | Request::Restart) => return Next::Again,
+                Some(Request::Stop) => return Next::Wait(PluginState::Stopped),
+                Some(Request::Reload(reply)) => reply,
+                None => return Next::Over,
             },
+        };
+        let loading = load(&self.workshop, &self.plugin);
+        let Some(loaded) = self.ending.shutdown.run_until_cancelled(loading).await else {
+            return Next::Over;
+        };
+        let loaded = loaded.map(|loaded| {
+            *generation = Arc::new(loaded);
+            self.plugin.adopt(generation, None);
+        });
+        self.tell(reply, loaded);
+        Next::Again
+    }
+
+    /// Notes how a reload ended and tells who waits for it.
+    fn tell(&self, reply: oneshot::Sender<Result<(), String>>, outcome: Result<(), String>) {
+        let name = &self.plugin.name;
+        let noted = match &outcome {
+            Ok(()) => {
+                let sha256 = self.plugin.shared.lock().sha256;
+                tracing::info!(
+                    plugin = &**name,
+                    "plugin `{name}` was reloaded, sha256 {sha256}"
+                );
+                "done".to_owned()
+            }
+            Err(reason) => {
+                tracing::warn!(
+                    plugin = &**name,
+                    "plugin `{name}` was not reloaded: {reason}"
+                );
+                format!("rolled back: {reason}")
+            }
+        };
+        self.plugin.shared.lock().last_reload = Some(noted);
+        // Whoever asked may have gone.
+        let _ = reply.send(outcome);
+    }
+}
+
+/// A plugin's files as they are now, ready to run.
+async fn load(workshop: &Arc<Workshop>, plugin: &Plugin) -> Result<Generation, String> {
+    let found = workshop.read(plugin).await?;
+    if !found.manifest.enabled {
+        return Err("its manifest or [plugins] has enabled = false".to_owned());
+    }
+    let prepared = workshop.prepare(found).await;
+    prepared.map_err(|refusal| refusal.reason)
+}
+
+/// Starts a plugin's new version beside the old one, and says whether it is well.
+async fn try_out(
+    workshop: Arc<Workshop>,
+    plugin: Arc<Plugin>,
+    ending: Ending,
+) -> Result<(Arc<Generation>, Running), String> {
+    let generation = Arc::new(load(&workshop, &plugin).await?);
+    let mut running = start(&plugin, &generation, &ending);
+    let ended = tokio::time::timeout(PROBE_TIME, running.run.as_mut()).await;
+    match ended {
+        Ok(end) if !end.is_clean => Err(format!("its new version {}", end.description)),
+        Ok(end) => {
+            running.run = Box::pin(std::future::ready(end));
+            Ok((generation, running))
         }
+        Err(_) => Ok((generation, running)),
     }
 }
 
@@ -708,7 +1232,13 @@ struct Failures(u32);
 impl Failures {
     /// Counts a run of length `uptime`. Runs that end well never count, however short: a
     /// plugin that is always restarted may be one that does its work and exits.
-    fn after(&mut self, is_clean: bool, uptime: Duration, policy: Restart) -> After {
+    fn after(
+        &mut self,
+        is_clean: bool,
+        uptime: Duration,
+        policy: Restart,
+        first_backoff: Duration,
+    ) -> After {
         match (is_clean, policy) {
             (true, Restart::Never | Restart::OnFailure) => return After::Rest(PluginState::Exited),
             (false, Restart::Never) => return After::Rest(PluginState::Failed),
@@ -721,145 +1251,214 @@ impl Failures {
         }
         let doublings = self.0.saturating_sub(1);
         After::Restart(
-            FIRST_BACKOFF
+            first_backoff
                 .saturating_mul(1 << doublings)
                 .min(LONGEST_BACKOFF),
         )
     }
 }
 
-/// Runs a plugin to its end. `stop` tells it to end; after its grace, or when the server
-/// waits no longer, it is made to.
-async fn execute(
-    plugin: &Plugin,
-    runner: &Runner,
-    variables: &[(String, String)],
-    stop: &CancellationToken,
-    ending: &Ending,
-) -> End {
-    let kill = &ending.kill;
-    // Known when it is asked for only: the end of the server may leave less than the manifest.
-    let grace = || {
-        let own = Duration::from_secs(plugin.found.manifest.stop_grace_seconds.into());
-        ending.grace.get().map_or(own, |servers| own.min(*servers))
-    };
-    match runner {
+/// The limits of a manifest as a sandboxed run takes them.
+#[must_use]
+pub fn wasm_limits(manifest: &Manifest) -> WasmLimits {
+    let limits = &manifest.limits;
+    let seconds = |seconds: u32| Duration::from_secs(seconds.into());
+    WasmLimits {
+        memory_bytes: u64::from(limits.memory_mib) << 20,
+        table_elements: limits.table_elements.into(),
+        cpu_percent: limits.cpu_percent,
+        cpu_burst: Duration::from_millis(limits.cpu_burst_ms.into()),
+        cpu_weight: limits.cpu_weight,
+        start_time: seconds(limits.start_seconds),
+        run_time: (limits.run_seconds > 0).then(|| seconds(limits.run_seconds)),
+        host_call_time: seconds(limits.host_call_seconds),
+        environment_bytes: u64::from(limits.environment_kib) << 10,
+        open_files: limits.open_files,
+        directory_bytes: u64::from(limits.directory_mib) << 20,
+    }
+}
+
+/// The directories of a manifest as a sandboxed run takes them.
+#[must_use]
+pub fn wasm_directories(manifest: &Manifest) -> Vec<wasm::Directory> {
+    let granted = manifest.directories.iter();
+    granted
+        .map(|(guest, directory)| wasm::Directory {
+            guest: guest.clone(),
+            host: directory.host.clone(),
+            access: directory.access,
+        })
+        .collect()
+}
+
+/// Starts a run. When it is told to stop it has its grace, or what the end of the server leaves
+/// of that; then it is made to.
+fn start(plugin: &Arc<Plugin>, generation: &Arc<Generation>, ending: &Ending) -> Running {
+    let stop = CancellationToken::new();
+    let (run, usage): (Run, _) = match &generation.runner {
         Runner::Wasm {
             runtime,
-            module: Module::Prepared(module),
+            module,
+            script,
         } => {
-            let limits = &plugin.found.manifest.limits;
-            let limits = WasmLimits {
-                memory_bytes: u64::from(limits.memory_mib) << 20,
-                cpu_percent: limits.cpu_percent,
-                ..WasmLimits::default()
+            let must_end = ending.kill.child_token();
+            let mut environment = generation.variables.clone();
+            let mut directories = wasm_directories(&generation.manifest);
+            let arguments = match script {
+                Some(script) => {
+                    environment.extend(PythonScript::variables());
+                    directories.push(script.directory());
+                    script.arguments()
+                }
+                None => vec![plugin.name.to_string()],
             };
-            let must_end = kill.child_token();
-            let output = Arc::new(GuestLog(Arc::clone(&plugin.logs)));
-            let arguments = vec![plugin.found.name.to_string()];
             let run = runtime.spawn(
                 module,
-                arguments,
-                variables.to_vec(),
-                &limits,
-                output,
+                Launch {
+                    arguments,
+                    environment,
+                    directories,
+                    limits: wasm_limits(&generation.manifest),
+                    output: Arc::new(GuestLog(Arc::clone(&plugin.logs))),
+                    stop: stop.clone(),
+                    kill: must_end.clone(),
+                },
+            );
+            let over = guest_run(
+                Arc::clone(plugin),
+                Arc::clone(generation),
+                run.clone(),
                 stop.clone(),
-                must_end.clone(),
+                must_end,
+                ending.clone(),
             );
-            plugin.shared.lock().usage = Some(run.clone());
-            let ended = run.ended();
-            tokio::pin!(ended);
-            let end = tokio::select! {
-                end = &mut ended => end,
-                () = async { stop.cancelled().await; tokio::time::sleep(grace()).await } => {
-                    must_end.cancel();
-                    ended.await
-                }
-            };
-            match end {
-                WasmEnd::Exited(0) => End {
-                    is_clean: true,
-                    description: "exited with code 0".to_owned(),
-                },
-                WasmEnd::Exited(code) => End {
-                    is_clean: false,
-                    description: format!("exited with code {code}"),
-                },
-                WasmEnd::Trapped(trap) => End {
-                    is_clean: false,
-                    description: format!("trapped: {trap}"),
-                },
-                WasmEnd::LimitHit(limit) => End {
-                    is_clean: false,
-                    description: format!("was ended by a limit: {limit}"),
-                },
-                WasmEnd::Killed => End {
-                    is_clean: false,
-                    description: "was killed".to_owned(),
-                },
-            }
+            (Box::pin(over), Some(run))
         }
-        // Nothing is run before `prepare` succeeded.
-        Runner::Wasm {
-            module: Module::Unprepared { .. },
-            ..
-        } => End {
-            is_clean: false,
-            description: "was not prepared".to_owned(),
-        },
         Runner::Script(script) => {
-            let contract = variables
-                .iter()
-                .map(|(name, value)| (name.into(), value.into()));
-            let mut output = ScriptLog(Arc::clone(&plugin.logs));
-            let told = async {
-                tokio::select! {
-                    () = stop.cancelled() => grace(),
-                    () = kill.cancelled() => Duration::ZERO,
-                }
-            };
-            let run = script.run_once(
-                contract.collect::<Vec<(OsString, OsString)>>(),
-                &mut output,
-                told,
+            let over = script_run(
+                Arc::clone(plugin),
+                Arc::clone(generation),
+                Arc::clone(script),
+                stop.clone(),
+                ending.clone(),
             );
-            // Dropping the run kills everything without the rest of the grace.
-            let end = tokio::select! {
-                end = run => end,
-                () = async { kill.cancelled().await; tokio::time::sleep(KEEPER_LIMIT).await } => {
-                    return End { is_clean: false, description: "was killed".to_owned() };
-                }
+            (Box::pin(over), None)
+        }
+    };
+    Running {
+        run,
+        stop,
+        started: Instant::now(),
+        usage,
+    }
+}
+
+impl Generation {
+    /// What a run gets to stop. Known when it is asked for only: the end of the server may leave
+    /// less than the manifest.
+    fn grace(&self, ending: &Ending) -> Duration {
+        let own = Duration::from_secs(self.manifest.stop_grace_seconds.into());
+        ending.grace.get().map_or(own, |servers| own.min(*servers))
+    }
+}
+
+/// A guest's run to its end.
+async fn guest_run(
+    plugin: Arc<Plugin>,
+    generation: Arc<Generation>,
+    run: WasmRun,
+    stop: CancellationToken,
+    must_end: CancellationToken,
+    ending: Ending,
+) -> End {
+    let ended = run.ended();
+    tokio::pin!(ended);
+    let end = tokio::select! {
+        end = &mut ended => end,
+        () = async { stop.cancelled().await; tokio::time::sleep(generation.grace(&ending)).await } => {
+            must_end.cancel();
+            ended.await
+        }
+    };
+    {
+        let mut shared = plugin.shared.lock();
+        shared.hits.add_all(&run.usage().hits);
+        // What is shown of a run includes its hits, which now count as past.
+        shared.usage = shared.usage.take().filter(|shown| !shown.is_same(&run));
+    }
+    let (is_clean, description) = match end {
+        WasmEnd::Exited(code) => (code == 0, format!("exited with code {code}")),
+        WasmEnd::Trapped(trap) => (false, format!("trapped: {trap}")),
+        WasmEnd::LimitHit(limit) => (false, format!("was ended by a limit: {limit}")),
+        WasmEnd::Refused(reason) => (false, format!("could not run: {reason}")),
+        WasmEnd::Killed => (false, "was killed".to_owned()),
+    };
+    End {
+        is_clean,
+        is_refused: false,
+        description,
+    }
+}
+
+/// A script's run to its end.
+async fn script_run(
+    plugin: Arc<Plugin>,
+    generation: Arc<Generation>,
+    script: Arc<NativeScript>,
+    stop: CancellationToken,
+    ending: Ending,
+) -> End {
+    let kill = &ending.kill;
+    let contract = generation
+        .variables
+        .iter()
+        .map(|(name, value)| (name.into(), value.into()));
+    let mut output = ScriptLog(Arc::clone(&plugin.logs));
+    let told = async {
+        tokio::select! {
+            () = stop.cancelled() => generation.grace(&ending),
+            () = kill.cancelled() => Duration::ZERO,
+        }
+    };
+    let run = script.run_once(
+        contract.collect::<Vec<(OsString, OsString)>>(),
+        &mut output,
+        told,
+    );
+    // Dropping the run kills everything without the rest of the grace.
+    let end = tokio::select! {
+        end = run => end,
+        () = async { kill.cancelled().await; tokio::time::sleep(KEEPER_LIMIT).await } => {
+            return End { is_clean: false, is_refused: false, description: "was killed".to_owned() };
+        }
+    };
+    match end {
+        Ok(end) => {
+            let mut description = match end.process {
+                Some(ProcessEnd::Exited(code)) => format!("exited with code {code}"),
+                Some(ProcessEnd::Signaled(signal)) => format!("was ended by signal {signal}"),
+                None => "ended in a way that its keeper could not tell".to_owned(),
             };
-            match end {
-                Ok(end) => {
-                    let mut description = match end.process {
-                        Some(ProcessEnd::Exited(code)) => format!("exited with code {code}"),
-                        Some(ProcessEnd::Signaled(signal)) => {
-                            format!("was ended by signal {signal}")
-                        }
-                        None => "ended in a way that its keeper could not tell".to_owned(),
-                    };
-                    if end.killed > 0 {
-                        description
-                            .push_str(&format!("; {} processes had to be killed", end.killed));
-                    }
-                    if end.stuck > 0 {
-                        description.push_str(&format!(
-                            "; {} processes are stuck in the kernel",
-                            end.stuck
-                        ));
-                    }
-                    End {
-                        is_clean: end.process == Some(ProcessEnd::Exited(0)),
-                        description,
-                    }
-                }
-                Err(error) => End {
-                    is_clean: false,
-                    description: format!("could not run: {error}"),
-                },
+            if end.killed > 0 {
+                description.push_str(&format!("; {} processes had to be killed", end.killed));
+            }
+            if end.stuck > 0 {
+                description.push_str(&format!(
+                    "; {} processes are stuck in the kernel",
+                    end.stuck
+                ));
+            }
+            End {
+                is_clean: end.process == Some(ProcessEnd::Exited(0)),
+                is_refused: false,
+                description,
             }
         }
+        Err(error) => End {
+            is_clean: false,
+            is_refused: error.is_final(),
+            description: format!("could not run: {error}"),
+        },
     }
 }
 
@@ -903,29 +1502,31 @@ mod tests {
     #[test]
     fn failures_back_off_up_to_quarantine() {
         let mut failures = Failures::default();
-        let delays: Vec<_> =
-            std::iter::from_fn(|| match failures.after(false, SHORT, Restart::OnFailure) {
+        let delays: Vec<_> = std::iter::from_fn(|| {
+            match failures.after(false, SHORT, Restart::OnFailure, FIRST_BACKOFF) {
                 After::Restart(delay) => Some(delay.as_millis()),
                 After::Rest(state) => {
                     assert_eq!(state, PluginState::Quarantined);
                     None
                 }
-            })
-            .collect();
+            }
+        })
+        .collect();
         assert_eq!(delays, [500, 1000, 2000, 4000, 8000, 16000, 32000]);
     }
 
     #[test]
     fn a_healthy_run_makes_failures_forgotten() {
         let mut failures = Failures(QUARANTINE_AFTER - 1);
-        let after = failures.after(false, HEALTHY_UPTIME, Restart::OnFailure);
+        let after = failures.after(false, HEALTHY_UPTIME, Restart::OnFailure, FIRST_BACKOFF);
         assert_eq!(after, After::Restart(FIRST_BACKOFF));
         assert_eq!(failures.0, 1);
     }
 
     #[test]
     fn the_policy_decides_who_comes_back() {
-        let after = |is_clean, policy| Failures::default().after(is_clean, SHORT, policy);
+        let after =
+            |is_clean, policy| Failures::default().after(is_clean, SHORT, policy, FIRST_BACKOFF);
         let rest = After::Rest;
         assert_eq!(after(true, Restart::OnFailure), rest(PluginState::Exited));
         assert_eq!(after(true, Restart::Never), rest(PluginState::Exited));
@@ -940,7 +1541,7 @@ mod tests {
     fn doing_its_work_again_and_again_is_no_crash_loop() {
         let mut failures = Failures::default();
         for _ in 0..100 {
-            let after = failures.after(true, SHORT, Restart::Always);
+            let after = failures.after(true, SHORT, Restart::Always, FIRST_BACKOFF);
             assert_eq!(after, After::Restart(FIRST_BACKOFF));
         }
     }

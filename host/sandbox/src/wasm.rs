@@ -1,9 +1,10 @@
-//! WebAssembly plugins: WASI preview 1 commands in a sandbox inside the server's process.
+//! WebAssembly plugins: WASI commands in a sandbox inside the server's process, core modules for
+//! preview 1 and components for 0.2.
 //!
 //! A module is compiled in a child process ([`compile_child_main`]), cached, and run on one
 //! thread that all guests share and that yields to everything else on the machine. A guest
-//! has what it is passed - arguments, variables, two output streams, an input that ends when it
-//! is to stop - with clocks and randomness, and nothing else.
+//! has what it is passed - arguments, variables, directories, two output streams, an input that
+//! ends when it is to stop - with clocks and randomness, and nothing else.
 #![deny(unsafe_code)]
 
 mod artefact;
@@ -11,8 +12,10 @@ mod cache;
 mod compiler;
 mod engine;
 mod error;
+mod filesystem;
 mod guest;
 mod inspect;
+mod launch;
 mod quota;
 mod streams;
 
@@ -23,7 +26,7 @@ use std::{
     pin::Pin,
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
         mpsc,
     },
     thread::{self, JoinHandle},
@@ -33,25 +36,39 @@ use std::{
 use rustix::process::setpriority_process;
 use tokio::{runtime, sync::watch};
 use tokio_util::sync::{CancellationToken, DropGuard};
-use wasmtime::{Engine, InstancePre, Linker, Module, UnknownImportError};
+use wasmtime::{Engine, Linker, UnknownImportError, component};
+use wasmtime_wasi::p2::bindings::CommandPre;
 
 use self::{
+    artefact::Compiled,
     cache::Cache,
-    guest::{GuestState, Invocation, Meter},
+    guest::{Code, GuestState, Invocation, Meter},
     quota::Metered,
     streams::StopInput,
 };
 pub use self::{
-    compiler::{COMPILE_ARGUMENT, compile_child_main},
+    compiler::{COMPILE_ARGUMENT, CompileLimits, compile_child_main},
     error::WasmError,
+    inspect::{ModuleFacts, inspect},
+    launch::{Access, Directory, Launch, WasmLimits},
 };
+use crate::limit::{Limit, LimitHits, LimitUse};
 
 /// The thread of the guests takes what the rest of the machine leaves.
 const GUEST_NICE: i32 = 19;
 
-/// How many guests run at once. Each takes six or seven of the 65530 maps that Linux gives a
-/// process by default, and when those end the server's own allocations fail too.
-const GUEST_LIMIT: usize = 4096;
+/// Threads on which guests' file calls wait for the system; they start when they are needed.
+const FILE_THREADS: usize = 4;
+
+/// Maps that one guest takes at most: its memory's two guards, content and rest, its stack's
+/// guard and content, and one to spare.
+const MAPS_PER_GUEST: usize = 7;
+
+/// What Linux gives a process where it does not say.
+const DEFAULT_MAX_MAPS: usize = 65_530;
+
+/// The part of all maps that guests may take; when they end, the server's own allocations fail.
+const MAPS_FOR_GUESTS_PERCENT: usize = 80;
 
 /// Which of a guest's two outputs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -84,6 +101,8 @@ pub struct WasmConfig {
     pub cache_dir: PathBuf,
     /// What compiles.
     pub compiler: Compiler,
+    /// What compiling one module may take.
+    pub compile_limits: CompileLimits,
 }
 
 /// Who compiles modules.
@@ -99,29 +118,6 @@ pub enum Compiler {
     InProcess,
 }
 
-/// What one run may use.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct WasmLimits {
-    /// Linear memory, in bytes, over all memories. The C library that zig brings starts at
-    /// 16.4 MiB, so anything below 17 MiB refuses its programs.
-    pub memory_bytes: u64,
-    /// Elements over all tables, of 8 bytes each.
-    pub table_elements: u64,
-    /// Processor time, in percent of one core, 1 to 100; what is outside is taken as the nearer.
-    pub cpu_percent: u32,
-}
-
-impl Default for WasmLimits {
-    /// 64 MiB, 100 000 table elements and half a core.
-    fn default() -> Self {
-        Self {
-            memory_bytes: 64 << 20,
-            table_elements: 100_000,
-            cpu_percent: 50,
-        }
-    }
-}
-
 /// How a run ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum WasmEnd {
@@ -131,6 +127,8 @@ pub enum WasmEnd {
     Trapped(String),
     /// A limit ended the guest, or kept it from starting: which one.
     LimitHit(String),
+    /// It could not be given what it was granted: what, and why.
+    Refused(String),
     /// The run was killed, or its runtime dropped.
     Killed,
 }
@@ -142,10 +140,106 @@ pub struct WasmUsage {
     pub memory_bytes: u64,
     /// The most linear memory so far, in bytes.
     pub peak_memory_bytes: u64,
-    /// How often the guest was refused memory or table elements.
-    pub refused_growths: u64,
+    /// Table elements now; 0 after the end.
+    pub table_elements: u64,
     /// Processor time, host calls included.
     pub cpu_time: Duration,
+    /// The longest that one call into the file system took.
+    pub longest_host_call: Duration,
+    /// The most files that were open at once.
+    pub peak_open_files: u64,
+    /// What lies in the writable directories, or more, as of the last write.
+    pub directory_bytes: u64,
+    /// Arguments and environment, in bytes.
+    pub environment_bytes: u64,
+    /// How often each limit was hit.
+    pub hits: LimitHits,
+    /// Wall time since the start.
+    pub wall_time: Duration,
+}
+
+impl WasmUsage {
+    /// The limits that a run is held to, with what is used of each.
+    #[must_use]
+    pub fn limits(&self, limits: &WasmLimits) -> Vec<LimitUse> {
+        let milliseconds = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+        let count = |count: usize| u64::try_from(count).unwrap_or(u64::MAX);
+        let wall = self.wall_time.as_secs_f64().max(0.001);
+        let cpu_percent = self.cpu_time.as_secs_f64() / wall * 100.0;
+        let rows = [
+            (Limit::Memory, limits.memory_bytes, Some(self.memory_bytes)),
+            (Limit::Memories, count(guest::MEMORY_LIMIT), None),
+            (
+                Limit::TableElements,
+                limits.table_elements,
+                Some(self.table_elements),
+            ),
+            (Limit::Tables, count(guest::TABLE_LIMIT), None),
+            (Limit::Instances, count(guest::INSTANCE_LIMIT), None),
+            (Limit::Stack, count(engine::GUEST_STACK), None),
+            (
+                Limit::Cpu,
+                limits.cpu_percent.into(),
+                Some(cpu_percent.round() as u64),
+            ),
+            (Limit::CpuBurst, milliseconds(limits.cpu_burst), None),
+            (Limit::StartTime, milliseconds(limits.start_time), None),
+            (
+                Limit::RunTime,
+                limits.run_time.map_or(0, milliseconds),
+                Some(milliseconds(self.wall_time)),
+            ),
+            (
+                Limit::HostCallTime,
+                milliseconds(limits.host_call_time),
+                Some(milliseconds(self.longest_host_call)),
+            ),
+            (
+                Limit::Environment,
+                limits.environment_bytes,
+                Some(self.environment_bytes),
+            ),
+            (
+                Limit::OpenFiles,
+                limits.open_files.into(),
+                Some(self.peak_open_files),
+            ),
+            (
+                Limit::DirectoryBytes,
+                limits.directory_bytes,
+                Some(self.directory_bytes),
+            ),
+        ];
+        rows.into_iter()
+            .map(|(limit, declared, used)| LimitUse {
+                limit,
+                declared,
+                used,
+                hits: self.hits.of(limit),
+            })
+            .collect()
+    }
+}
+
+/// The limits on a module itself, with how often they refused it.
+#[must_use]
+pub fn module_limits(bytes: u64, compile: CompileLimits, hits: &LimitHits) -> Vec<LimitUse> {
+    let milliseconds = u64::try_from(compile.time.as_millis()).unwrap_or(u64::MAX);
+    let rows = [
+        (Limit::ModuleBytes, inspect::MODULE_LIMIT, Some(bytes)),
+        (Limit::Functions, inspect::FUNCTION_LIMIT, None),
+        (Limit::Names, inspect::NAME_LIMIT, None),
+        (Limit::CompileTime, milliseconds, None),
+        (Limit::CompileMemory, compile.memory_bytes, None),
+    ];
+    rows.into_iter()
+        .map(|(limit, declared, used)| LimitUse {
+            limit,
+            declared,
+            used,
+            hits: hits.of(limit),
+        })
+        .collect()
 }
 
 /// A compiled module that may be run; cheap to clone.
@@ -153,7 +247,7 @@ pub struct WasmUsage {
 pub struct WasmModule {
     name: Arc<str>,
     digest: Arc<str>,
-    instance: InstancePre<GuestState>,
+    code: Code,
 }
 
 impl WasmModule {
@@ -179,6 +273,7 @@ impl fmt::Debug for WasmModule {
 pub struct WasmRun {
     ended: watch::Receiver<Option<WasmEnd>>,
     meter: Arc<Meter>,
+    began: std::time::Instant,
     _kill: Arc<DropGuard>,
 }
 
@@ -193,14 +288,26 @@ impl WasmRun {
         }
     }
 
+    /// Whether both are handles to one run.
+    pub(crate) fn is_same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.meter, &other.meter)
+    }
+
     /// What the run has used so far.
     pub fn usage(&self) -> WasmUsage {
+        let read = |number: &AtomicU64| number.load(Ordering::Relaxed);
         let meter = &self.meter;
         WasmUsage {
-            memory_bytes: meter.memory.load(Ordering::Relaxed),
-            peak_memory_bytes: meter.memory_peak.load(Ordering::Relaxed),
-            refused_growths: meter.refused_growths.load(Ordering::Relaxed),
-            cpu_time: Duration::from_nanos(meter.cpu_nanoseconds.load(Ordering::Relaxed)),
+            memory_bytes: read(&meter.memory),
+            peak_memory_bytes: read(&meter.memory_peak),
+            table_elements: read(&meter.table_elements),
+            cpu_time: Duration::from_nanos(read(&meter.cpu_nanoseconds)),
+            longest_host_call: Duration::from_nanos(read(&meter.host_call_longest)),
+            peak_open_files: read(&meter.open_files_peak),
+            directory_bytes: read(&meter.directory_bytes),
+            environment_bytes: read(&meter.environment_bytes),
+            hits: meter.hits(),
+            wall_time: self.began.elapsed(),
         }
     }
 }
@@ -212,13 +319,16 @@ impl WasmRun {
 pub struct WasmRuntime {
     engine: Engine,
     linker: Linker<GuestState>,
+    component_linker: component::Linker<GuestState>,
     cache: Cache,
     compiler: Compiler,
+    compile_limits: CompileLimits,
     compatibility: u64,
     /// One compilation at a time: each may take gigabytes.
     compiling: Mutex<()>,
     guests: runtime::Handle,
     live: Arc<AtomicUsize>,
+    guest_limit: usize,
     shutdown: CancellationToken,
     ticker_stop: Arc<AtomicBool>,
     guest_thread: Option<JoinHandle<()>>,
@@ -248,17 +358,22 @@ impl WasmRuntime {
         let cache = Cache::open_directory(&config.cache_dir)?;
         let engine = engine::new_engine().map_err(|error| failed(&error))?;
         let linker = guest::new_linker(&engine).map_err(|error| failed(&error))?;
+        let component_linker =
+            guest::new_component_linker(&engine).map_err(|error| failed(&error))?;
         let shutdown = CancellationToken::new();
         let (guest_thread, guests) =
             start_guest_thread(shutdown.clone()).map_err(|error| failed(&error))?;
         let mut runtime = Self {
             compatibility: engine::compatibility(&engine),
             linker,
+            component_linker,
             cache,
             compiler: config.compiler,
+            compile_limits: config.compile_limits,
             compiling: Mutex::new(()),
             guests,
             live: Arc::new(AtomicUsize::new(0)),
+            guest_limit: guest_limit(),
             shutdown,
             ticker_stop: Arc::new(AtomicBool::new(false)),
             guest_thread: Some(guest_thread),
@@ -281,42 +396,33 @@ impl WasmRuntime {
     ///
     /// Any [`WasmError`] but those of [`start`](Self::start); each names the plugin and the reason.
     pub fn prepare(&self, name: &str, bytes: &[u8]) -> Result<WasmModule, WasmError> {
-        inspect::inspect(name, bytes)?;
+        inspect::check(name, bytes)?;
         let digest = blake3::hash(bytes).to_hex();
         let key = format!("{digest}-{:016x}", self.compatibility);
-        let module = match self.load(&key) {
-            Some(module) => module,
+        let compiled = match self.load(&key) {
+            Some(compiled) => compiled,
             None => self.compile(name, &key, bytes)?,
         };
         Ok(WasmModule {
-            instance: self.check(name, &module)?,
+            code: self.link(name, &compiled)?,
             name: name.into(),
             digest: digest.as_str().into(),
         })
     }
 
-    /// Runs a module's `_start`.
-    ///
-    /// `args` is the whole argument list, the program's name first; an empty one becomes the
-    /// module's name. When `stop` is cancelled the guest's stdin reaches its end, and it may go
-    /// on for as long as it wants; when `kill` is, it ends at its next turn, within 20 ms where
-    /// it shares the thread with no more than three busy guests.
-    #[expect(
-        clippy::too_many_arguments,
-        reason = "one call site, and every argument is another kind of thing"
-    )]
-    pub fn spawn(
-        &self,
-        module: &WasmModule,
-        mut args: Vec<String>,
-        env: Vec<(String, String)>,
-        limits: &WasmLimits,
-        output: Arc<dyn GuestOutput>,
-        stop: CancellationToken,
-        kill: CancellationToken,
-    ) -> WasmRun {
-        if args.is_empty() {
-            args.push(module.name.to_string());
+    /// Runs a module's `_start`, or a component's `wasi:cli/run`.
+    pub fn spawn(&self, module: &WasmModule, launch: Launch) -> WasmRun {
+        let Launch {
+            mut arguments,
+            environment,
+            directories,
+            limits,
+            output,
+            stop,
+            kill,
+        } = launch;
+        if arguments.is_empty() {
+            arguments.push(module.name.to_string());
         }
         // A child of its own, so that dropping the handle kills this run and no other.
         let kill = kill.child_token();
@@ -325,47 +431,68 @@ impl WasmRuntime {
         let run = WasmRun {
             ended,
             meter: Arc::clone(&meter),
+            began: std::time::Instant::now(),
             _kill: Arc::new(kill.clone().drop_guard()),
         };
-        let Some(place) = Place::take(&self.live) else {
+        let Some(place) = Place::take(&self.live, self.guest_limit) else {
             end.send_replace(Some(WasmEnd::LimitHit(format!(
-                "{GUEST_LIMIT} guests run already"
+                "{} guests run already, which is what the kernel's limit of memory maps per process leaves room for; raise it with `sysctl vm.max_map_count`",
+                self.guest_limit
             ))));
             return run;
         };
-        let taken = Arc::clone(&meter.cpu_nanoseconds);
+        let run_time = limits.run_time;
+        let engine = self.engine.clone();
         let guest = guest::run(
-            module.instance.clone(),
+            module.code.clone(),
+            engine.clone(),
             Invocation {
-                arguments: args,
-                environment: env,
+                arguments,
+                environment,
+                directories,
                 input: StopInput { stop },
                 output,
                 limits: limits.clone(),
                 meter: Arc::clone(&meter),
             },
         );
-        let guest = Metered::new(guest, limits.cpu_percent, taken);
-        let engine = self.engine.clone();
+        let guest = Metered::new(guest, &limits, Arc::clone(&meter));
         self.guests.spawn(async move {
+            let over = async {
+                match run_time {
+                    Some(time) => tokio::time::sleep(time).await,
+                    None => std::future::pending().await,
+                }
+            };
             let ended = tokio::select! {
                 biased;
                 () = kill.cancelled() => WasmEnd::Killed,
+                () = over => {
+                    meter.hit(Limit::RunTime);
+                    let milliseconds = run_time.unwrap_or_default().as_millis();
+                    WasmEnd::LimitHit(format!("its run was not over after {milliseconds} ms"))
+                }
                 ended = guest => ended,
             };
             // Whoever is told of the end finds memory and place free.
             meter.memory.store(0, Ordering::Relaxed);
+            meter.table_elements.store(0, Ordering::Relaxed);
             drop((place, engine));
             end.send_replace(Some(ended));
         });
         run
     }
 
-    fn load(&self, key: &str) -> Option<Module> {
+    /// How many guests may run at once.
+    pub fn guest_limit(&self) -> usize {
+        self.guest_limit
+    }
+
+    fn load(&self, key: &str) -> Option<Compiled> {
         artefact::load(&self.engine, self.cache.open(key)?).ok()
     }
 
-    fn compile(&self, name: &str, key: &str, bytes: &[u8]) -> Result<Module, WasmError> {
+    fn compile(&self, name: &str, key: &str, bytes: &[u8]) -> Result<Compiled, WasmError> {
         let _one_at_a_time = self
             .compiling
             .lock()
@@ -377,7 +504,13 @@ impl WasmRuntime {
         let mut unfinished = self.cache.create().map_err(failed)?;
         match &self.compiler {
             Compiler::Child { program } => {
-                compiler::compile_in_child(program, name, bytes, &unfinished.file)?;
+                compiler::compile_in_child(
+                    program,
+                    name,
+                    bytes,
+                    self.compile_limits,
+                    &unfinished.file,
+                )?;
             }
             Compiler::InProcess => compiler::compile_here(name, bytes, &mut unfinished.file)?,
         }
@@ -389,33 +522,75 @@ impl WasmRuntime {
     }
 
     /// Refuses what does not fit the sandbox, and links the rest.
-    fn check(&self, name: &str, module: &Module) -> Result<InstancePre<GuestState>, WasmError> {
-        let has_start = module
-            .get_export("_start")
-            .and_then(|export| export.func().map(|f| f.params().len() + f.results().len()))
-            .is_some_and(|values| values == 0);
-        let instance = self.linker.instantiate_pre(module).map_err(|error| {
-            let name = name.to_owned();
-            match error.downcast_ref::<UnknownImportError>() {
-                Some(import) => WasmError::NotGranted {
-                    name,
-                    module: import.module().to_owned(),
-                    field: import.name().to_owned(),
-                },
-                None => WasmError::ImportType {
-                    name,
-                    reason: format!("{error:#}"),
-                },
+    fn link(&self, name: &str, compiled: &Compiled) -> Result<Code, WasmError> {
+        match compiled {
+            Compiled::Module(module) => {
+                let start = module.get_export("_start");
+                let has_start = start
+                    .and_then(|it| it.func().map(|f| f.params().len() + f.results().len()))
+                    .is_some_and(|values| values == 0);
+                let instance = self
+                    .linker
+                    .instantiate_pre(module)
+                    .map_err(|error| import_error(name, &error))?;
+                has_start.then_some(Code::Module(instance))
             }
-        })?;
-        if has_start {
-            Ok(instance)
-        } else {
-            Err(WasmError::NoStart {
-                name: name.to_owned(),
-            })
+            Compiled::Component(component) => {
+                let instance = self
+                    .component_linker
+                    .instantiate_pre(component)
+                    .map_err(|error| component_import_error(name, &error))?;
+                CommandPre::new(instance).ok().map(Code::Component)
+            }
         }
+        .ok_or_else(|| WasmError::NoStart {
+            name: name.to_owned(),
+        })
     }
+}
+
+fn import_error(name: &str, error: &wasmtime::Error) -> WasmError {
+    let name = name.to_owned();
+    match error.downcast_ref::<UnknownImportError>() {
+        Some(import) => WasmError::NotGranted {
+            name,
+            module: import.module().to_owned(),
+            field: import.name().to_owned(),
+        },
+        None => WasmError::ImportType {
+            name,
+            reason: format!("{error:#}"),
+        },
+    }
+}
+
+/// The linker of components names a missing import in its text alone.
+fn component_import_error(name: &str, error: &wasmtime::Error) -> WasmError {
+    let reason = format!("{error:#}");
+    let missing = reason
+        .contains("was not found in the linker")
+        .then(|| reason.split('`').nth(1))
+        .flatten();
+    match missing {
+        Some(instance) => WasmError::NotGranted {
+            name: name.to_owned(),
+            module: instance.to_owned(),
+            field: "*".to_owned(),
+        },
+        None => WasmError::ImportType {
+            name: name.to_owned(),
+            reason,
+        },
+    }
+}
+
+/// How many guests the maps of a process suffice for, with the rest left to the server.
+fn guest_limit() -> usize {
+    let maps = std::fs::read_to_string("/proc/sys/vm/max_map_count")
+        .ok()
+        .and_then(|text| text.trim().parse().ok())
+        .unwrap_or(DEFAULT_MAX_MAPS);
+    maps / 100 * MAPS_FOR_GUESTS_PERCENT / MAPS_PER_GUEST
 }
 
 impl Drop for WasmRuntime {
@@ -443,9 +618,9 @@ impl Drop for WasmRuntime {
 struct Place(Arc<AtomicUsize>);
 
 impl Place {
-    fn take(live: &Arc<AtomicUsize>) -> Option<Self> {
+    fn take(live: &Arc<AtomicUsize>, limit: usize) -> Option<Self> {
         live.fetch_update(Ordering::AcqRel, Ordering::Acquire, |live| {
-            (live < GUEST_LIMIT).then_some(live + 1)
+            (live < limit).then_some(live + 1)
         })
         .ok()?;
         Some(Self(Arc::clone(live)))
@@ -468,7 +643,7 @@ fn start_guest_thread(
         .enable_time()
         .event_interval(1)
         .global_queue_interval(1)
-        .max_blocking_threads(1)
+        .max_blocking_threads(FILE_THREADS)
         .build()?;
     let handle = guests.handle().clone();
     let (started, start) = mpsc::channel();
@@ -481,6 +656,8 @@ fn start_guest_thread(
             let _ = started.send(nice);
             if !failed {
                 guests.block_on(shutdown.cancelled());
+                // A file call that hangs in the kernel is left to itself.
+                guests.shutdown_background();
             }
         })?;
     start.recv().map_err(std::io::Error::other)??;

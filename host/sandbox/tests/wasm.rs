@@ -20,9 +20,10 @@ use std::{
 };
 
 use parking_lot::Mutex;
+use stockade_sandbox::Limit;
 use stockade_sandbox::wasm::{
-    Compiler, GuestOutput, GuestStream, WasmConfig, WasmEnd, WasmError, WasmLimits, WasmModule,
-    WasmRun, WasmRuntime,
+    CompileLimits, Compiler, GuestOutput, GuestStream, Launch, WasmConfig, WasmEnd, WasmError,
+    WasmLimits, WasmModule, WasmRun, WasmRuntime,
 };
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
@@ -145,6 +146,7 @@ fn start(cache_dir: &Path, compiler: Compiler) -> Result<WasmRuntime, WasmError>
     WasmRuntime::start(WasmConfig {
         cache_dir: cache_dir.to_owned(),
         compiler,
+        compile_limits: CompileLimits::default(),
     })
 }
 
@@ -187,16 +189,14 @@ impl Sandbox {
     fn spawn_with(&self, module: &WasmModule, limits: &WasmLimits, sink: Arc<Sink>) -> Guest {
         let (stop, kill) = (CancellationToken::new(), CancellationToken::new());
         let output = Arc::clone(&sink) as Arc<dyn GuestOutput>;
-        let (args, env) = (vec!["guest".to_owned()], Vec::new());
-        let run = self.runtime.spawn(
-            module,
-            args,
-            env,
-            limits,
-            output,
-            stop.clone(),
-            kill.clone(),
-        );
+        let launch = Launch {
+            arguments: vec!["guest".to_owned()],
+            limits: limits.clone(),
+            stop: stop.clone(),
+            kill: kill.clone(),
+            ..Launch::new(output)
+        };
+        let run = self.runtime.spawn(module, launch);
         Guest {
             run,
             sink,
@@ -279,7 +279,7 @@ async fn modules_that_do_not_fit_are_refused_by_name_and_reason() {
         ("unknown_import", "imports env.foo, which is not granted"),
         ("no_start", "exports no _start"),
         ("shared_memory", "needs threads"),
-        ("component", "is a component"),
+        ("component", "no wasi:cli/run"),
         ("two_memories", "multiple memories"),
     ] {
         let refusal = sandbox.refusal(guest);
@@ -336,7 +336,7 @@ async fn memory_is_held_to_its_limit_and_reported() {
     assert_eq!(hog.end().await, WasmEnd::Exited(0));
     let usage = hog.run.usage();
     assert_eq!(usage.peak_memory_bytes, (19 << 20) + 65536);
-    assert_eq!((usage.memory_bytes, usage.refused_growths), (0, 1));
+    assert_eq!((usage.memory_bytes, usage.hits.of(Limit::Memory)), (0, 1));
     assert!(usage.cpu_time > Duration::ZERO);
 
     for (guest, reason) in [
@@ -356,18 +356,15 @@ async fn a_guest_sees_what_it_is_passed_and_nothing_else() {
     assert!(std::env::vars().count() > 0, "there is something to leak");
     let sandbox = Sandbox::new();
     let sink = Sink::new(1 << 20);
-    let run = sandbox.runtime.spawn(
-        &sandbox.module("print_env"),
-        vec!["me".to_owned(), "an argument".to_owned()],
-        vec![
+    let launch = Launch {
+        arguments: vec!["me".to_owned(), "an argument".to_owned()],
+        environment: vec![
             ("ROLE".to_owned(), String::new()),
             ("ID".to_owned(), "0".to_owned()),
         ],
-        &WasmLimits::default(),
-        Arc::clone(&sink) as Arc<dyn GuestOutput>,
-        CancellationToken::new(),
-        CancellationToken::new(),
-    );
+        ..Launch::new(Arc::clone(&sink) as Arc<dyn GuestOutput>)
+    };
+    let run = sandbox.runtime.spawn(&sandbox.module("print_env"), launch);
     assert_eq!(run.ended().await, WasmEnd::Exited(0));
     assert_eq!(sink.stdout(), "me\0an argument\0");
     assert_eq!(sink.stderr(), "ROLE=\0ID=0\0");
@@ -614,12 +611,7 @@ async fn modules_can_be_compiled_in_process_for_embedding() {
     let sink = Sink::new(100);
     let run = runtime.spawn(
         &module,
-        Vec::new(),
-        Vec::new(),
-        &WasmLimits::default(),
-        Arc::clone(&sink) as Arc<dyn GuestOutput>,
-        CancellationToken::new(),
-        CancellationToken::new(),
+        Launch::new(Arc::clone(&sink) as Arc<dyn GuestOutput>),
     );
     assert_eq!(run.ended().await, WasmEnd::Exited(0));
     assert_eq!(sink.stdout(), "hello world\n");

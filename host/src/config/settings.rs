@@ -140,6 +140,15 @@ pub struct Settings {
     /// JSON object handed to plugins as LMCACHE_RUNTIME_PLUGIN_EXTRA_CONFIG [default: {}]
     #[arg(long, env = "STOCKADE_RUNTIME_PLUGIN_CONFIG", help_heading = "Plugins")]
     pub runtime_plugin_config: Option<String>,
+    /// What *.py and *.sh plugins may touch: `allow` everything the server may, `confined` what
+    /// their manifests grant, `deny` does not run them [default: confined] (ours)
+    #[arg(
+        long,
+        value_name = "POLICY",
+        env = "STOCKADE_NATIVE_PLUGINS",
+        help_heading = "Plugins"
+    )]
+    pub native_plugins: Option<String>,
     /// Directory of compiled plugins [default: stockade/ in the user's cache directory] (ours)
     #[arg(long, env = "STOCKADE_PLUGIN_CACHE_DIR", help_heading = "Plugins")]
     pub plugin_cache_dir: Option<PathBuf>,
@@ -203,6 +212,7 @@ impl Settings {
             eviction_ratio,
             runtime_plugin_locations,
             runtime_plugin_config,
+            native_plugins,
             plugin_cache_dir,
             http_host,
             http_port,

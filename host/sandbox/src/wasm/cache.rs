@@ -12,7 +12,7 @@ use std::{
     },
     path::{Path, PathBuf},
     sync::atomic::{AtomicU64, Ordering},
-    time::SystemTime,
+    time::{Duration, SystemTime},
 };
 
 use rustix::{
@@ -24,6 +24,9 @@ use super::{artefact::CheckedArtefact, error::WasmError};
 
 /// How many artefacts are kept from one start to the next.
 const KEPT_ARTEFACTS: usize = 256;
+
+/// The age at which a file in the making is one that a dead process left.
+const ABANDONED: Duration = Duration::from_secs(3600);
 
 /// The permissions by which others could change a file.
 const WRITABLE_BY_OTHERS: u32 = 0o022;
@@ -170,11 +173,7 @@ impl Cache {
             };
             if name.ends_with(".cwasm") {
                 artefacts.push((written, name));
-            } else if name.ends_with(".tmp")
-                && written
-                    .elapsed()
-                    .is_ok_and(|age| age > super::compiler::TIME_LIMIT * 4)
-            {
+            } else if name.ends_with(".tmp") && written.elapsed().is_ok_and(|age| age > ABANDONED) {
                 let _ = unlinkat(&self.directory, &name, AtFlags::empty());
             }
         }

@@ -28,11 +28,23 @@ use super::{engine::new_engine, error::WasmError, inspect};
 /// The first argument by which a program knows that it is to compile and nothing else.
 pub const COMPILE_ARGUMENT: &str = "__compile-module";
 
-/// What compiling may take, of the clock on the wall and of processor time.
-pub(super) const TIME_LIMIT: Duration = Duration::from_secs(60);
+/// What compiling one module may take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CompileLimits {
+    /// Of the clock on the wall and of processor time, in whole seconds.
+    pub time: Duration,
+    /// What the compiling process may map, in bytes.
+    pub memory_bytes: u64,
+}
 
-/// What the compiling process may map, in bytes.
-const MEMORY_LIMIT: u64 = 4 << 30;
+impl Default for CompileLimits {
+    fn default() -> Self {
+        Self {
+            time: Duration::from_secs(60),
+            memory_bytes: 4 << 30,
+        }
+    }
+}
 
 /// The largest artefact, in bytes: some ten times the largest module.
 const ARTEFACT_LIMIT: u64 = 256 << 20;
@@ -50,16 +62,20 @@ const REFUSED: u8 = 65;
 const FAILED: u8 = 70;
 
 /// Compiles the module on stdin to stdout, under limits; what a server's `main` calls when its
-/// first argument is [`COMPILE_ARGUMENT`]. The other arguments are not looked at.
+/// first argument is [`COMPILE_ARGUMENT`]. The others are the limits: seconds, and bytes of memory.
 ///
 /// Exits with 0, with 65 when the module is refused and with 70 when compiling could not be
 /// tried; the reason is on stderr then.
-pub fn compile_child_main(_arguments: impl Iterator<Item = OsString>) -> ExitCode {
+pub fn compile_child_main(arguments: impl Iterator<Item = OsString>) -> ExitCode {
     let told = |status: u8, reason: &dyn std::fmt::Display| {
         let _ = write!(io::stderr(), "{reason}");
         ExitCode::from(status)
     };
-    if let Err(error) = confine() {
+    let mut numbers = arguments.map(|argument| argument.to_str()?.parse::<u64>().ok());
+    let (Some(Some(seconds)), Some(Some(memory_bytes))) = (numbers.next(), numbers.next()) else {
+        return told(FAILED, &"its limits are missing");
+    };
+    if let Err(error) = confine(seconds, memory_bytes) {
         return told(FAILED, &error);
     }
     let mut source = Vec::new();
@@ -84,12 +100,11 @@ pub fn compile_child_main(_arguments: impl Iterator<Item = OsString>) -> ExitCod
 }
 
 /// Sets what the kernel enforces, on the calling process.
-fn confine() -> io::Result<()> {
+fn confine(seconds: u64, memory_bytes: u64) -> io::Result<()> {
     set_parent_process_death_signal(Some(Signal::KILL))?;
     setpriority_process(None, CHILD_NICE)?;
-    let seconds = TIME_LIMIT.as_secs();
     for (resource, limit) in [
-        (Resource::As, MEMORY_LIMIT),
+        (Resource::As, memory_bytes),
         (Resource::Cpu, seconds),
         (Resource::Fsize, ARTEFACT_LIMIT),
         (Resource::Core, 0),
@@ -110,10 +125,12 @@ fn compile(source: &[u8]) -> Result<Vec<u8>, String> {
     let engine = new_engine().map_err(|error| format!("{error:#}"))?;
     let binary = wat::parse_bytes(source).map_err(|error| format!("text: {error}"))?;
     // Once more, for what came as text.
-    inspect::inspect("the module", &binary).map_err(|error| error.to_string())?;
-    engine
-        .precompile_module(&binary)
-        .map_err(|error| format!("{error:#}"))
+    let facts = inspect::inspect("the module", &binary).map_err(|error| error.to_string())?;
+    let artefact = match facts.is_component {
+        true => engine.precompile_component(&binary),
+        false => engine.precompile_module(&binary),
+    };
+    artefact.map_err(|error| format!("{error:#}"))
 }
 
 /// Compiles within this process, without limits: for modules that are trusted.
@@ -133,6 +150,7 @@ pub(super) fn compile_in_child(
     program: &Path,
     name: &str,
     source: &[u8],
+    limits: CompileLimits,
     artefact: &File,
 ) -> Result<(), WasmError> {
     let failed = |error: &dyn std::fmt::Display| broken(name, error);
@@ -147,13 +165,15 @@ pub(super) fn compile_in_child(
         input.rewind()?;
         let child = Command::new(program)
             .arg(COMPILE_ARGUMENT)
+            .arg(limits.time.as_secs().to_string())
+            .arg(limits.memory_bytes.to_string())
             .env_clear()
             .current_dir("/")
             .stdin(Stdio::from(input))
             .stdout(Stdio::from(artefact.try_clone()?))
             .stderr(Stdio::from(reasons.try_clone()?))
             .spawn()?;
-        wait(child, TIME_LIMIT)
+        wait(child, limits.time)
     })()
     .map_err(|error: io::Error| failed(&error))?;
 
@@ -161,7 +181,7 @@ pub(super) fn compile_in_child(
     let _ = reasons.rewind();
     let _ = reasons.take(REASON_LIMIT).read_to_end(&mut reason);
     let reason = String::from_utf8_lossy(&reason).trim().to_owned();
-    judge(name, status, reason)
+    judge(name, limits, status, reason)
 }
 
 /// Waits until the child ends or its time is over. `None`: it was killed for its time.
@@ -191,12 +211,17 @@ fn wait(mut child: std::process::Child, limit: Duration) -> io::Result<Option<Ex
 }
 
 /// What the child's end says about the module.
-fn judge(name: &str, status: Option<ExitStatus>, reason: String) -> Result<(), WasmError> {
+fn judge(
+    name: &str,
+    limits: CompileLimits,
+    status: Option<ExitStatus>,
+    reason: String,
+) -> Result<(), WasmError> {
     let name_of = || name.to_owned();
     let Some(status) = status else {
         return Err(WasmError::CompileTime {
             name: name_of(),
-            seconds: TIME_LIMIT.as_secs(),
+            seconds: limits.time.as_secs(),
         });
     };
     let signal = status.signal().unwrap_or_default();
@@ -207,14 +232,14 @@ fn judge(name: &str, status: Option<ExitStatus>, reason: String) -> Result<(), W
     } else if signal == Signal::XCPU.as_raw() || signal == Signal::KILL.as_raw() {
         Err(WasmError::CompileTime {
             name: name_of(),
-            seconds: TIME_LIMIT.as_secs(),
+            seconds: limits.time.as_secs(),
         })
     } else if signal == Signal::XFSZ.as_raw()
         || (signal == Signal::ABORT.as_raw() && reason.contains("memory allocation of"))
     {
         Err(WasmError::CompileMemory {
             name: name_of(),
-            bytes: MEMORY_LIMIT,
+            bytes: limits.memory_bytes,
         })
     } else {
         Err(broken(name, &format_args!("{status}: {reason}")))
@@ -226,8 +251,6 @@ fn refusal(name: &str, reason: String) -> WasmError {
     let name = name.to_owned();
     if reason.contains("threads must be enabled") || reason.contains("shared memor") {
         WasmError::Threads { name }
-    } else if reason.contains("is a component") {
-        WasmError::Component { name }
     } else if reason.starts_with("text:") {
         WasmError::NotAModule { name, reason }
     } else {

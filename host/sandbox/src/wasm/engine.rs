@@ -17,7 +17,7 @@ use wasmtime::{Config, Engine, EngineWeak, InstanceAllocationStrategy, OptLevel,
 pub(super) const TICK: Duration = Duration::from_millis(5);
 
 /// What a guest's stack may take, in bytes; beyond it is a trap.
-const GUEST_STACK: usize = 512 << 10;
+pub(super) const GUEST_STACK: usize = 512 << 10;
 
 /// The fiber a guest runs on, in bytes: its stack and what host calls take above it.
 const FIBER_STACK: usize = 1 << 20;

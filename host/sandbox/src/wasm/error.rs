@@ -4,6 +4,8 @@ use std::{io, path::PathBuf};
 
 use thiserror::Error;
 
+use crate::limit::Limit;
+
 /// Why WebAssembly cannot be prepared or run.
 #[derive(Debug, Error)]
 pub enum WasmError {
@@ -15,18 +17,10 @@ pub enum WasmError {
         /// What the decoder met.
         reason: String,
     },
-    /// A component, which this version does not run.
-    #[error(
-        "{name} is a component: components are not yet served, build it for wasm32-wasip1 instead"
-    )]
-    Component {
-        /// The plugin's name.
-        name: String,
-    },
     /// An import that nothing grants.
     #[error(
         "{name} imports {module}.{field}, which is not granted; \
-         a plugin gets WASI preview 1 (wasi_snapshot_preview1) and nothing else"
+         a module gets WASI preview 1 (wasi_snapshot_preview1), a component WASI 0.2 for commands, and nothing else"
     )]
     NotGranted {
         /// The plugin's name.
@@ -46,7 +40,7 @@ pub enum WasmError {
     },
     /// No entry point.
     #[error(
-        "{name} exports no _start function without parameters and results; build it as a command, not as a library"
+        "{name} exports no _start function without parameters and results, or, as a component, no wasi:cli/run; build it as a command, not as a library"
     )]
     NoStart {
         /// The plugin's name.
@@ -83,6 +77,16 @@ pub enum WasmError {
         name: String,
         /// How many it declares.
         functions: u64,
+        /// The cap.
+        limit: u64,
+    },
+    /// More imports and exports than any program has.
+    #[error("{name} has too many names: it imports and exports {names}, of {limit} at most")]
+    TooManyNames {
+        /// The plugin's name.
+        name: String,
+        /// How many it imports and exports.
+        names: u64,
         /// The cap.
         limit: u64,
     },
@@ -129,4 +133,19 @@ pub enum WasmError {
     /// The engine, its threads or its functions could not be set up.
     #[error("the WebAssembly runtime does not start: {0}")]
     Runtime(String),
+}
+
+impl WasmError {
+    /// The limit that refused the module, if one did.
+    #[must_use]
+    pub fn limit(&self) -> Option<Limit> {
+        match self {
+            Self::TooLarge { .. } => Some(Limit::ModuleBytes),
+            Self::TooManyFunctions { .. } => Some(Limit::Functions),
+            Self::TooManyNames { .. } => Some(Limit::Names),
+            Self::CompileTime { .. } => Some(Limit::CompileTime),
+            Self::CompileMemory { .. } => Some(Limit::CompileMemory),
+            _ => None,
+        }
+    }
 }

@@ -1,17 +1,28 @@
 //! One run of a module: its store, its limits and what its end means.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicU64, Ordering},
+use std::{
+    os::fd::AsRawFd as _,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
-use wasmtime::{Engine, InstancePre, Linker, ResourceLimiter, Store, Trap, UpdateDeadline};
+use wasmtime::{
+    Engine, InstancePre, Linker, ResourceLimiter, Store, Trap, UpdateDeadline, component,
+};
 use wasmtime_wasi::{
-    I32Exit, WasiCtxBuilder, WasiView,
+    FsPerms, I32Exit, WasiCtxBuilder, WasiCtxView, WasiView,
     p1::{self, WasiP1Ctx},
+    p2::{self, bindings::CommandPre},
 };
 
-use super::{GuestOutput, GuestStream, WasmEnd, WasmLimits, streams};
+use super::{
+    Access, Directory, GuestOutput, GuestStream, WasmEnd, WasmLimits,
+    filesystem::{self, Files, HostCallTimeout, OpenDirectory},
+    streams,
+};
+use crate::limit::{Limit, LimitHits};
 
 /// What one host call may make the host read of the guest's memory, in bytes.
 const HOSTCALL_FUEL: usize = 1 << 20;
@@ -22,28 +33,74 @@ const RANDOM_LIMIT: u64 = 64 << 10;
 /// How many streams, pollables and the like a guest may hold at once.
 const HANDLE_LIMIT: usize = 256;
 
-/// How many tables a module may have; C, Rust and Go make one.
-const TABLE_LIMIT: usize = 16;
+/// How many tables a run may have; C, Rust and Go make one, a component a few.
+pub(super) const TABLE_LIMIT: usize = 16;
+
+/// How many memories a run may have: a module has one, of a component each core instance.
+pub(super) const MEMORY_LIMIT: usize = 16;
+
+/// How many instances of core modules a run may have: what `wasm-tools` makes of a program
+/// and the preview 1 adapter are four.
+pub(super) const INSTANCE_LIMIT: usize = 16;
 
 /// What a run has used, as others may read it.
 #[derive(Debug, Default)]
 pub(super) struct Meter {
     pub(super) memory: AtomicU64,
     pub(super) memory_peak: AtomicU64,
-    pub(super) refused_growths: AtomicU64,
-    pub(super) cpu_nanoseconds: Arc<AtomicU64>,
+    pub(super) table_elements: AtomicU64,
+    pub(super) cpu_nanoseconds: AtomicU64,
+    pub(super) host_call_longest: AtomicU64,
+    pub(super) open_files_peak: AtomicU64,
+    pub(super) directory_bytes: AtomicU64,
+    pub(super) environment_bytes: AtomicU64,
+    hits: [AtomicU64; Limit::ALL.len()],
+}
+
+impl Meter {
+    /// Counts that a limit held.
+    pub(super) fn hit(&self, limit: Limit) {
+        if let Some(count) = self.hits.get(limit as usize) {
+            count.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    pub(super) fn hits(&self) -> LimitHits {
+        let mut hits = LimitHits::default();
+        for (limit, count) in Limit::ALL.into_iter().zip(&self.hits) {
+            hits.add(limit, count.load(Ordering::Relaxed));
+        }
+        hits
+    }
+}
+
+/// Compiled code with its imports resolved.
+#[derive(Clone)]
+pub(super) enum Code {
+    /// A core module for preview 1.
+    Module(InstancePre<GuestState>),
+    /// A component for WASI 0.2.
+    Component(CommandPre<GuestState>),
 }
 
 /// What a store holds for host calls.
 pub(super) struct GuestState {
-    wasi: WasiP1Ctx,
+    pub(super) wasi: WasiP1Ctx,
+    pub(super) files: Files,
     limiter: Limiter,
+}
+
+impl WasiView for GuestState {
+    fn ctx(&mut self) -> WasiCtxView<'_> {
+        self.wasi.ctx()
+    }
 }
 
 /// What a plugin is given.
 pub(super) struct Invocation {
     pub(super) arguments: Vec<String>,
     pub(super) environment: Vec<(String, String)>,
+    pub(super) directories: Vec<Directory>,
     pub(super) input: streams::StopInput,
     pub(super) output: Arc<dyn GuestOutput>,
     pub(super) limits: WasmLimits,
@@ -67,9 +124,9 @@ struct Limiter {
 }
 
 impl Limiter {
-    fn refuse(&mut self, what: String) -> bool {
+    fn refuse(&mut self, limit: Limit, what: String) -> bool {
         self.refused = Some(what);
-        self.meter.refused_growths.fetch_add(1, Ordering::Relaxed);
+        self.meter.hit(limit);
         false
     }
 
@@ -77,6 +134,11 @@ impl Limiter {
         self.memory = memory;
         self.meter.memory.store(memory, Ordering::Relaxed);
         self.meter.memory_peak.fetch_max(memory, Ordering::Relaxed);
+    }
+
+    fn note_elements(&mut self, elements: u64) {
+        self.elements = elements;
+        self.meter.table_elements.store(elements, Ordering::Relaxed);
     }
 }
 
@@ -95,7 +157,8 @@ impl ResourceLimiter for Limiter {
         let total = self.memory.saturating_add(added);
         if total > self.memory_limit {
             let limit = self.memory_limit;
-            return Ok(self.refuse(format!("{total} bytes of memory, of {limit} at most")));
+            let what = format!("{total} bytes of memory, of {limit} at most");
+            return Ok(self.refuse(Limit::Memory, what));
         }
         self.latest_memory = added;
         self.note_memory(total);
@@ -122,21 +185,23 @@ impl ResourceLimiter for Limiter {
         let total = self.elements.saturating_add(added);
         if total > self.table_limit {
             let limit = self.table_limit;
-            return Ok(self.refuse(format!("{total} table elements, of {limit} at most")));
+            let what = format!("{total} table elements, of {limit} at most");
+            return Ok(self.refuse(Limit::TableElements, what));
         }
         self.latest_elements = added;
-        self.elements = total;
+        self.note_elements(total);
         Ok(true)
     }
 
     fn table_grow_failed(&mut self, _error: wasmtime::Error) -> wasmtime::Result<()> {
-        self.elements = self.elements.saturating_sub(self.latest_elements);
+        let elements = self.elements.saturating_sub(self.latest_elements);
         self.latest_elements = 0;
+        self.note_elements(elements);
         Ok(())
     }
 
     fn instances(&self) -> usize {
-        1
+        INSTANCE_LIMIT
     }
 
     fn tables(&self) -> usize {
@@ -144,7 +209,7 @@ impl ResourceLimiter for Limiter {
     }
 
     fn memories(&self) -> usize {
-        1
+        MEMORY_LIMIT
     }
 }
 
@@ -152,41 +217,122 @@ impl ResourceLimiter for Limiter {
 pub(super) fn new_linker(engine: &Engine) -> wasmtime::Result<Linker<GuestState>> {
     let mut linker = Linker::new(engine);
     p1::add_to_linker_async(&mut linker, |state: &mut GuestState| &mut state.wasi)?;
+    filesystem::add_to_linker(&mut linker)?;
     Ok(linker)
 }
 
-/// Runs `_start` to its end. Instantiating belongs to the run, as a start function may loop.
-pub(super) async fn run(module: InstancePre<GuestState>, invocation: Invocation) -> WasmEnd {
+/// WASI 0.2 for commands and nothing else.
+pub(super) fn new_component_linker(
+    engine: &Engine,
+) -> wasmtime::Result<component::Linker<GuestState>> {
+    let mut linker = component::Linker::new(engine);
+    p2::add_to_linker_async(&mut linker)?;
+    Ok(linker)
+}
+
+/// Runs a guest to its end. Instantiating belongs to the run, as a start function may loop.
+pub(super) async fn run(code: Code, engine: Engine, invocation: Invocation) -> WasmEnd {
     let meter = Arc::clone(&invocation.meter);
-    let mut store = new_store(module.module().engine(), invocation);
-    let outcome: wasmtime::Result<wasmtime::Result<()>> = async {
-        let instance = module.instantiate_async(&mut store).await?;
-        let start = instance.get_typed_func::<(), ()>(&mut store, "_start")?;
-        Ok(start.call_async(&mut store, ()).await)
+    let start_time = invocation.limits.start_time;
+    let size = environment_size(&invocation);
+    meter.environment_bytes.store(size, Ordering::Relaxed);
+    let limit = invocation.limits.environment_bytes;
+    if size > limit {
+        meter.hit(Limit::Environment);
+        return WasmEnd::LimitHit(format!(
+            "its arguments and environment have {size} bytes, of {limit} at most"
+        ));
     }
-    .await;
+    // Their calls are not the ones that count what is written.
+    if let Code::Component(_) = code
+        && let Some(directory) = invocation
+            .directories
+            .iter()
+            .find(|directory| directory.access == Access::ReadWrite)
+    {
+        return WasmEnd::Refused(format!(
+            "components get directories for reading only: grant {:?} read-only, or build it for wasm32-wasip1",
+            directory.guest
+        ));
+    }
+    let time = invocation.limits.host_call_time;
+    let mut store = match filesystem::open(invocation.directories.clone(), time).await {
+        Ok(directories) => match new_store(&engine, invocation, directories) {
+            Ok(store) => store,
+            Err(error) => return WasmEnd::Refused(format!("{error:#}")),
+        },
+        Err(reason) => return WasmEnd::Refused(reason),
+    };
+    let too_slow = || {
+        meter.hit(Limit::StartTime);
+        WasmEnd::LimitHit(format!(
+            "it was not instantiated within {} ms",
+            start_time.as_millis()
+        ))
+    };
+    // The outer result is that of instantiating, the inner one that of running.
+    let outcome: wasmtime::Result<wasmtime::Result<Result<(), ()>>> = match code {
+        Code::Module(module) => {
+            let started = async {
+                let instance = module.instantiate_async(&mut store).await?;
+                instance.get_typed_func::<(), ()>(&mut store, "_start")
+            };
+            match tokio::time::timeout(start_time, started).await {
+                Ok(Ok(start)) => Ok(start.call_async(&mut store, ()).await.map(Ok)),
+                Ok(Err(error)) => Err(error),
+                Err(_) => return too_slow(),
+            }
+        }
+        Code::Component(command) => {
+            let started = command.instantiate_async(&mut store);
+            match tokio::time::timeout(start_time, started).await {
+                Ok(Ok(command)) => Ok(command.wasi_cli_run().call_run(&mut store).await),
+                Ok(Err(error)) => Err(error),
+                Err(_) => return too_slow(),
+            }
+        }
+    };
     let refused = store.data_mut().limiter.refused.take();
     drop(store);
     meter.memory.store(0, Ordering::Relaxed);
+    meter.table_elements.store(0, Ordering::Relaxed);
     match outcome {
-        Ok(Ok(())) => WasmEnd::Exited(0),
-        Ok(Err(error)) => judge(&error, refused),
+        Ok(Ok(Ok(()))) => WasmEnd::Exited(0),
+        Ok(Ok(Err(()))) => WasmEnd::Exited(1),
+        Ok(Err(error)) => judge(&error, refused, &meter),
         Err(error) => match (refused, error.is::<Trap>()) {
             (Some(refused), false) => WasmEnd::LimitHit(format!("it needs {refused}")),
-            (refused, _) => judge(&error, refused),
+            (refused, _) => judge(&error, refused, &meter),
         },
     }
 }
 
-fn new_store(engine: &Engine, invocation: Invocation) -> Store<GuestState> {
+fn environment_size(invocation: &Invocation) -> u64 {
+    // With the NUL and the equals sign that each takes in the guest.
+    let arguments = invocation
+        .arguments
+        .iter()
+        .map(|argument| argument.len() + 1);
+    let variables = invocation
+        .environment
+        .iter()
+        .map(|(name, value)| name.len() + value.len() + 2);
+    as_u64(arguments.chain(variables).sum())
+}
+
+fn new_store(
+    engine: &Engine,
+    invocation: Invocation,
+    directories: Vec<OpenDirectory>,
+) -> wasmtime::Result<Store<GuestState>> {
     let output = |stream| streams::PluginOutput {
         stream,
         sink: Arc::clone(&invocation.output),
     };
     // Nothing is inherited: without directories, sockets and name lookup, what is left are
     // the clocks, randomness and the three streams.
-    let mut wasi = WasiCtxBuilder::new()
-        .args(&invocation.arguments)
+    let mut wasi = WasiCtxBuilder::new();
+    wasi.args(&invocation.arguments)
         .envs(&invocation.environment)
         .stdin(invocation.input)
         .stdout(output(GuestStream::Stdout))
@@ -194,12 +340,29 @@ fn new_store(engine: &Engine, invocation: Invocation) -> Store<GuestState> {
         .max_random_size(RANDOM_LIMIT)
         .allow_tcp(false)
         .allow_udp(false)
-        .allow_ip_name_lookup(false)
-        .build_p1();
+        .allow_ip_name_lookup(false);
+    for directory in &directories {
+        let permissions = match directory.access {
+            Access::ReadOnly => FsPerms::ReadOnly,
+            Access::ReadWrite => FsPerms::ReadWrite,
+        };
+        // The directory that was opened before, whatever its path leads to by now.
+        let path = format!("/proc/self/fd/{}", directory.file.as_raw_fd());
+        wasi.preopened_dir(path, &directory.guest, permissions)?;
+    }
+    let mut wasi = wasi.build_p1();
+    let limits = &invocation.limits;
     wasi.ctx().table.set_max_capacity(HANDLE_LIMIT);
+    let files = Files::new(
+        &directories,
+        limits.host_call_time,
+        limits.open_files,
+        limits.directory_bytes,
+        Arc::clone(&invocation.meter),
+    );
     let limiter = Limiter {
-        memory_limit: invocation.limits.memory_bytes,
-        table_limit: invocation.limits.table_elements,
+        memory_limit: limits.memory_bytes,
+        table_limit: limits.table_elements,
         memory: 0,
         elements: 0,
         latest_memory: 0,
@@ -207,27 +370,54 @@ fn new_store(engine: &Engine, invocation: Invocation) -> Store<GuestState> {
         refused: None,
         meter: invocation.meter,
     };
-    let mut store = Store::new(engine, GuestState { wasi, limiter });
+    let state = GuestState {
+        wasi,
+        files,
+        limiter,
+    };
+    let mut store = Store::new(engine, state);
     store.limiter(|state| &mut state.limiter);
     store.set_hostcall_fuel(HOSTCALL_FUEL);
     // Giving the thread back each tick is all: the quota is kept around the polls.
     store.set_epoch_deadline(1);
     store.epoch_deadline_callback(|_| Ok(UpdateDeadline::Yield(1)));
-    store
+    Ok(store)
 }
 
 /// What an error that ended a guest says. A program that was refused memory usually aborts, so
 /// its trap is laid on the limit.
-fn judge(error: &wasmtime::Error, refused: Option<String>) -> WasmEnd {
+fn judge(error: &wasmtime::Error, refused: Option<String>, meter: &Meter) -> WasmEnd {
     if let Some(exit) = error.downcast_ref::<I32Exit>() {
         return WasmEnd::Exited(exit.0);
+    }
+    if let Some(timeout) = error.downcast_ref::<HostCallTimeout>() {
+        return WasmEnd::LimitHit(timeout.to_string());
     }
     match (error.downcast_ref::<Trap>(), refused) {
         (Some(Trap::UnreachableCodeReached), Some(refused)) => {
             WasmEnd::LimitHit(format!("it was refused {refused}, and gave up"))
         }
-        (Some(trap), _) => WasmEnd::Trapped(trap.to_string()),
-        (None, _) => WasmEnd::Trapped(error.root_cause().to_string()),
+        (Some(trap), _) => {
+            if *trap == Trap::StackOverflow {
+                meter.hit(Limit::Stack);
+            }
+            WasmEnd::Trapped(trap.to_string())
+        }
+        (None, _) => {
+            let reason = error.root_cause().to_string();
+            // What wasmtime says of the counts that it takes from the limiter.
+            for (what, limit) in [
+                ("instance", Limit::Instances),
+                ("table", Limit::Tables),
+                ("memory", Limit::Memories),
+            ] {
+                if reason.starts_with(&format!("resource limit exceeded: {what}")) {
+                    meter.hit(limit);
+                    return WasmEnd::LimitHit(reason);
+                }
+            }
+            WasmEnd::Trapped(reason)
+        }
     }
 }
 

@@ -1,5 +1,7 @@
 //! What can be told of a module's bytes before a compiler sees them.
 
+use wasmparser::{Parser, Payload};
+
 use super::error::WasmError;
 
 /// The most bytes a module may have.
@@ -11,23 +13,41 @@ const TEXT_LIMIT: u64 = 1 << 20;
 
 /// The most functions a module may define: tiny functions are what makes a compiler take the
 /// most memory per byte.
-const FUNCTION_LIMIT: u64 = 100_000;
+pub(super) const FUNCTION_LIMIT: u64 = 100_000;
+
+/// The most names a module may import and export; C, Rust and Go have some forty.
+pub(super) const NAME_LIMIT: u64 = 1000;
 
 const MAGIC: &[u8] = b"\0asm";
-const CORE_VERSION: [u8; 4] = [1, 0, 0, 0];
-const FUNCTION_SECTION: u8 = 3;
 
-/// Refuses what is too big to compile and what is no core module; text passes unparsed.
-pub(super) fn inspect(name: &str, bytes: &[u8]) -> Result<(), WasmError> {
-    let not_a_module = |reason: &str| WasmError::NotAModule {
-        name: name.to_owned(),
-        reason: reason.to_owned(),
-    };
+/// What a module is made of and what it wants of its host.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ModuleFacts {
+    /// A component, rather than a core module.
+    pub is_component: bool,
+    /// Size of the binary form in bytes.
+    pub bytes: u64,
+    /// Functions it defines, over all modules inside it.
+    pub functions: u64,
+    /// What it imports: of a core module the module and field, of a component the instance and
+    /// an empty text.
+    pub imports: Vec<(String, String)>,
+    /// What it exports.
+    pub exports: Vec<String>,
+    /// Names imported and exported, over all modules inside it.
+    names: u64,
+}
+
+/// Refuses what is too big to compile and what is no module; text passes unparsed.
+pub(super) fn check(name: &str, bytes: &[u8]) -> Result<(), WasmError> {
     let binary = bytes.starts_with(MAGIC);
     let limit = if binary { MODULE_LIMIT } else { TEXT_LIMIT };
     let size = u64::try_from(bytes.len()).unwrap_or(u64::MAX);
     if !binary && !looks_like_text(bytes) {
-        return Err(not_a_module("it starts neither with \\0asm nor with a ("));
+        return Err(WasmError::NotAModule {
+            name: name.to_owned(),
+            reason: "it starts neither with \\0asm nor with a (".to_owned(),
+        });
     }
     if size > limit {
         return Err(WasmError::TooLarge {
@@ -36,28 +56,103 @@ pub(super) fn inspect(name: &str, bytes: &[u8]) -> Result<(), WasmError> {
             limit,
         });
     }
-    if !binary {
-        return Ok(());
+    if binary {
+        facts(name, bytes)?;
     }
-    let header = bytes
-        .get(4..8)
-        .ok_or_else(|| not_a_module("it ends within its header"))?;
-    if header.get(2..) == Some(&[1, 0]) {
-        return Err(WasmError::Component {
-            name: name.to_owned(),
-        });
-    }
-    if header != CORE_VERSION {
-        return Err(not_a_module("its version is not 1"));
-    }
-    let functions = declared_functions(bytes.get(8..).unwrap_or_default())
-        .ok_or_else(|| not_a_module("it ends within a section"))?;
-    if functions > FUNCTION_LIMIT {
+    Ok(())
+}
+
+/// What a module is made of; text is turned into its binary form first, which takes memory
+/// that nothing here bounds.
+///
+/// # Errors
+/// [`WasmError`] when it is no module, or over one of the limits on its form.
+pub fn inspect(name: &str, bytes: &[u8]) -> Result<ModuleFacts, WasmError> {
+    check(name, bytes)?;
+    let binary = wat::parse_bytes(bytes).map_err(|error| WasmError::NotAModule {
+        name: name.to_owned(),
+        reason: format!("text: {error}"),
+    })?;
+    facts(name, &binary)
+}
+
+fn facts(name: &str, binary: &[u8]) -> Result<ModuleFacts, WasmError> {
+    let mut facts = ModuleFacts {
+        bytes: u64::try_from(binary.len()).unwrap_or(u64::MAX),
+        ..ModuleFacts::default()
+    };
+    read(binary, &mut facts).map_err(|error| WasmError::NotAModule {
+        name: name.to_owned(),
+        reason: error.to_string(),
+    })?;
+    if facts.functions > FUNCTION_LIMIT {
         return Err(WasmError::TooManyFunctions {
             name: name.to_owned(),
-            functions,
+            functions: facts.functions,
             limit: FUNCTION_LIMIT,
         });
+    }
+    if facts.names > NAME_LIMIT {
+        return Err(WasmError::TooManyNames {
+            name: name.to_owned(),
+            names: facts.names,
+            limit: NAME_LIMIT,
+        });
+    }
+    Ok(facts)
+}
+
+/// Reads the sections' heads; bodies of functions are passed over. Counts are announced and not
+/// yet believed, so nothing is allocated by them, and names are only read while they are few.
+fn read(binary: &[u8], facts: &mut ModuleFacts) -> wasmparser::Result<()> {
+    let mut depth = 0_usize;
+    for payload in Parser::new(0).parse_all(binary) {
+        match payload? {
+            Payload::Version { encoding, .. } if depth == 0 => {
+                facts.is_component = encoding == wasmparser::Encoding::Component;
+            }
+            Payload::ModuleSection { .. } | Payload::ComponentSection { .. } => depth += 1,
+            Payload::End(_) => depth = depth.saturating_sub(1),
+            Payload::FunctionSection(section) => {
+                facts.functions = facts.functions.saturating_add(section.count().into());
+            }
+            Payload::ImportSection(section) => {
+                facts.names = facts.names.saturating_add(section.count().into());
+                if depth == 0 && facts.names <= NAME_LIMIT {
+                    for import in section.into_imports() {
+                        let import = import?;
+                        let path = (import.module.to_owned(), import.name.to_owned());
+                        facts.imports.push(path);
+                    }
+                }
+            }
+            Payload::ExportSection(section) => {
+                facts.names = facts.names.saturating_add(section.count().into());
+                if depth == 0 && facts.names <= NAME_LIMIT {
+                    for export in section {
+                        facts.exports.push(export?.name.to_owned());
+                    }
+                }
+            }
+            Payload::ComponentImportSection(section) => {
+                facts.names = facts.names.saturating_add(section.count().into());
+                if depth == 0 && facts.names <= NAME_LIMIT {
+                    for import in section {
+                        let name = import?.name.name.to_owned();
+                        facts.imports.push((name, String::new()));
+                    }
+                }
+            }
+            Payload::ComponentExportSection(section) => {
+                facts.names = facts.names.saturating_add(section.count().into());
+                if depth == 0 && facts.names <= NAME_LIMIT {
+                    for export in section {
+                        facts.exports.push(export?.name.name.to_owned());
+                    }
+                }
+            }
+            _ => {}
+        }
     }
     Ok(())
 }
@@ -65,32 +160,6 @@ pub(super) fn inspect(name: &str, bytes: &[u8]) -> Result<(), WasmError> {
 /// Whether the bytes could be the text form: UTF-8 whose first sign opens a list or a comment.
 fn looks_like_text(bytes: &[u8]) -> bool {
     std::str::from_utf8(bytes).is_ok_and(|text| text.trim_start().starts_with(['(', ';']))
-}
-
-/// Adds up the counts of all function sections; a valid module has one.
-fn declared_functions(mut sections: &[u8]) -> Option<u64> {
-    let mut functions = 0_u64;
-    while let Some((&id, rest)) = sections.split_first() {
-        let (size, rest) = leb128(rest)?;
-        let (body, rest) = rest.split_at_checked(usize::try_from(size).ok()?)?;
-        if id == FUNCTION_SECTION {
-            functions = functions.saturating_add(leb128(body)?.0);
-        }
-        sections = rest;
-    }
-    Some(functions)
-}
-
-/// An unsigned number of up to 32 bits and what follows it.
-fn leb128(bytes: &[u8]) -> Option<(u64, &[u8])> {
-    let mut value = 0_u64;
-    for (index, &byte) in bytes.iter().enumerate().take(5) {
-        value |= u64::from(byte & 0x7f) << (7 * index);
-        if byte & 0x80 == 0 {
-            return Some((value, bytes.get(index + 1..)?));
-        }
-    }
-    None
 }
 
 #[cfg(test)]
@@ -104,7 +173,9 @@ mod tests {
 
     use super::*;
 
+    /// A module of so many functions, without their bodies.
     fn module_of(functions: u32) -> Vec<u8> {
+        const FUNCTION_SECTION: u8 = 3;
         let mut bytes = b"\0asm\x01\0\0\0".to_vec();
         let mut body = Vec::new();
         let mut rest = functions;
@@ -122,9 +193,9 @@ mod tests {
 
     #[test]
     fn counts_functions_past_other_sections() {
-        assert!(inspect("edge", &module_of(100_000)).is_ok());
+        assert!(check("edge", &module_of(100_000)).is_ok());
         assert!(matches!(
-            inspect("many", &module_of(100_001)),
+            check("many", &module_of(100_001)),
             Err(WasmError::TooManyFunctions {
                 functions: 100_001,
                 ..
@@ -134,26 +205,59 @@ mod tests {
 
     #[test]
     fn refuses_by_the_header() {
-        let refused = |bytes: &[u8]| inspect("x", bytes).unwrap_err().to_string();
+        let refused = |bytes: &[u8]| check("x", bytes).unwrap_err().to_string();
         assert!(refused(b"\x7fELF....").contains("is not a WebAssembly module"));
-        assert!(refused(b"\0asm").contains("ends within its header"));
-        assert!(refused(b"\0asm\x0d\0\x01\0").contains("is a component"));
+        assert!(refused(b"\0asm").contains("unexpected end"));
         assert!(refused(b"\0asm\x02\0\0\0").contains("version"));
-        assert!(refused(b"\0asm\x01\0\0\0\x03\xff\xff\xff\xff\x7f").contains("within a section"));
-        assert!(refused(b"\0asm\x01\0\0\0\x03\xff\xff\xff\xff\xff\xff").contains("within"));
+        assert!(
+            refused(b"\0asm\x01\0\0\0\x03\xff\xff\xff\xff\x7f")
+                .contains("is not a WebAssembly module")
+        );
         let big = vec![b'('; usize::try_from(TEXT_LIMIT).unwrap() + 1];
-        assert!(matches!(
-            inspect("x", &big),
-            Err(WasmError::TooLarge { .. })
-        ));
-        assert!(inspect("x", b";; c\n(module)").is_ok());
+        assert!(matches!(check("x", &big), Err(WasmError::TooLarge { .. })));
+        assert!(check("x", b";; c\n(module)").is_ok());
     }
 
     #[test]
     fn every_prefix_of_a_module_is_answered() {
         let whole = module_of(7);
         for end in 0..whole.len() {
-            let _ = inspect("prefix", &whole[..end]);
+            let _ = check("prefix", &whole[..end]);
+        }
+    }
+
+    #[test]
+    fn imports_and_exports_are_listed() {
+        let module = b"(module (import \"a\" \"b\" (func)) (import \"a\" \"c\" (memory 1)) (func (export \"_start\")))";
+        let facts = inspect("x", module).unwrap();
+        let pair = |module: &str, field: &str| (module.to_owned(), field.to_owned());
+        assert_eq!(facts.imports, [pair("a", "b"), pair("a", "c")]);
+        assert_eq!(
+            (facts.exports, facts.functions),
+            (vec!["_start".to_owned()], 1)
+        );
+        assert!(!facts.is_component);
+
+        let component = b"(component (import \"wasi:cli/stdin@0.2.0\" (instance)) (core module (func) (func (export \"x\"))))";
+        let facts = inspect("x", component).unwrap();
+        assert_eq!(facts.imports, [pair("wasi:cli/stdin@0.2.0", "")]);
+        assert_eq!((facts.is_component, facts.functions), (true, 2));
+        assert!(facts.exports.is_empty());
+    }
+
+    #[test]
+    fn names_are_counted_in_nested_modules_too() {
+        let exports: String = (0..=NAME_LIMIT)
+            .map(|number| format!("(export \"e{number}\" (func 0))"))
+            .collect();
+        let module = format!("(module (func) {exports})");
+        let component = format!("(component (core {}", &module[1..]) + ")";
+        for text in [module, component] {
+            let refused = inspect("many", text.as_bytes());
+            assert!(
+                matches!(refused, Err(WasmError::TooManyNames { names: 1001, .. })),
+                "{refused:?}"
+            );
         }
     }
 }

@@ -1,0 +1,181 @@
+//! Notices plugin files that come, change and go while the server runs.
+//!
+//! The directories are looked at once a second, which needs no other right than reading them and
+//! works on every file system; a change counts when two looks in a row agree on it, so that a
+//! file is not taken while it is being copied.
+
+use std::{
+    collections::HashMap,
+    path::PathBuf,
+    sync::{Arc, Weak},
+    time::Duration,
+};
+
+use tokio::sync::oneshot;
+
+use super::{Life, Plugin, Plugins, Request, Workshop};
+use crate::loader::{self, Found, LoadError, PluginKind, Stamp};
+
+/// Time between two looks.
+const INTERVAL: Duration = Duration::from_secs(1);
+
+/// What a look has found, by path.
+type Look = HashMap<PathBuf, (PluginKind, Stamp)>;
+
+/// Watches until the supervisor is gone.
+pub(super) async fn run(plugins: Weak<Plugins>, workshop: Arc<Workshop>) {
+    let mut seen = match look(&workshop).await {
+        Ok(seen) => seen,
+        Err(_) => Look::new(),
+    };
+    let mut settled = seen.clone();
+    let mut complaint = None;
+    loop {
+        tokio::time::sleep(INTERVAL).await;
+        let now = match look(&workshop).await {
+            Ok(now) => now,
+            // A location that is gone says nothing of its plugins, which go on.
+            Err(error) => {
+                if complaint.as_ref() != Some(&error) {
+                    tracing::warn!("the plugins' files are not watched for now: {error}");
+                    complaint = Some(error);
+                }
+                continue;
+            }
+        };
+        complaint = None;
+        let Some(plugins) = plugins.upgrade() else {
+            return;
+        };
+        for (path, found) in &now {
+            let is_stable = seen.get(path) == Some(found);
+            if is_stable && settled.get(path) != Some(found) {
+                changed(&plugins, &workshop, path.clone(), found.0).await;
+                settled.insert(path.clone(), *found);
+            }
+        }
+        let gone: Vec<PathBuf> = settled
+            .keys()
+            .filter(|path| !now.contains_key(*path) && !seen.contains_key(*path))
+            .cloned()
+            .collect();
+        for path in gone {
+            settled.remove(&path);
+            plugins.remove(&path);
+        }
+        seen = now;
+    }
+}
+
+async fn look(workshop: &Arc<Workshop>) -> Result<Look, String> {
+    let workshop = Arc::clone(workshop);
+    let looking = tokio::task::spawn_blocking(move || {
+        let files = loader::search(&workshop.config.locations)?;
+        let stamped = files.into_iter().map(|(path, kind)| {
+            let stamp = loader::stamp(&path);
+            (path, (kind, stamp))
+        });
+        Ok(stamped.collect())
+    });
+    let looked = looking.await.map_err(|error| error.to_string())?;
+    looked.map_err(|error: LoadError| error.to_string())
+}
+
+/// A file that is new, or not what it was.
+async fn changed(
+    plugins: &Arc<Plugins>,
+    workshop: &Arc<Workshop>,
+    path: PathBuf,
+    kind: PluginKind,
+) {
+    let known = plugins.at(&path);
+    let name: Arc<str> = match &known {
+        Some(plugin) => Arc::clone(&plugin.name),
+        None => {
+            let registry = plugins.registry.read();
+            let is_free = |name: &str| registry.plugins.iter().all(|plugin| &*plugin.name != name);
+            loader::name_for(&path, is_free).into()
+        }
+    };
+    let reading = {
+        let (workshop, path, name) = (Arc::clone(workshop), path.clone(), Arc::clone(&name));
+        tokio::task::spawn_blocking(move || {
+            loader::read(name, &path, kind, &workshop.config.policy)
+        })
+    };
+    let found = match reading.await {
+        Ok(Ok(found)) => found,
+        Ok(Err(error)) => {
+            tracing::warn!(plugin = &*name, "plugin `{name}` stays as it is: {error}");
+            return;
+        }
+        Err(_) => return,
+    };
+    match known {
+        Some(_) if !found.manifest.enabled => plugins.remove(&path),
+        Some(plugin) => {
+            if plugin.is_other(&found) {
+                // What comes of it is logged and shown; nobody waits.
+                let (reply, _outcome) = oneshot::channel();
+                if plugin.requests.try_send(Request::Reload(reply)).is_err() {
+                    tracing::warn!(
+                        plugin = &*name,
+                        "plugin `{name}` changed and is too busy to be reloaded"
+                    );
+                }
+            }
+        }
+        None if !found.manifest.enabled => {}
+        None => {
+            tracing::info!(plugin = &*name, "plugin `{name}` is new");
+            plugins.start_new(workshop, found);
+        }
+    }
+}
+
+impl Plugin {
+    /// Whether what was read differs from what runs.
+    fn is_other(&self, found: &Found) -> bool {
+        let shared = self.shared.lock();
+        shared.sha256 != found.sha256
+            || shared.manifest != found.manifest
+            || shared.origin != found.origin.as_ref().ok().copied()
+    }
+}
+
+impl Plugins {
+    fn at(&self, path: &std::path::Path) -> Option<Arc<Plugin>> {
+        let registry = self.registry.read();
+        let found = registry.plugins.iter().find(|plugin| plugin.path == path);
+        found.cloned()
+    }
+
+    /// Gives a plugin that came while the server runs its task.
+    fn start_new(&self, workshop: &Arc<Workshop>, found: Found) {
+        let waiting = {
+            let mut registry = self.registry.write();
+            registry.add(found);
+            std::mem::take(&mut registry.waiting)
+        };
+        let mut tasks = self.tasks.lock();
+        tasks.retain(|task| !task.is_finished());
+        for (plugin, inbox, found) in waiting {
+            let life = Life::new(plugin, workshop, inbox, &self.ending);
+            tasks.push(tokio::spawn(life.run(found)));
+        }
+    }
+
+    /// Forgets a plugin whose file is gone; its task ends its run as at the end of the server.
+    fn remove(&self, path: &std::path::Path) {
+        let mut registry = self.registry.write();
+        registry.plugins.retain(|plugin| {
+            let stays = plugin.path != path;
+            if !stays {
+                let name = &plugin.name;
+                tracing::info!(plugin = &**name, "plugin `{name}` was removed, and stops");
+                plugin.over.cancel();
+            }
+            stays
+        });
+    }
+}
