@@ -9,6 +9,7 @@ use std::{num::NonZeroUsize, path::PathBuf, str::FromStr, time::Duration};
 use anyhow::Context as _;
 use serde::Deserialize;
 use stockade_cache::PolicyKind;
+use stockade_sandbox::Policy;
 
 pub use settings::Settings;
 
@@ -80,6 +81,10 @@ pub struct Config {
     pub runtime_plugin_locations: Vec<PathBuf>,
     /// Extra configuration of plugins, a JSON object.
     pub runtime_plugin_config: serde_json::Map<String, serde_json::Value>,
+    /// What plugins are granted of what they ask for: `[plugins]` of the file.
+    pub plugin_policy: Policy,
+    /// Notice plugin files that come, change and go.
+    pub plugin_watch: bool,
     /// Where compiled plugins are kept; `None` for the user's cache directory.
     pub plugin_cache_dir: Option<PathBuf>,
     /// Host of the HTTP API.
@@ -100,6 +105,8 @@ pub struct Config {
 struct File {
     #[serde(default)]
     serve: Settings,
+    #[serde(default)]
+    plugins: Policy,
 }
 
 fn read_file(path: &std::path::Path) -> anyhow::Result<File> {
@@ -113,6 +120,35 @@ fn read_file(path: &std::path::Path) -> anyhow::Result<File> {
         let message = error.message().replace('\n', " ");
         anyhow::anyhow!("{} line {line}: {message}", path.display())
     })
+}
+
+/// What a file grants plugins, and where it has them, for commands that look at plugins without
+/// serving. Without a file: nothing is narrowed.
+pub(crate) struct PluginSettings {
+    pub(crate) policy: Policy,
+    pub(crate) locations: Vec<PathBuf>,
+    pub(crate) cache_dir: Option<PathBuf>,
+}
+
+impl PluginSettings {
+    /// # Errors
+    /// One sentence that names the file's key and the way out.
+    pub(crate) fn load(path: Option<&std::path::Path>) -> anyhow::Result<Self> {
+        let Some(path) = path else {
+            return Ok(Self {
+                policy: Policy::default(),
+                locations: Vec::new(),
+                cache_dir: None,
+            });
+        };
+        let file = read_file(path).context("--config")?;
+        file.plugins.check().map_err(anyhow::Error::msg)?;
+        Ok(Self {
+            policy: file.plugins,
+            locations: file.serve.runtime_plugin_locations.unwrap_or_default(),
+            cache_dir: file.serve.plugin_cache_dir,
+        })
+    }
 }
 
 /// Seconds as a duration; refuses what a clock cannot hold.
@@ -153,15 +189,18 @@ impl Config {
     /// # Errors
     /// One sentence that names the flag or key and the way out.
     pub fn load(flags: Settings) -> Result<Self, UsageError> {
-        let settings = match &flags.config {
+        let (settings, policy) = match &flags.config {
             Some(path) => {
                 let file =
                     read_file(path).map_err(|error| UsageError(format!("--config: {error:#}")))?;
-                flags.or(file.serve)
+                (flags.or(file.serve), file.plugins)
             }
-            None => flags,
+            None => (flags, Policy::default()),
         };
-        Self::check(settings).map_err(UsageError)
+        policy.check().map_err(UsageError)?;
+        let mut config = Self::check(settings).map_err(UsageError)?;
+        config.plugin_policy = policy;
+        Ok(config)
     }
 
     /// Puts defaults in and checks every value.
@@ -316,6 +355,8 @@ impl Config {
             eviction_ratio: fraction("eviction-ratio", settings.eviction_ratio.unwrap_or(0.2))?,
             runtime_plugin_locations: settings.runtime_plugin_locations.unwrap_or_default(),
             runtime_plugin_config,
+            plugin_policy: Policy::default(),
+            plugin_watch: settings.plugin_watch.unwrap_or(false),
             plugin_cache_dir: settings.plugin_cache_dir,
             http_host: settings.http_host.unwrap_or_else(|| "127.0.0.1".to_owned()),
             http_port: settings.http_port.unwrap_or(8080),

@@ -140,6 +140,15 @@ pub struct Settings {
     /// JSON object handed to plugins as LMCACHE_RUNTIME_PLUGIN_EXTRA_CONFIG [default: {}]
     #[arg(long, env = "STOCKADE_RUNTIME_PLUGIN_CONFIG", help_heading = "Plugins")]
     pub runtime_plugin_config: Option<String>,
+    /// Notice plugin files that come, change and go while the server runs (ours)
+    #[arg(
+        long,
+        num_args = 0,
+        default_missing_value = "true",
+        env = "STOCKADE_PLUGIN_WATCH",
+        help_heading = "Plugins"
+    )]
+    pub plugin_watch: Option<bool>,
     /// Directory of compiled plugins [default: stockade/ in the user's cache directory] (ours)
     #[arg(long, env = "STOCKADE_PLUGIN_CACHE_DIR", help_heading = "Plugins")]
     pub plugin_cache_dir: Option<PathBuf>,
@@ -203,6 +212,7 @@ impl Settings {
             eviction_ratio,
             runtime_plugin_locations,
             runtime_plugin_config,
+            plugin_watch,
             plugin_cache_dir,
             http_host,
             http_port,
