@@ -72,6 +72,7 @@ impl From<SupervisorError> for Problem {
         let (status, code) = match error {
             SupervisorError::NotFound(_) => (StatusCode::NOT_FOUND, "plugin-not-found"),
             SupervisorError::Busy(_) => (StatusCode::CONFLICT, "plugin-busy"),
+            SupervisorError::NotReloaded { .. } => (StatusCode::CONFLICT, "plugin-not-reloaded"),
             _ => (StatusCode::INTERNAL_SERVER_ERROR, "plugin-error"),
         };
         Self {
@@ -195,9 +196,11 @@ fn plugin_json(status: &PluginStatus) -> Value {
         "kind": status.kind.name(),
         "path": status.path.to_string_lossy(),
         "state": status.state.name(),
-        "digest": status.digest,
+        "sha256": status.sha256.to_string(),
+        "origin": status.origin.map(|origin| origin.to_string()),
         "restarts": status.restarts,
         "last_end": status.last_end,
+        "last_reload": status.last_reload,
         "running_since_unix_ms": status.running_since_unix_ms,
         "memory_bytes": status.memory_bytes,
         "cpu_seconds": status.cpu_time.map(|time| time.as_secs_f64()),
@@ -207,6 +210,12 @@ fn plugin_json(status: &PluginStatus) -> Value {
         "log_lines_dropped": status.logs.dropped_lines,
         "log_lines_cut": status.logs.cut_lines,
         "log_bytes": status.logs.bytes,
+        "limits": status.limits.iter().map(|limit| json!({
+            "limit": limit.limit.name(),
+            "declared": limit.declared,
+            "used": limit.used,
+            "hits": limit.hits,
+        })).collect::<Vec<_>>(),
     })
 }
 
@@ -260,12 +269,18 @@ async fn steer_plugin(
         "start" => admin.supervisor.start_plugin(&name)?,
         "stop" => admin.supervisor.stop_plugin(&name)?,
         "restart" => admin.supervisor.restart_plugin(&name)?,
+        // Alone in having an outcome to wait for.
+        "reload" => {
+            admin.supervisor.reload_plugin(&name).await?;
+            let status = plugin_json(&admin.supervisor.status(&name)?);
+            return Ok((StatusCode::OK, Json(status)));
+        }
         _ => {
             return Err(Problem {
                 status: StatusCode::NOT_FOUND,
                 code: "no-such-action",
                 detail: format!(
-                    "{action} is nothing a plugin can be asked: use start, stop or restart"
+                    "{action} is nothing a plugin can be asked: use start, stop, restart or reload"
                 ),
             });
         }

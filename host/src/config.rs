@@ -10,7 +10,7 @@ use std::{collections::BTreeMap, num::NonZeroUsize, path::PathBuf, str::FromStr,
 use anyhow::Context as _;
 use serde::Deserialize;
 use stockade_cache::{PolicyKind, Tenant};
-use stockade_sandbox::NativePolicy;
+use stockade_sandbox::{NativePolicy, Policy};
 
 pub use settings::Settings;
 
@@ -86,6 +86,10 @@ pub struct Config {
     pub runtime_plugin_config: serde_json::Map<String, serde_json::Value>,
     /// How far scripts are trusted.
     pub native_plugins: NativePolicy,
+    /// What plugins are granted of what they ask for: `[plugins]` of the file.
+    pub plugin_policy: Policy,
+    /// Notice plugin files that come, change and go.
+    pub plugin_watch: bool,
     /// Where compiled plugins are kept; `None` for the user's cache directory.
     pub plugin_cache_dir: Option<PathBuf>,
     /// Host of the HTTP API.
@@ -108,6 +112,8 @@ struct File {
     serve: Settings,
     #[serde(default)]
     tenants: BTreeMap<String, tenants::TenantSettings>,
+    #[serde(default)]
+    plugins: Policy,
 }
 
 fn read_file(path: &std::path::Path) -> anyhow::Result<File> {
@@ -121,6 +127,35 @@ fn read_file(path: &std::path::Path) -> anyhow::Result<File> {
         let message = error.message().replace('\n', " ");
         anyhow::anyhow!("{} line {line}: {message}", path.display())
     })
+}
+
+/// What a file grants plugins, and where it has them, for commands that look at plugins without
+/// serving. Without a file: nothing is narrowed.
+pub(crate) struct PluginSettings {
+    pub(crate) policy: Policy,
+    pub(crate) locations: Vec<PathBuf>,
+    pub(crate) cache_dir: Option<PathBuf>,
+}
+
+impl PluginSettings {
+    /// # Errors
+    /// One sentence that names the file's key and the way out.
+    pub(crate) fn load(path: Option<&std::path::Path>) -> anyhow::Result<Self> {
+        let Some(path) = path else {
+            return Ok(Self {
+                policy: Policy::default(),
+                locations: Vec::new(),
+                cache_dir: None,
+            });
+        };
+        let file = read_file(path).context("--config")?;
+        file.plugins.check().map_err(anyhow::Error::msg)?;
+        Ok(Self {
+            policy: file.plugins,
+            locations: file.serve.runtime_plugin_locations.unwrap_or_default(),
+            cache_dir: file.serve.plugin_cache_dir,
+        })
+    }
 }
 
 /// Seconds as a duration; refuses what a clock cannot hold.
@@ -161,17 +196,19 @@ impl Config {
     /// # Errors
     /// One sentence that names the flag or key and the way out.
     pub fn load(flags: Settings) -> Result<Self, UsageError> {
-        let (settings, tenants) = match &flags.config {
+        let (settings, tenants, policy) = match &flags.config {
             Some(path) => {
                 let file =
                     read_file(path).map_err(|error| UsageError(format!("--config: {error:#}")))?;
-                (flags.or(file.serve), file.tenants)
+                (flags.or(file.serve), file.tenants, file.plugins)
             }
-            None => (flags, BTreeMap::new()),
+            None => (flags, BTreeMap::new(), Policy::default()),
         };
+        let in_file = |error| UsageError(format!("--config: {error}"));
+        policy.check().map_err(in_file)?;
         let mut config = Self::check(settings).map_err(UsageError)?;
-        config.tenants = tenants::check(tenants, config.l1_size_bytes)
-            .map_err(|error| UsageError(format!("--config: {error}")))?;
+        config.tenants = tenants::check(tenants, config.l1_size_bytes).map_err(in_file)?;
+        config.plugin_policy = policy;
         Ok(config)
     }
 
@@ -335,6 +372,8 @@ impl Config {
             runtime_plugin_locations: settings.runtime_plugin_locations.unwrap_or_default(),
             runtime_plugin_config,
             native_plugins,
+            plugin_policy: Policy::default(),
+            plugin_watch: settings.plugin_watch.unwrap_or(false),
             plugin_cache_dir: settings.plugin_cache_dir,
             http_host: settings.http_host.unwrap_or_else(|| "127.0.0.1".to_owned()),
             http_port: settings.http_port.unwrap_or(8080),

@@ -8,7 +8,8 @@ use stockade_cache::{
     Backing, CacheEngine, CacheError, EngineConfig, TokenHasher, remove_dead_segments,
 };
 use stockade_sandbox::{
-    Compiler, Contract, FIRST_BACKOFF, NativeConfig, Supervisor, SupervisorConfig, WasmConfig,
+    Compiler, Contract, FIRST_BACKOFF, NativeConfig, Policy, Supervisor, SupervisorConfig,
+    WasmConfig,
 };
 use stockade_transport::{Endpoint, ListenOptions, Listener};
 use tokio::{net::TcpListener, sync::watch};
@@ -249,24 +250,31 @@ async fn maintain(service: Arc<Service>, mut stopped: watch::Receiver<bool>) {
 }
 
 fn supervisor_config(config: &Config) -> anyhow::Result<SupervisorConfig> {
-    let cache_dir = match &config.plugin_cache_dir {
-        Some(directory) => directory.clone(),
-        None => default_cache_dir(),
-    };
-    // What /proc/self/exe points to would be followed anew at each start; this is read once.
-    let program = std::env::current_exe().context("the path of this program could not be read")?;
     let environment: Vec<_> = std::env::vars_os().collect();
     let mut native = NativeConfig::new(environment.iter().cloned(), &[]);
     native.policy = config.native_plugins;
     Ok(SupervisorConfig {
         locations: config.runtime_plugin_locations.clone(),
-        wasm: WasmConfig {
-            cache_dir,
-            compiler: Compiler::Child { program },
-        },
+        policy: config.plugin_policy.clone(),
+        watch: config.plugin_watch,
+        wasm: wasm_config(config.plugin_cache_dir.as_deref(), &config.plugin_policy)?,
         native,
         server_environment: environment,
         first_backoff: FIRST_BACKOFF,
+    })
+}
+
+/// How modules are compiled and where what comes of it is kept.
+pub(crate) fn wasm_config(
+    cache_dir: Option<&std::path::Path>,
+    policy: &Policy,
+) -> anyhow::Result<WasmConfig> {
+    // What /proc/self/exe points to would be followed anew at each start; this is read once.
+    let program = std::env::current_exe().context("the path of this program could not be read")?;
+    Ok(WasmConfig {
+        cache_dir: cache_dir.map_or_else(default_cache_dir, std::path::Path::to_owned),
+        compiler: Compiler::Child { program },
+        compile_limits: policy.compile_limits(),
     })
 }
 

@@ -377,6 +377,10 @@ mod tests {
     #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
     use super::*;
 
+    fn find(locations: &[PathBuf]) -> Result<Vec<Found>, LoadError> {
+        super::find(locations, &Policy::default())
+    }
+
     fn tree(files: &[&str]) -> tempfile::TempDir {
         let directory = tempfile::tempdir().unwrap();
         for file in files {
@@ -388,7 +392,7 @@ mod tests {
     }
 
     fn names(locations: &[PathBuf]) -> Vec<String> {
-        find(locations, &Policy::default())
+        find(locations)
             .unwrap()
             .iter()
             .map(|found| found.name.to_string())

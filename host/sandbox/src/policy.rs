@@ -2,7 +2,7 @@
 //!
 //! A manifest asks; the policy narrows what it asks for and never widens it.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, time::Duration};
 
 use serde::Deserialize;
 
@@ -10,6 +10,7 @@ use crate::{
     grants::Access,
     manifest::{Limits, Manifest},
     provenance::{self, PublicKey, Sha256Digest},
+    wasm::CompileLimits,
 };
 
 /// The name under which a narrowing holds for every plugin.
@@ -70,6 +71,16 @@ pub enum Origin {
     Signed(PublicKey),
 }
 
+impl std::fmt::Display for Origin {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Unchecked => formatter.write_str("unchecked"),
+            Self::Pinned => formatter.write_str("pinned"),
+            Self::Signed(key) => write!(formatter, "signed by {key}"),
+        }
+    }
+}
+
 impl Origin {
     /// Whether somebody vouches for these very bytes.
     #[must_use]
@@ -107,6 +118,20 @@ impl Policy {
                 .map_err(|reason| format!("[plugins.{name}.limits] {reason}"))?;
         }
         Ok(())
+    }
+
+    /// What compiling one module may take.
+    #[must_use]
+    pub fn compile_limits(&self) -> CompileLimits {
+        let default = CompileLimits::default();
+        CompileLimits {
+            time: self
+                .compile_seconds
+                .map_or(default.time, |seconds| Duration::from_secs(seconds.into())),
+            memory_bytes: self
+                .compile_memory_mib
+                .map_or(default.memory_bytes, |mib| u64::from(mib) << 20),
+        }
     }
 
     /// Takes from a manifest what this server does not grant.

@@ -15,8 +15,9 @@ use std::{
 };
 
 use stockade_sandbox::{
-    CompileLimits, Compiler, Contract, FIRST_BACKOFF, NativeConfig, NativePolicy, PluginState,
-    PluginStatus, Policy, Supervisor, SupervisorConfig, WasmConfig,
+    CompileLimits, Compiler, Contract, FIRST_BACKOFF, Limit, NativeConfig, NativePolicy,
+    PluginState, PluginStatus, Policy, SecretKey, Sha256Digest, Supervisor, SupervisorConfig,
+    SupervisorError, WasmConfig,
 };
 
 /// What a condition gets on a loaded machine before the test fails.
@@ -789,5 +790,282 @@ async fn python_scripts_run_in_the_sandbox_unchanged() {
     supervisor.stop_plugin("mp_plugin").unwrap();
     let status = until_state(&supervisor, "mp_plugin", PluginState::Stopped).await;
     assert_eq!(status.last_end.as_deref(), Some("exited with code 0"));
+    supervisor.shutdown(Duration::ZERO).await;
+}
+
+/// A guest under another name.
+fn put(den: &Den, name: &str, guest: &str) {
+    let guests = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/guests");
+    let bytes = fs::read(guests.join(format!("{guest}.wat"))).unwrap();
+    den.file(&format!("{name}.wat"), bytes);
+}
+
+fn count(supervisor: &Supervisor, name: &str, line: &str) -> usize {
+    let lines = lines(supervisor, name);
+    lines.iter().filter(|text| *text == line).count()
+}
+
+#[tokio::test]
+async fn a_reload_takes_the_new_file_and_drains_the_old_one() {
+    let den = Den::new();
+    put(&den, "it", "waits_for_stop");
+    den.file("script.sh", "#!/bin/sh\necho one\nexec sleep 600\n");
+    let supervisor = den.start();
+    until_printed(&supervisor, "it", "ready").await;
+    until_printed(&supervisor, "script", "one").await;
+    let before = supervisor.status("it").unwrap();
+
+    put(&den, "it", "sleeper");
+    den.manifest("it", "[limits]\nmemory_mib = 7");
+    supervisor.reload_plugin("it").await.unwrap();
+    let status = supervisor.status("it").unwrap();
+    assert_eq!(status.state, PluginState::Running);
+    assert_ne!(status.sha256, before.sha256);
+    assert_eq!(
+        (status.restarts, status.last_reload.as_deref()),
+        (0, Some("done"))
+    );
+    let memory = status.limits.iter().find(|it| it.limit == Limit::Memory);
+    assert_eq!(memory.unwrap().declared, 7 << 20);
+    // The old one is told to stop, and says goodbye.
+    until_printed(&supervisor, "it", "goodbye").await;
+
+    den.file("script.sh", "#!/bin/sh\necho two\nexec sleep 600\n");
+    supervisor.reload_plugin("script").await.unwrap();
+    until_printed(&supervisor, "script", "two").await;
+    assert_eq!(
+        supervisor.status("script").unwrap().state,
+        PluginState::Running
+    );
+    assert!(supervisor.reload_plugin("nobody").await.is_err());
+    supervisor.shutdown(Duration::from_secs(2)).await;
+}
+
+#[tokio::test]
+async fn a_reload_that_fails_leaves_what_runs_alone() {
+    let den = Den::new();
+    put(&den, "it", "waits_for_stop");
+    let supervisor = den.start();
+    until_printed(&supervisor, "it", "ready").await;
+    let before = supervisor.status("it").unwrap();
+    for (broken, reason) in [
+        ("unknown_import", "imports env.foo"),
+        ("trap_unreachable", "trapped"),
+        ("exit_code_3", "exited with code 3"),
+    ] {
+        put(&den, "it", broken);
+        let error = supervisor.reload_plugin("it").await.unwrap_err();
+        assert!(
+            matches!(error, SupervisorError::NotReloaded { .. }),
+            "{error}"
+        );
+        assert!(error.to_string().contains(reason), "{error}");
+        let status = supervisor.status("it").unwrap();
+        assert_eq!(status.state, PluginState::Running);
+        assert_eq!(status.sha256, before.sha256);
+        assert!(status.last_reload.unwrap().starts_with("rolled back: "));
+    }
+    den.manifest("it", "memory = 1");
+    assert!(supervisor.reload_plugin("it").await.is_err());
+    assert_eq!(count(&supervisor, "it", "ready"), 1);
+    assert_eq!(count(&supervisor, "it", "goodbye"), 0);
+    let running = supervisor.status("it").unwrap();
+    assert_eq!(running.running_since_unix_ms, before.running_since_unix_ms);
+    supervisor.stop_plugin("it").unwrap();
+    until_state(&supervisor, "it", PluginState::Stopped).await;
+    assert_eq!(count(&supervisor, "it", "goodbye"), 1);
+    supervisor.shutdown(Duration::from_secs(2)).await;
+}
+
+#[tokio::test]
+async fn a_reload_starts_what_rests() {
+    let den = Den::new();
+    put(&den, "refused", "unknown_import");
+    put(&den, "failed", "exit_code_3");
+    den.manifest("failed", NO_RESTART);
+    let supervisor = den.start();
+    until_state(&supervisor, "refused", PluginState::Refused).await;
+    until_state(&supervisor, "failed", PluginState::Failed).await;
+    for name in ["refused", "failed"] {
+        let broken = fs::read(den.plugins().join(format!("{name}.wat"))).unwrap();
+        den.file(&format!("{name}.wat"), "(module");
+        assert!(supervisor.reload_plugin(name).await.is_err());
+        den.file(&format!("{name}.wat"), broken);
+        put(&den, name, "waits_for_stop");
+        supervisor.reload_plugin(name).await.unwrap();
+        until_printed(&supervisor, name, "ready").await;
+    }
+    supervisor.shutdown(Duration::from_secs(2)).await;
+}
+
+#[tokio::test]
+async fn files_that_come_change_and_go_are_noticed() {
+    let den = Den::new();
+    put(&den, "stays", "sleeper");
+    put(&den, "changes", "sleeper");
+    let mut config = den.config();
+    config.watch = true;
+    let supervisor = start(config);
+    until_state(&supervisor, "changes", PluginState::Running).await;
+    let stays = until_state(&supervisor, "stays", PluginState::Running).await;
+
+    put(&den, "comes", "waits_for_stop");
+    put(&den, "changes", "waits_for_stop");
+    let is_there = async {
+        while supervisor.status("comes").is_err() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, is_there).await.unwrap();
+    until_printed(&supervisor, "comes", "ready").await;
+    until(&supervisor, "changes", |status| {
+        status.last_reload.is_some()
+    })
+    .await;
+    assert_eq!(count(&supervisor, "changes", "ready"), 1);
+
+    fs::remove_file(den.plugins().join("comes.wat")).unwrap();
+    den.manifest("changes", "enabled = false");
+    let are_gone = async {
+        while supervisor.status("comes").is_ok() || supervisor.status("changes").is_ok() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, are_gone).await.unwrap();
+    // Nobody touched this one.
+    let status = supervisor.status("stays").unwrap();
+    assert_eq!(status.running_since_unix_ms, stays.running_since_unix_ms);
+    supervisor.shutdown(Duration::from_secs(2)).await;
+}
+
+#[tokio::test]
+async fn only_what_was_pinned_or_signed_runs() {
+    let den = Den::new();
+    let key = SecretKey::from_random(&[5; 32]);
+    let names = ["signed", "unsigned", "changed", "asks_for_more"];
+    for name in names {
+        put(&den, name, "hello");
+        den.manifest(name, NO_RESTART);
+        let plugin = fs::read(den.plugins().join(format!("{name}.wat"))).unwrap();
+        let manifest = NO_RESTART.as_bytes();
+        if name != "unsigned" {
+            den.file(
+                &format!("{name}.wat.sig"),
+                key.sign(&plugin, Some(manifest)),
+            );
+        }
+    }
+    put(&den, "changed", "log_flood");
+    den.manifest("asks_for_more", "env = ['SECRET']");
+    let script = "#!/bin/sh\necho hello\n";
+    den.file("script.sh", script);
+    den.file("script.sh.sig", key.sign(script.as_bytes(), None));
+    let mut config = den.config();
+    config.policy.require_signatures = true;
+    config.policy.trusted_keys = vec![key.public()];
+    let supervisor = start(config);
+    until_state(&supervisor, "signed", PluginState::Exited).await;
+    let status = until_state(&supervisor, "script", PluginState::Exited).await;
+    assert!(
+        status
+            .origin
+            .unwrap()
+            .to_string()
+            .contains(&key.public().to_string())
+    );
+    assert_eq!(lines(&supervisor, "script"), ["hello"]);
+    for (name, reason) in [
+        ("unsigned", "it is not signed"),
+        ("changed", "of another file or manifest"),
+        ("asks_for_more", "of another file or manifest"),
+    ] {
+        let status = until_state(&supervisor, name, PluginState::Refused).await;
+        assert!(status.last_end.unwrap().contains(reason), "{name}");
+        assert!(lines(&supervisor, name).is_empty());
+    }
+    supervisor.shutdown(Duration::ZERO).await;
+}
+
+/// The file is exchanged after it was checked and before it runs.
+#[tokio::test]
+async fn what_was_checked_is_what_runs() {
+    let den = Den::new();
+    den.file("script.sh", "#!/bin/sh\necho good\n");
+    put(&den, "module", "hello");
+    let mut config = den.config();
+    for name in ["script.sh", "module.wat"] {
+        let digest = Sha256Digest::of(&fs::read(den.plugins().join(name)).unwrap());
+        let narrowing = stockade_sandbox::policy::Narrowing {
+            sha256: Some(digest),
+            ..Default::default()
+        };
+        let stem = name.split('.').next().unwrap().to_owned();
+        config.policy.plugins.insert(stem, narrowing);
+    }
+    let supervisor = Supervisor::discover(config).unwrap();
+    den.file("script.sh", "#!/bin/sh\necho evil\n");
+    put(&den, "module", "trap_unreachable");
+    supervisor.start(&Contract::default()).unwrap();
+    for (name, line) in [("script", "good"), ("module", "hello world")] {
+        until_state(&supervisor, name, PluginState::Exited).await;
+        assert_eq!(lines(&supervisor, name), [line]);
+        // Asked to take the file as it is now, it does not.
+        let error = supervisor
+            .reload_plugin(name)
+            .await
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains("pins sha256"), "{error}");
+    }
+    supervisor.shutdown(Duration::ZERO).await;
+}
+
+#[tokio::test]
+async fn the_servers_configuration_narrows_what_a_manifest_asks_for() {
+    let den = Den::new();
+    let manifest = format!("{NO_RESTART}env = ['GRANTED', 'SECRET']\n[limits]\nmemory_mib = 50");
+    den.guest("print_environ", &manifest);
+    let mut config = den.config();
+    let policy = "['*']\nlimits = { memory_mib = 9 }\n[print_environ]\nenv = ['GRANTED']\n[other]\nenabled = false";
+    config.policy = toml::from_str(policy).unwrap();
+    den.guest("hello", NO_RESTART);
+    fs::rename(
+        den.plugins().join("hello.wat"),
+        den.plugins().join("other.wat"),
+    )
+    .unwrap();
+    let supervisor = start(config);
+    let status = until_state(&supervisor, "print_environ", PluginState::Exited).await;
+    let all = lines(&supervisor, "print_environ").concat();
+    assert!(
+        all.contains("GRANTED=yes") && !all.contains("hunter2"),
+        "{all}"
+    );
+    let memory = status.limits.iter().find(|it| it.limit == Limit::Memory);
+    assert_eq!(memory.unwrap().declared, 9 << 20);
+    assert!(supervisor.status("other").is_err());
+    supervisor.shutdown(Duration::ZERO).await;
+}
+
+#[tokio::test]
+async fn hits_are_counted_over_all_runs() {
+    let den = Den::new();
+    den.guest("memory_hog", NO_RESTART);
+    den.guest("stack_overflow", NO_RESTART);
+    den.guest("unknown_import", NO_RESTART);
+    let supervisor = den.start();
+    let hits = |name: &str, limit: Limit| {
+        let status = supervisor.status(name).unwrap();
+        let found = status.limits.iter().find(|it| it.limit == limit).copied();
+        found.unwrap().hits
+    };
+    until_state(&supervisor, "memory_hog", PluginState::Exited).await;
+    assert_eq!(hits("memory_hog", Limit::Memory), 1);
+    supervisor.start_plugin("memory_hog").unwrap();
+    let twice = |status: &PluginStatus| status.restarts == 1 && status.state == PluginState::Exited;
+    until(&supervisor, "memory_hog", twice).await;
+    assert_eq!(hits("memory_hog", Limit::Memory), 2);
+    until_state(&supervisor, "stack_overflow", PluginState::Failed).await;
+    assert_eq!(hits("stack_overflow", Limit::Stack), 1);
     supervisor.shutdown(Duration::ZERO).await;
 }

@@ -22,8 +22,8 @@ use std::{
 use parking_lot::Mutex;
 use stockade_sandbox::Limit;
 use stockade_sandbox::wasm::{
-    CompileLimits, Compiler, GuestOutput, GuestStream, Launch, WasmConfig, WasmEnd, WasmError,
-    WasmLimits, WasmModule, WasmRun, WasmRuntime,
+    Access, CompileLimits, Compiler, Directory, GuestOutput, GuestStream, Launch, WasmConfig,
+    WasmEnd, WasmError, WasmLimits, WasmModule, WasmRun, WasmRuntime,
 };
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
@@ -289,7 +289,11 @@ async fn modules_that_do_not_fit_are_refused_by_name_and_reason() {
     for (bytes, reason) in [
         (&b"\x7fELF\x02\x01\x01"[..], "is not a WebAssembly module"),
         (b"(module (func", "is not a WebAssembly module"),
-        (b"\0asm\x01\0\0\0\x01\x02\xff\xff", "is refused"),
+        (
+            b"\0asm\x01\0\0\0\x01\x02\xff\xff",
+            "is not a WebAssembly module",
+        ),
+        (b"\0asm\x01\0\0\0\x01\x02\x01\x00", "is refused"),
     ] {
         let refusal = sandbox
             .runtime
@@ -615,4 +619,359 @@ async fn modules_can_be_compiled_in_process_for_embedding() {
     );
     assert_eq!(run.ended().await, WasmEnd::Exited(0));
     assert_eq!(sink.stdout(), "hello world\n");
+}
+
+/// A directory with a note in it, granted as `/data`.
+struct Granted {
+    directory: tempfile::TempDir,
+}
+
+impl Granted {
+    fn new() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        fs::write(directory.path().join("note"), "a note\n").unwrap();
+        Self { directory }
+    }
+
+    fn run(&self, sandbox: &Sandbox, guest: &str, access: Access, limits: WasmLimits) -> Guest {
+        let module = sandbox.module(guest);
+        let sink = Sink::new(1 << 20);
+        let kill = CancellationToken::new();
+        let launch = Launch {
+            directories: vec![Directory {
+                guest: "/data".to_owned(),
+                host: self.directory.path().to_owned(),
+                access,
+            }],
+            limits,
+            kill: kill.clone(),
+            ..Launch::new(Arc::clone(&sink) as Arc<dyn GuestOutput>)
+        };
+        Guest {
+            run: sandbox.runtime.spawn(&module, launch),
+            sink,
+            stop: CancellationToken::new(),
+            kill,
+        }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+}
+
+#[tokio::test]
+async fn a_directory_is_read_or_written_as_granted_and_not_otherwise() {
+    let sandbox = Sandbox::new();
+    let granted = Granted::new();
+    let limits = WasmLimits::default;
+    let reader = granted.run(&sandbox, "read_note", Access::ReadOnly, limits());
+    assert_eq!(reader.end().await, WasmEnd::Exited(0));
+    assert_eq!(reader.sink.stdout(), "a note\n");
+
+    let writer = granted.run(&sandbox, "write_note", Access::ReadOnly, limits());
+    assert!(!matches!(writer.end().await, WasmEnd::Exited(0)));
+    assert_eq!(fs::read(granted.path("note")).unwrap(), b"a note\n");
+    let writer = granted.run(&sandbox, "write_note", Access::ReadWrite, limits());
+    assert_eq!(writer.end().await, WasmEnd::Exited(0));
+    assert_eq!(fs::read(granted.path("note")).unwrap(), b"note\n");
+
+    // Without a grant there is no directory at all: 8 is badf.
+    let (end, _) = sandbox.end_of("read_note").await;
+    assert_eq!(end, WasmEnd::Exited(8));
+    let nowhere = granted.path("nowhere");
+    let launch = Launch {
+        directories: vec![Directory {
+            guest: "/data".to_owned(),
+            host: nowhere,
+            access: Access::ReadOnly,
+        }],
+        ..Launch::new(Sink::new(1))
+    };
+    let run = sandbox.runtime.spawn(&sandbox.module("hello"), launch);
+    let WasmEnd::Refused(reason) = run.ended().await else {
+        panic!("it ran");
+    };
+    assert!(reason.contains("nowhere"), "{reason}");
+}
+
+#[tokio::test]
+async fn no_way_leads_out_of_a_directory() {
+    let sandbox = Sandbox::new();
+    for target in ["/etc/passwd", "../../../../../../../../etc/passwd"] {
+        let granted = Granted::new();
+        fs::remove_file(granted.path("note")).unwrap();
+        symlink(target, granted.path("note")).unwrap();
+        for guest in ["read_note", "write_note"] {
+            let guest = granted.run(&sandbox, guest, Access::ReadWrite, WasmLimits::default());
+            assert!(matches!(guest.end().await, WasmEnd::Exited(errno) if errno != 0));
+            assert_eq!(guest.sink.stdout(), "");
+        }
+    }
+    let granted = Granted::new();
+    fs::remove_file(granted.path("note")).unwrap();
+    let limits = WasmLimits::default;
+    let escape = granted.run(&sandbox, "path_escape", Access::ReadWrite, limits());
+    // It was given a directory, which it takes for an escape at once.
+    assert_eq!(escape.end().await, WasmEnd::Exited(1));
+    // 63 is perm: links would be followed by whoever works there on the host.
+    let link = granted.run(&sandbox, "symlink_escape", Access::ReadWrite, limits());
+    assert_eq!(link.end().await, WasmEnd::Exited(63));
+    assert!(fs::symlink_metadata(granted.path("note")).is_err());
+}
+
+#[tokio::test]
+async fn what_lies_in_writable_directories_is_bounded() {
+    let sandbox = Sandbox::new();
+    let limits = || WasmLimits {
+        directory_bytes: 1 << 20,
+        ..WasmLimits::default()
+    };
+    // 51 is nospc.
+    let granted = Granted::new();
+    let hog = granted.run(&sandbox, "disk_hog", Access::ReadWrite, limits());
+    assert_eq!(hog.end().await, WasmEnd::Exited(51));
+    let lies = fs::metadata(granted.path("hog")).unwrap().len();
+    assert!((800 << 10..=1 << 20).contains(&lies), "{lies}");
+    assert!(hog.run.usage().hits.of(Limit::DirectoryBytes) > 0);
+    assert!(hog.run.usage().directory_bytes <= 1 << 20);
+
+    // What was written before counts too, and so does what has no name any more.
+    let again = granted.run(&sandbox, "disk_hog", Access::ReadWrite, limits());
+    assert_eq!(again.end().await, WasmEnd::Exited(51));
+    assert!(fs::metadata(granted.path("hog")).unwrap().len() <= 1 << 20);
+    let granted = Granted::new();
+    let hidden = granted.run(&sandbox, "unlinked_disk_hog", Access::ReadWrite, limits());
+    assert_eq!(hidden.end().await, WasmEnd::Exited(51));
+}
+
+#[tokio::test]
+async fn open_files_are_bounded() {
+    let sandbox = Sandbox::new();
+    let granted = Granted::new();
+    let limits = WasmLimits {
+        open_files: 5,
+        ..WasmLimits::default()
+    };
+    let hog = granted.run(&sandbox, "open_files_hog", Access::ReadOnly, limits);
+    // 33 is mfile.
+    assert_eq!(hog.end().await, WasmEnd::Exited(33));
+    let usage = hog.run.usage();
+    assert_eq!(
+        (usage.peak_open_files, usage.hits.of(Limit::OpenFiles)),
+        (5, 1)
+    );
+}
+
+#[tokio::test]
+async fn a_stream_never_becomes_a_file() {
+    let sandbox = Sandbox::new();
+    let granted = Granted::new();
+    let limits = WasmLimits::default();
+    let guest = granted.run(&sandbox, "file_as_stream", Access::ReadWrite, limits);
+    assert_eq!(guest.end().await, WasmEnd::Exited(0));
+}
+
+#[tokio::test]
+async fn a_call_that_hangs_in_the_system_is_bounded_and_others_go_on() {
+    let sandbox = Sandbox::new();
+    let granted = Granted::new();
+    let note = granted.path("note");
+    fs::remove_file(&note).unwrap();
+    rustix::fs::mknodat(
+        rustix::fs::CWD,
+        &note,
+        rustix::fs::FileType::Fifo,
+        rustix::fs::Mode::RWXU,
+        0,
+    )
+    .unwrap();
+    // Opening it waits for somebody who writes.
+    let limits = WasmLimits {
+        host_call_time: Duration::from_millis(200),
+        ..WasmLimits::default()
+    };
+    let hanging = granted.run(&sandbox, "read_note", Access::ReadOnly, limits);
+    let neighbour = sandbox.spawn("hello");
+    assert_eq!(neighbour.end().await, WasmEnd::Exited(0));
+    let WasmEnd::LimitHit(reason) = hanging.end().await else {
+        panic!("no limit was hit");
+    };
+    assert!(
+        reason.contains("host call took longer than 200 ms"),
+        "{reason}"
+    );
+    assert_eq!(hanging.run.usage().hits.of(Limit::HostCallTime), 1);
+    // The thread that opens it is let go.
+    drop(fs::OpenOptions::new().read(true).write(true).open(&note));
+}
+
+#[tokio::test]
+async fn wall_time_is_bounded_for_the_start_and_for_the_run() {
+    let sandbox = Sandbox::new();
+    let limits = WasmLimits {
+        start_time: Duration::from_millis(100),
+        run_time: Some(Duration::from_millis(400)),
+        ..WasmLimits::default()
+    };
+    for (guest, limit, reason) in [
+        (
+            "endless_loop_in_start_function",
+            Limit::StartTime,
+            "not instantiated within 100 ms",
+        ),
+        ("endless_loop", Limit::RunTime, "not over after 400 ms"),
+        ("sleeper", Limit::RunTime, "not over after 400 ms"),
+        (
+            "endless_loop_in_component",
+            Limit::RunTime,
+            "not over after 400 ms",
+        ),
+    ] {
+        let guest = sandbox.spawn_with(&sandbox.module(guest), &limits, Sink::new(100));
+        let WasmEnd::LimitHit(found) = guest.end().await else {
+            panic!("no limit was hit");
+        };
+        assert!(found.contains(reason), "{found}");
+        assert_eq!(guest.run.usage().hits.of(limit), 1);
+    }
+}
+
+#[tokio::test]
+async fn an_environment_that_is_too_large_is_refused() {
+    let sandbox = Sandbox::new();
+    let launch = Launch {
+        environment: vec![("A".to_owned(), "x".repeat(2000))],
+        limits: WasmLimits {
+            environment_bytes: 2000,
+            ..WasmLimits::default()
+        },
+        ..Launch::new(Sink::new(100))
+    };
+    let run = sandbox.runtime.spawn(&sandbox.module("hello"), launch);
+    let WasmEnd::LimitHit(reason) = run.ended().await else {
+        panic!("it ran");
+    };
+    assert!(reason.contains("of 2000 at most"), "{reason}");
+    assert_eq!(run.usage().hits.of(Limit::Environment), 1);
+}
+
+#[tokio::test]
+async fn components_run_under_the_same_limits() {
+    let sandbox = Sandbox::new();
+    assert_eq!(
+        sandbox.end_of("component_command").await.0,
+        WasmEnd::Exited(0)
+    );
+    let (end, sink) = sandbox.end_of("component_hello").await;
+    assert_eq!(end, WasmEnd::Exited(0));
+    assert_eq!(sink.stdout(), "hello from a component\n");
+    // From the cache now.
+    assert_eq!(
+        sandbox.end_of("component_hello").await.0,
+        WasmEnd::Exited(0)
+    );
+
+    let limits = WasmLimits {
+        memory_bytes: 20 << 20,
+        ..WasmLimits::default()
+    };
+    let module = sandbox.module("memory_hog_over_memories");
+    let hog = sandbox.spawn_with(&module, &limits, Sink::new(0));
+    assert_eq!(hog.end().await, WasmEnd::Exited(0));
+    let usage = hog.run.usage();
+    // Each memory began with a page, and the first took what was left in whole megabytes.
+    assert_eq!(usage.peak_memory_bytes, (19 << 20) + 3 * 65536);
+    assert_eq!(usage.hits.of(Limit::Memory), 3);
+
+    let looping = sandbox.spawn("endless_loop_in_component");
+    let runs = |looping: &Guest| looping.run.usage().cpu_time > Duration::ZERO;
+    while !runs(&looping) {
+        tokio::task::yield_now().await;
+    }
+    assert!(looping.kill().await < KILL_LIMIT);
+
+    let refusal = sandbox.refusal("component_wants_http");
+    assert!(
+        refusal.contains("imports wasi:http/outgoing-handler@0.2.0"),
+        "{refusal}"
+    );
+    let granted = Granted::new();
+    let guest = granted.run(&sandbox, "component_command", Access::ReadWrite, limits);
+    assert!(matches!(guest.end().await, WasmEnd::Refused(reason) if reason.contains("read-only")));
+}
+
+/// Modules whose compiling takes far more than their size says.
+#[tokio::test]
+async fn compile_bombs_are_defused() {
+    let directory = tempfile::tempdir().unwrap();
+    let tight = |time: u64, memory_bytes: u64| {
+        WasmRuntime::start(WasmConfig {
+            cache_dir: directory.path().join("cache"),
+            compiler: keeper(),
+            compile_limits: CompileLimits {
+                time: Duration::from_secs(time),
+                memory_bytes,
+            },
+        })
+        .unwrap()
+    };
+    let many_exports: String = (0..10_000)
+        .map(|number| format!("(export \"e{number}\" (func 0))"))
+        .collect();
+    let many_exports = format!("(module (func) {many_exports})");
+    let runtime = tight(60, 4 << 30);
+    // The text is parsed in the compiler's process only.
+    let refused = runtime.prepare("many_exports", many_exports.as_bytes());
+    let reason = refused.unwrap_err().to_string();
+    assert!(reason.contains("too many names"), "{reason}");
+    let binary = wat::parse_str(&many_exports).unwrap();
+    let refused = runtime.prepare("many_exports", &binary).unwrap_err();
+    assert_eq!(refused.limit(), Some(Limit::Names), "{refused}");
+
+    let functions = format!(
+        "(module (func (export \"_start\")) {})",
+        "(func)".repeat(100_001)
+    );
+    let binary = wat::parse_str(&functions).unwrap();
+    let refused = runtime.prepare("many_functions", &binary).unwrap_err();
+    assert_eq!(refused.limit(), Some(Limit::Functions), "{refused}");
+
+    // One function that is too long to compile in a second.
+    let body = "(local.set 0 (i64.rem_u (i64.mul (local.get 0) (local.get 1)) (i64.add (local.get 1) (local.get 0))))".repeat(60_000);
+    let long = format!("(module (func (param i64 i64) {body}) (func (export \"_start\")))");
+    let bomb = wat::parse_str(&long).unwrap();
+    let begun = Instant::now();
+    let refused = tight(1, 4 << 30).prepare("long", &bomb).unwrap_err();
+    assert_eq!(refused.limit(), Some(Limit::CompileTime), "{refused}");
+    assert!(
+        begun.elapsed() < Duration::from_secs(10),
+        "{:?}",
+        begun.elapsed()
+    );
+    let refused = tight(60, 256 << 20).prepare("long", &bomb).unwrap_err();
+    assert_eq!(refused.limit(), Some(Limit::CompileMemory), "{refused}");
+}
+
+#[tokio::test]
+async fn processor_time_goes_by_weight() {
+    let sandbox = Sandbox::new();
+    let module = sandbox.module("endless_loop");
+    let spin = |cpu_weight| {
+        let limits = WasmLimits {
+            cpu_percent: 100,
+            cpu_weight,
+            ..WasmLimits::default()
+        };
+        sandbox.spawn_with(&module, &limits, Sink::new(0))
+    };
+    let (light, heavy) = (spin(100), spin(400));
+    let taken = |guest: &Guest| guest.run.usage().cpu_time;
+    let deadline = Instant::now() + PATIENCE;
+    while taken(&light) + taken(&heavy) < Duration::from_secs(2) {
+        assert!(Instant::now() < deadline, "the machine has no time");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let ratio = taken(&heavy).as_secs_f64() / taken(&light).as_secs_f64();
+    assert!((3.0..5.0).contains(&ratio), "{ratio}");
 }

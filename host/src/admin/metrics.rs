@@ -28,6 +28,19 @@ struct PluginStateLabels {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct PluginLimitLabels {
+    plugin: String,
+    limit: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct PluginInfoLabels {
+    plugin: String,
+    sha256: String,
+    origin: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct ReasonLabels {
     reason: &'static str,
 }
@@ -272,6 +285,10 @@ fn read_plugins(admin: &Admin, registry: &mut Registry) {
     let dropped = Family::<PluginLabels, Gauge>::default();
     let memory = Family::<PluginLabels, Gauge>::default();
     let cpu = Family::<PluginLabels, FloatGauge>::default();
+    let info = Family::<PluginInfoLabels, Gauge>::default();
+    let declared = Family::<PluginLimitLabels, Gauge>::default();
+    let used = Family::<PluginLimitLabels, Gauge>::default();
+    let hits = Family::<PluginLimitLabels, Gauge>::default();
     let signed = |value: u64| i64::try_from(value).unwrap_or(i64::MAX);
     for status in admin.supervisor.snapshot() {
         let labels = PluginLabels {
@@ -284,6 +301,25 @@ fn read_plugins(admin: &Admin, registry: &mut Registry) {
                 state: status.state.name(),
             })
             .set(1);
+        let sha256 = status.sha256.to_string();
+        let origin = status.origin;
+        info.get_or_create(&PluginInfoLabels {
+            plugin: status.name.to_string(),
+            sha256,
+            origin: origin.map_or_else(|| "refused".to_owned(), |origin| origin.to_string()),
+        })
+        .set(1);
+        for limit in &status.limits {
+            let labels = PluginLimitLabels {
+                plugin: status.name.to_string(),
+                limit: limit.limit.name(),
+            };
+            declared.get_or_create(&labels).set(signed(limit.declared));
+            hits.get_or_create(&labels).set(signed(limit.hits));
+            if let Some(value) = limit.used {
+                used.get_or_create(&labels).set(signed(value));
+            }
+        }
         restarts.get_or_create(&labels).set(signed(status.restarts));
         lines.get_or_create(&labels).set(signed(status.logs.lines));
         dropped
@@ -301,6 +337,26 @@ fn read_plugins(admin: &Admin, registry: &mut Registry) {
         "plugin_restarts",
         "Restarts of a plugin since the server's start",
         restarts,
+    );
+    registry.register(
+        "plugin_info",
+        "1, with the digest of the bytes that run and where they come from",
+        info,
+    );
+    registry.register(
+        "plugin_limit",
+        "What a plugin may use; the unit is the end of the limit's name",
+        declared,
+    );
+    registry.register(
+        "plugin_limit_used",
+        "What a plugin uses of what it may",
+        used,
+    );
+    registry.register(
+        "plugin_limit_hits",
+        "How often a limit has held a plugin since the server's start",
+        hits,
     );
     registry.register("plugin_log_lines", "Lines a plugin has logged", lines);
     registry.register(

@@ -149,6 +149,15 @@ pub struct Settings {
         help_heading = "Plugins"
     )]
     pub native_plugins: Option<String>,
+    /// Notice plugin files that come, change and go while the server runs (ours)
+    #[arg(
+        long,
+        num_args = 0,
+        default_missing_value = "true",
+        env = "STOCKADE_PLUGIN_WATCH",
+        help_heading = "Plugins"
+    )]
+    pub plugin_watch: Option<bool>,
     /// Directory of compiled plugins [default: stockade/ in the user's cache directory] (ours)
     #[arg(long, env = "STOCKADE_PLUGIN_CACHE_DIR", help_heading = "Plugins")]
     pub plugin_cache_dir: Option<PathBuf>,
@@ -213,6 +222,7 @@ impl Settings {
             runtime_plugin_locations,
             runtime_plugin_config,
             native_plugins,
+            plugin_watch,
             plugin_cache_dir,
             http_host,
             http_port,

@@ -1,0 +1,15 @@
+;; Opens its first directory until that is refused; exits with the error.
+(module
+  (import "wasi_snapshot_preview1" "path_open"
+    (func $open (param i32 i32 i32 i32 i32 i64 i64 i32 i32) (result i32)))
+  (import "wasi_snapshot_preview1" "fd_write" (func $write (param i32 i32 i32 i32) (result i32)))
+  (import "wasi_snapshot_preview1" "fd_read" (func $read (param i32 i32 i32 i32) (result i32)))
+  (import "wasi_snapshot_preview1" "proc_exit" (func $exit (param i32)))
+  (memory (export "memory") 2)
+  (data (i32.const 64) ".")
+  (func (export "_start") (local $error i32)
+    (loop $more
+      (local.set $error (call $open (i32.const 3) (i32.const 0) (i32.const 64) (i32.const 1)
+        (i32.const 2) (i64.const 2) (i64.const 0) (i32.const 0) (i32.const 128)))
+      (br_if $more (i32.eqz (local.get $error))))
+    (call $exit (local.get $error))))
