@@ -205,6 +205,7 @@ fn plugin_json(status: &PluginStatus) -> Value {
         "memory_bytes": status.memory_bytes,
         "cpu_seconds": status.cpu_time.map(|time| time.as_secs_f64()),
         "containment": status.containment,
+        "granted": status.granted,
         "log_lines": status.logs.lines,
         "log_lines_dropped": status.logs.dropped_lines,
         "log_lines_cut": status.logs.cut_lines,

@@ -9,7 +9,7 @@ use std::{num::NonZeroUsize, path::PathBuf, str::FromStr, time::Duration};
 use anyhow::Context as _;
 use serde::Deserialize;
 use stockade_cache::PolicyKind;
-use stockade_sandbox::Policy;
+use stockade_sandbox::{NativePolicy, Policy};
 
 pub use settings::Settings;
 
@@ -85,6 +85,8 @@ pub struct Config {
     pub plugin_policy: Policy,
     /// Notice plugin files that come, change and go.
     pub plugin_watch: bool,
+    /// How far scripts are trusted.
+    pub native_plugins: NativePolicy,
     /// Where compiled plugins are kept; `None` for the user's cache directory.
     pub plugin_cache_dir: Option<PathBuf>,
     /// Host of the HTTP API.
@@ -290,6 +292,12 @@ impl Config {
             }
             Err(error) => return Err(format!("--runtime-plugin-config is not JSON: {error}")),
         };
+        let native_plugins = match settings.native_plugins.as_deref() {
+            Some(policy) => policy
+                .parse()
+                .map_err(|error| format!("--native-plugins {policy}: {error}"))?,
+            None => NativePolicy::default(),
+        };
         let max_message_mib = settings
             .max_message_mib
             .unwrap_or(match shm_name.as_deref() {
@@ -357,6 +365,7 @@ impl Config {
             runtime_plugin_config,
             plugin_policy: Policy::default(),
             plugin_watch: settings.plugin_watch.unwrap_or(false),
+            native_plugins,
             plugin_cache_dir: settings.plugin_cache_dir,
             http_host: settings.http_host.unwrap_or_else(|| "127.0.0.1".to_owned()),
             http_port: settings.http_port.unwrap_or(8080),

@@ -250,12 +250,14 @@ async fn maintain(service: Arc<Service>, mut stopped: watch::Receiver<bool>) {
 
 fn supervisor_config(config: &Config) -> anyhow::Result<SupervisorConfig> {
     let environment: Vec<_> = std::env::vars_os().collect();
+    let mut native = NativeConfig::new(environment.iter().cloned(), &[]);
+    native.policy = config.native_plugins;
     Ok(SupervisorConfig {
         locations: config.runtime_plugin_locations.clone(),
         policy: config.plugin_policy.clone(),
         watch: config.plugin_watch,
         wasm: wasm_config(config.plugin_cache_dir.as_deref(), &config.plugin_policy)?,
-        native: NativeConfig::new(environment.iter().cloned(), &[]),
+        native,
         server_environment: environment,
     })
 }

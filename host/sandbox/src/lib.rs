@@ -18,14 +18,14 @@ pub mod wasm;
 pub mod log_stream;
 pub mod supervisor;
 
-pub use grants::Access;
+pub use grants::{Access, Directories, Directory};
 pub use limit::{Limit, LimitHits, LimitUse};
 pub use loader::{Found, LoadError, PluginKind};
 pub use log_stream::{LogCounts, LogLimits, LogLine, LogStream, OutputStream};
-pub use manifest::{Manifest, ManifestError, Restart};
+pub use manifest::{Limits, Manifest, ManifestError, ProcessGrants, Restart};
 pub use native_script::{
-    Containment, KEEPER_ARGUMENT, NativeConfig, NativeScript, ProcessEnd, ProcessLimits, ScriptEnd,
-    ScriptError, ScriptOutput, keeper_main, passed_on,
+    Containment, Granted, KEEPER_ARGUMENT, NativeConfig, NativePolicy, NativeScript, ProcessEnd,
+    ProcessLimits, Protection, ScriptEnd, ScriptError, ScriptOutput, keeper_main, passed_on,
 };
 pub use policy::{Origin, Policy};
 pub use provenance::{PublicKey, SecretKey, Sha256Digest};

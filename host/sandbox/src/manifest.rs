@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     grants::{self, Directories},
     log_stream::LogLimits,
+    native_script::Protection,
 };
 
 /// Largest manifest that is read, in bytes.
@@ -42,10 +43,39 @@ pub struct Manifest {
     pub stop_grace_seconds: u32,
     /// Variables of the server's environment that it may see, by name.
     pub env: Vec<String>,
-    /// Directories that a sandboxed plugin may use, by the name it knows them under.
+    /// Directories that it may use, by the name a sandboxed plugin knows them under; a script
+    /// knows them by the host's.
     pub directories: Directories,
     /// What it may use.
     pub limits: Limits,
+    /// What a script may use as a process of its own.
+    pub process: ProcessGrants,
+}
+
+/// The `[process]` table: what only scripts have. Limits hold for each process.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ProcessGrants {
+    /// What must hold; the script is refused on a machine that does not give it.
+    pub required: Vec<Protection>,
+    /// Whether it may use the network.
+    pub network: bool,
+    /// Whether it may use UNIX sockets: with them, daemons of the host that root may command.
+    pub unix_sockets: bool,
+    /// The user that it runs as, by name; needs a server that runs as root.
+    pub user: Option<String>,
+    /// Address space in MiB; 4096 when confined.
+    pub memory_mib: Option<u32>,
+    /// Seconds of CPU time after which it is killed.
+    pub cpu_seconds: Option<u32>,
+    /// Files open at once; 1024.
+    pub open_files: Option<u32>,
+    /// Largest file that it may write, in MiB.
+    pub file_mib: Option<u32>,
+    /// Processes and threads of the script at once.
+    pub processes: u32,
+    /// Size of its private temporary directories, in MiB.
+    pub tmp_mib: u32,
 }
 
 /// The `[limits]` table.
@@ -89,6 +119,24 @@ impl Default for Manifest {
             env: Vec::new(),
             directories: Directories::default(),
             limits: Limits::default(),
+            process: ProcessGrants::default(),
+        }
+    }
+}
+
+impl Default for ProcessGrants {
+    fn default() -> Self {
+        Self {
+            required: Vec::new(),
+            network: true,
+            unix_sockets: false,
+            user: None,
+            memory_mib: None,
+            cpu_seconds: None,
+            open_files: None,
+            file_mib: None,
+            processes: 256,
+            tmp_mib: 64,
         }
     }
 }
@@ -189,6 +237,14 @@ impl Manifest {
                 self.stop_grace_seconds,
                 &(0..=600),
             ));
+        }
+        for (field, value, range) in [
+            ("process.processes", self.process.processes, 1..=1_000_000),
+            ("process.tmp_mib", self.process.tmp_mib, 1..=1_048_576),
+        ] {
+            if !range.contains(&value) {
+                return Err(out_of_range(field, value, &range));
+            }
         }
         grants::check_directories(&self.directories)?;
         self.limits
@@ -315,6 +371,8 @@ mod tests {
                 "log_lines_per_second",
             ),
             ("restart = 'sometimes'", "sometimes"),
+            ("[process]\nrequired = ['magic']", "magic"),
+            ("[process]\nprocesses = 0", "process.processes"),
         ] {
             let error = manifest(text).unwrap_err().to_string();
             assert!(

@@ -6,6 +6,7 @@
 //! and `v1/multiprocess/mp_runtime_plugin_launcher.py`, except where those leave processes
 //! behind, hand out secrets or lose output.
 
+mod confinement;
 mod environment;
 mod error;
 mod interpreter;
@@ -27,13 +28,17 @@ use parking_lot::Mutex;
 use tokio::{io::AsyncReadExt, net::unix::pipe, time::Instant};
 use tokio_util::sync::CancellationToken;
 
+use self::{
+    confinement::Restrictions, interpreter::CommandLine, keeper_link::KeeperLink, messages::Report,
+};
 pub use self::{
+    confinement::{Granted, NativePolicy, Protection},
     environment::passed_on,
     error::ScriptError,
     keeper::{KEEPER_ARGUMENT, keeper_main},
     messages::{Containment, ProcessEnd, ProcessLimits},
 };
-use self::{interpreter::CommandLine, keeper_link::KeeperLink, messages::Report};
+use crate::manifest::Manifest;
 
 /// What one read takes from a script: a full pipe of the default size.
 const READ_BYTES: usize = 64 * 1024;
@@ -57,7 +62,9 @@ pub struct NativeConfig {
     /// Where scripts start. `None`: where the server was started, as with LMCache, so that
     /// relative paths in existing plugins mean the same.
     pub working_directory: Option<PathBuf>,
-    /// What the kernel limits per process.
+    /// How far scripts are trusted.
+    pub policy: NativePolicy,
+    /// What the kernel limits per process, where the manifest says nothing.
     pub limits: ProcessLimits,
     /// The containments that may be used; the first that works is. None left: no script runs.
     pub containments: Vec<Containment>,
@@ -67,7 +74,7 @@ pub struct NativeConfig {
 }
 
 impl NativeConfig {
-    /// The defaults for a server with this environment (`std::env::vars_os`): all
+    /// The defaults for a server with this environment (`std::env::vars_os`): confined, all
     /// containments, strongest first, [`ProcessLimits::default`], 5 s of grace, and besides
     /// what every program needs only the `granted` variables.
     pub fn new(
@@ -78,6 +85,7 @@ impl NativeConfig {
             keeper_program: PathBuf::from(keeper::OWN_BINARY),
             passed_on: passed_on(server_environment, granted),
             working_directory: None,
+            policy: NativePolicy::default(),
             limits: ProcessLimits::default(),
             containments: vec![
                 Containment::PidNamespace,
@@ -114,18 +122,27 @@ pub struct NativeScript {
     name: String,
     path: PathBuf,
     config: NativeConfig,
+    manifest: Manifest,
     containment: Mutex<Option<Containment>>,
+    granted: Mutex<Option<Granted>>,
 }
 
 impl NativeScript {
     /// A script that can be run, again and again; nothing is read or started yet. `name`
-    /// is the plugin's in logs.
-    pub fn new(name: impl Into<String>, path: impl Into<PathBuf>, config: NativeConfig) -> Self {
+    /// is the plugin's in logs; `manifest` says what it may use.
+    pub fn new(
+        name: impl Into<String>,
+        path: impl Into<PathBuf>,
+        config: NativeConfig,
+        manifest: Manifest,
+    ) -> Self {
         Self {
             name: name.into(),
             path: path.into(),
             config,
+            manifest,
             containment: Mutex::new(None),
+            granted: Mutex::new(None),
         }
     }
 
@@ -134,10 +151,21 @@ impl NativeScript {
         &self.path
     }
 
+    /// How far it is trusted.
+    pub fn policy(&self) -> NativePolicy {
+        self.config.policy
+    }
+
     /// What holds the processes of the current or the latest run together; `None` before the
     /// first one that started.
     pub fn containment(&self) -> Option<Containment> {
         *self.containment.lock()
+    }
+
+    /// What of its confinement the kernel granted to the current or the latest run; `None`
+    /// before the first one that started.
+    pub fn granted(&self) -> Option<Granted> {
+        self.granted.lock().clone()
     }
 
     /// Runs the script once, with the variables of `contract`, until it and all that it
@@ -164,13 +192,23 @@ impl NativeScript {
                 command.program.display()
             );
         }
-        let (keeper, pipe) = self.start(&command, &variables).await?;
+        let home = variables.get(std::ffi::OsStr::new("HOME"));
+        let restrictions = Restrictions::of(
+            self.config.policy,
+            self.config.limits.clone(),
+            &self.manifest,
+            &std::path::absolute(&self.path).unwrap_or_else(|_| self.path.clone()),
+            &command,
+            home.map(OsString::as_os_str),
+        )?;
+        let (keeper, pipe) = self.start(&restrictions, &command, &variables).await?;
         tracing::info!(
             plugin = self.name,
             containment = self.containment().map(Containment::name),
-            "started {} with {}",
+            "started {} with {}, held to {}",
             self.path.display(),
-            command.program.display()
+            command.program.display(),
+            self.granted().unwrap_or_default()
         );
         let over = CancellationToken::new();
         let watch = async {
@@ -204,21 +242,22 @@ impl NativeScript {
     /// Starts the script under the first containment that works.
     async fn start(
         &self,
+        restrictions: &Restrictions,
         command: &CommandLine,
         variables: &BTreeMap<OsString, OsString>,
     ) -> Result<(KeeperLink, pipe::Receiver), ScriptError> {
         let mut reasons = Vec::new();
         for &containment in &self.config.containments {
             let (mut keeper, pipe) =
-                KeeperLink::start(&self.config, containment, command, variables).map_err(
-                    |cause| ScriptError::Keeper {
+                KeeperLink::start(&self.config, containment, restrictions, command, variables)
+                    .map_err(|cause| ScriptError::Keeper {
                         path: self.path.clone(),
                         program: self.config.keeper_program.clone(),
                         cause,
-                    },
-                )?;
+                    })?;
             let reason = match keeper.first_report().await {
-                Some(Report::Started { .. }) => {
+                Some(Report::Started { granted, .. }) => {
+                    *self.granted.lock() = Some(granted);
                     *self.containment.lock() = Some(containment);
                     return Ok((keeper, pipe));
                 }
@@ -232,6 +271,11 @@ impl NativeScript {
                     );
                     reasons.push(format!("{}: {reason}", containment.name()));
                     continue;
+                }
+                Some(Report::Refused { reason }) => {
+                    keeper.finish(ANSWER_LIMIT).await;
+                    let path = self.path.clone();
+                    return Err(ScriptError::Required { path, reason });
                 }
                 Some(Report::Failed { reason }) => {
                     keeper.finish(ANSWER_LIMIT).await;

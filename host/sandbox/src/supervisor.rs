@@ -31,7 +31,9 @@ use crate::{
     loader::{self, Found, LoadError, PluginKind},
     log_stream::{LogCounts, LogLine, LogStream, OutputStream},
     manifest::{Manifest, Restart},
-    native_script::{NativeConfig, NativeScript, ProcessEnd, ScriptOutput, passed_on},
+    native_script::{
+        Granted, NativeConfig, NativePolicy, NativeScript, ProcessEnd, ScriptOutput, passed_on,
+    },
     policy::{Origin, Policy},
     provenance::Sha256Digest,
     wasm::{
@@ -164,6 +166,8 @@ pub struct PluginStatus {
     pub limits: Vec<LimitUse>,
     /// What holds a script's processes together.
     pub containment: Option<&'static str>,
+    /// What the kernel holds a script's current or latest run to.
+    pub granted: Option<Granted>,
     /// What it printed.
     pub logs: LogCounts,
 }
@@ -540,6 +544,7 @@ impl Plugin {
                 .as_ref()
                 .and_then(|script| script.containment())
                 .map(|it| it.name()),
+            granted: shared.script.as_ref().and_then(|script| script.granted()),
             logs: self.logs.counts(),
         }
     }
@@ -685,6 +690,12 @@ impl Workshop {
             let module = runtime.prepare(&found.name, &found.bytes)?;
             return Ok(Runner::Wasm { runtime, module });
         }
+        if self.config.native.policy == NativePolicy::Deny {
+            return Err(Refusal::from(
+                "this server runs no scripts; start it with --native-plugins=confined, or make the plugin a sandboxed one"
+                    .to_owned(),
+            ));
+        }
         let mut native = self.config.native.clone();
         let environment = self.config.server_environment.iter().cloned();
         native.passed_on = passed_on(environment, &found.manifest.env);
@@ -700,7 +711,7 @@ impl Workshop {
                 })?,
             _ => found.path.clone(),
         };
-        let script = NativeScript::new(&*found.name, path, native);
+        let script = NativeScript::new(&*found.name, path, native, found.manifest.clone());
         Ok(Runner::Script(Arc::new(script)))
     }
 
@@ -772,6 +783,8 @@ fn uuid_like() -> String {
 /// How a run ended.
 struct End {
     is_clean: bool,
+    /// Whether another run would end in the same way.
+    is_refused: bool,
     description: String,
 }
 
@@ -1045,6 +1058,9 @@ impl Life {
             }
             None => {}
         }
+        if end.is_refused {
+            return Next::Wait(PluginState::Refused);
+        }
         let policy = generation.manifest.restart;
         match failures.after(end.is_clean, current.started.elapsed(), policy) {
             After::Rest(state) => {
@@ -1310,6 +1326,7 @@ async fn guest_run(
     };
     End {
         is_clean,
+        is_refused: false,
         description,
     }
 }
@@ -1343,7 +1360,7 @@ async fn script_run(
     let end = tokio::select! {
         end = run => end,
         () = async { kill.cancelled().await; tokio::time::sleep(KEEPER_LIMIT).await } => {
-            return End { is_clean: false, description: "was killed".to_owned() };
+            return End { is_clean: false, is_refused: false, description: "was killed".to_owned() };
         }
     };
     match end {
@@ -1364,11 +1381,13 @@ async fn script_run(
             }
             End {
                 is_clean: end.process == Some(ProcessEnd::Exited(0)),
+                is_refused: false,
                 description,
             }
         }
         Err(error) => End {
             is_clean: false,
+            is_refused: error.is_final(),
             description: format!("could not run: {error}"),
         },
     }

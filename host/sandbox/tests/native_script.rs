@@ -21,7 +21,8 @@ use std::{
 
 use rustix::process::{Pid, Signal};
 use stockade_sandbox::{
-    Containment, NativeConfig, NativeScript, ProcessEnd, ScriptEnd, ScriptError, ScriptOutput,
+    Containment, Manifest, NativeConfig, NativePolicy, NativeScript, ProcessEnd, ScriptEnd,
+    ScriptError, ScriptOutput,
 };
 use tokio::{sync::oneshot, task::JoinHandle};
 
@@ -112,6 +113,8 @@ fn config(containment: Containment) -> NativeConfig {
     config.keeper_program = env!("CARGO_BIN_EXE_stockade-keeper").into();
     config.containments = vec![containment];
     config.grace = GRACE;
+    // What holds of processes holds whatever they may open; what they may open has its own tests.
+    config.policy = NativePolicy::Allow;
     config
 }
 
@@ -157,7 +160,7 @@ impl Run {
     fn start(path: &Path, config: NativeConfig) -> Self {
         let output = Collected::default();
         let (stop, stopped) = oneshot::channel();
-        let script = NativeScript::new("test", path, config);
+        let script = NativeScript::new("test", path, config, Manifest::default());
         let mut sink = output.clone();
         let task = tokio::spawn(async move {
             let stopped = async {
@@ -520,7 +523,12 @@ async fn a_log_that_takes_nothing_does_not_delay_the_end() {
     let mark = den.file("started");
     let body = format!("touch {}; yes\n", mark.display());
     let script = den.script("a.sh", &body);
-    let native = NativeScript::new("test", script, config(Containment::Subreaper));
+    let native = NativeScript::new(
+        "test",
+        script,
+        config(Containment::Subreaper),
+        Manifest::default(),
+    );
     let started = async {
         while !mark.exists() {
             tokio::time::sleep(Duration::from_millis(5)).await;

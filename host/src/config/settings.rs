@@ -149,6 +149,15 @@ pub struct Settings {
         help_heading = "Plugins"
     )]
     pub plugin_watch: Option<bool>,
+    /// What *.py and *.sh plugins may touch: `allow` everything the server may, `confined` what
+    /// their manifests grant, `deny` does not run them [default: confined] (ours)
+    #[arg(
+        long,
+        value_name = "POLICY",
+        env = "STOCKADE_NATIVE_PLUGINS",
+        help_heading = "Plugins"
+    )]
+    pub native_plugins: Option<String>,
     /// Directory of compiled plugins [default: stockade/ in the user's cache directory] (ours)
     #[arg(long, env = "STOCKADE_PLUGIN_CACHE_DIR", help_heading = "Plugins")]
     pub plugin_cache_dir: Option<PathBuf>,
@@ -213,6 +222,7 @@ impl Settings {
             runtime_plugin_locations,
             runtime_plugin_config,
             plugin_watch,
+            native_plugins,
             plugin_cache_dir,
             http_host,
             http_port,

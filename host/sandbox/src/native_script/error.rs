@@ -71,6 +71,32 @@ pub enum ScriptError {
         /// What the keeper said.
         reason: String,
     },
+    /// The machine does not give what the manifest requires.
+    #[error("script {} is refused: {reason}; change `required` in its manifest's [process] table, or the machine", path.display())]
+    Required {
+        /// The script.
+        path: PathBuf,
+        /// What is lacking, and why.
+        reason: String,
+    },
+    /// A directory of the manifest cannot be granted.
+    #[error("script {} cannot be granted {}, which its manifest names: there is no such directory", path.display(), directory.display())]
+    Directory {
+        /// The script.
+        path: PathBuf,
+        /// The directory as the manifest names it.
+        directory: PathBuf,
+    },
+    /// The user of the manifest cannot be taken on.
+    #[error("script {} cannot run as `{user}`, as process.user in its manifest asks: {reason}", path.display())]
+    User {
+        /// The script.
+        path: PathBuf,
+        /// The user's name.
+        user: String,
+        /// Why.
+        reason: String,
+    },
     /// No way of holding the script's processes together works on this machine.
     #[error("script {} cannot be contained: {reasons}; allow another containment or give the server the rights that one needs", path.display())]
     NoContainment {
@@ -85,4 +111,14 @@ pub enum ScriptError {
         /// The script.
         path: PathBuf,
     },
+}
+
+impl ScriptError {
+    /// Whether trying again without a change of the manifest or the machine is in vain.
+    pub(crate) fn is_final(&self) -> bool {
+        matches!(
+            self,
+            Self::Required { .. } | Self::Directory { .. } | Self::User { .. }
+        )
+    }
 }

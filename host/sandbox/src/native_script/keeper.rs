@@ -7,12 +7,16 @@
 //! - `guard` is what the server starts. It watches the server and the script, and ends the tree;
 //! - `init` is process 1 of the script's PID namespace, where there is one: it reaps orphans,
 //!   and the kernel kills the namespace with it;
-//! - `launch` prepares the process (session, limits, signals) and becomes the script.
+//! - `launch` confines the process (session, limits, files, calls) and becomes the script.
 
 mod guard;
 mod init;
 mod launch;
+
+mod call_filter;
+mod file_rules;
 mod namespace;
+mod private_tmp;
 mod process_tree;
 
 use std::{
@@ -57,7 +61,7 @@ pub fn keeper_main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     }
     let done = match role.to_str() {
         Some("guard") => guard::run(arguments),
-        Some("init") => init::run(),
+        Some("init") => init::run(arguments),
         Some("launch") => launch::run(arguments),
         _ => Err(io::Error::other(
             "a keeper is started by the server, not by hand",

@@ -19,6 +19,7 @@ use tokio::{
 
 use super::{
     NativeConfig,
+    confinement::Restrictions,
     interpreter::CommandLine,
     keeper::{KEEPER_ARGUMENT, PROCESS_NAME},
     messages::{Containment, Order, Report},
@@ -52,12 +53,13 @@ impl KeeperLink {
     pub(super) fn start(
         config: &NativeConfig,
         containment: Containment,
+        restrictions: &Restrictions,
         command: &CommandLine,
         variables: &BTreeMap<OsString, OsString>,
     ) -> io::Result<(Self, pipe::Receiver)> {
         let (socket, theirs) = std::os::unix::net::UnixStream::pair()?;
         let (output, their_output) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)?;
-        let limits = serde_json::to_string(&config.limits)?;
+        let restrictions = serde_json::to_string(restrictions)?;
         let mut keeper = Command::new(&config.keeper_program);
         keeper
             .arg0(PROCESS_NAME)
@@ -65,7 +67,7 @@ impl KeeperLink {
             .arg(std::process::id().to_string())
             .arg(containment.name())
             .arg(config.grace.as_millis().to_string())
-            .arg(limits)
+            .arg(restrictions)
             .arg(&command.program)
             .args(&command.arguments)
             .env_clear()
@@ -102,8 +104,8 @@ impl KeeperLink {
             if let Some(end) = self.received.iter().position(|&byte| byte == b'\n') {
                 let line: Vec<u8> = self.received.drain(..=end).collect();
                 let report = serde_json::from_slice(&line).ok()?;
-                match report {
-                    Report::Started { pid } => self.script = Pid::from_raw(pid),
+                match &report {
+                    Report::Started { pid, .. } => self.script = Pid::from_raw(*pid),
                     Report::Ended { .. } => self.has_ended = true,
                     _ => {}
                 }

@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use super::confinement::Granted;
+
 /// How the processes of one script are held together, so that none outlives the plugin.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -52,9 +54,6 @@ pub struct ProcessLimits {
     pub cpu_seconds: Option<u64>,
     /// Bytes of the largest file that a process may write (`RLIMIT_FSIZE`). Default none.
     pub file_size_bytes: Option<u64>,
-    /// Processes of the script's *user* (`RLIMIT_NPROC`), which counts those outside the
-    /// plugin too and is not applied to root. Default none.
-    pub user_processes: Option<u64>,
 }
 
 impl Default for ProcessLimits {
@@ -65,7 +64,6 @@ impl Default for ProcessLimits {
             address_space_bytes: None,
             cpu_seconds: None,
             file_size_bytes: None,
-            user_processes: None,
         }
     }
 }
@@ -96,8 +94,10 @@ pub(super) enum Report {
     Unavailable { reason: String },
     /// The script could not be started.
     Failed { reason: String },
-    /// The script runs, as `pid` in the server's own numbering.
-    Started { pid: i32 },
+    /// The machine does not give what the script's manifest requires; nothing was started.
+    Refused { reason: String },
+    /// The script runs, as `pid` in the server's own numbering, held to what is `granted`.
+    Started { pid: i32, granted: Granted },
     /// The script's own process ended.
     Ended { end: ProcessEnd },
     /// The script ended with code 0 and left `processes` running, as daemons do.
@@ -106,4 +106,17 @@ pub(super) enum Report {
     Gone { killed: usize },
     /// `processes` did not die of SIGKILL in time (stuck in the kernel).
     Stuck { processes: usize },
+}
+
+/// From the process that becomes the script to its keeper, one JSON object per line. The end
+/// of the stream after `Granted` alone says that it has become the script.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum LaunchWord {
+    /// What holds from here on.
+    Granted(Granted),
+    /// The manifest requires what this machine does not give.
+    Refused { reason: String },
+    /// The script could not be started.
+    Failed { reason: String },
 }

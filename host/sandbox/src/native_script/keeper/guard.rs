@@ -4,6 +4,7 @@ use std::{
     ffi::OsString,
     io::{self, Read, Write},
     os::{fd::AsFd, unix::net::UnixStream},
+    path::Path,
     time::{Duration, Instant},
 };
 
@@ -14,11 +15,14 @@ use super::{
     close_inherited_descriptors,
     launch::{GO, READY},
     namespace::{self, Namespace},
-    own_command,
+    own_command, private_tmp,
     process_tree::ProcessTree,
     signal_descriptor, take_control, wait_readable,
 };
-use crate::native_script::messages::{Containment, Order, ProcessEnd, Report};
+use crate::native_script::{
+    confinement::{Granted, Protection, Restrictions},
+    messages::{Containment, LaunchWord, Order, ProcessEnd, Report},
+};
 
 /// Longest line that is taken from the server or from the launching process.
 const MAX_MESSAGE_BYTES: usize = 4096;
@@ -33,7 +37,7 @@ const STUCK_LIMIT: Duration = Duration::from_secs(60);
 const KILL_ROUND: Duration = Duration::from_millis(5);
 
 /// Guards the script that `arguments` name: server's pid, containment, grace in
-/// milliseconds, limits, program, its arguments.
+/// milliseconds, restrictions, program, its arguments.
 ///
 /// 1. Leave the server's session and descriptors, and ask to be told when it dies.
 /// 2. Set up the containment; where that fails, nothing has been started.
@@ -49,6 +53,10 @@ pub(super) fn run(mut arguments: impl Iterator<Item = OsString>) -> io::Result<(
         .and_then(|name| Containment::parse(name.to_str()?))
         .ok_or_else(|| io::Error::other("no such containment"))?;
     let grace = Duration::from_millis(parse(arguments.next(), "the grace period")?);
+    let mut restrictions: Restrictions = arguments
+        .next()
+        .and_then(|text| serde_json::from_str(text.to_str()?).ok())
+        .ok_or_else(|| io::Error::other("the restrictions cannot be read"))?;
 
     // EPERM: the server made us a group leader already, and a session of our own is a comfort only.
     let _ = rustix::process::setsid();
@@ -65,10 +73,12 @@ pub(super) fn run(mut arguments: impl Iterator<Item = OsString>) -> io::Result<(
     // The signal also comes when only the thread that started us ends, hence not SIGKILL.
     rustix::process::set_parent_process_death_signal(Some(Signal::HUP))?;
 
+    let mut granted = Granted::default();
+    let confinement = restrictions.confinement.as_mut();
     let contained = ProcessTree::open().and_then(|tree| {
         let namespace = match containment {
             Containment::Subreaper => None,
-            kind => Some(namespace::enter(kind)?),
+            kind => Some(namespace::enter(kind, confinement, &mut granted)?),
         };
         Ok((tree, namespace))
     });
@@ -79,7 +89,20 @@ pub(super) fn run(mut arguments: impl Iterator<Item = OsString>) -> io::Result<(
             return send(&server, &Report::Unavailable { reason });
         }
     };
-    let (launch, script) = match start_script(arguments) {
+    // Removed when the last process is gone.
+    let stand_in = match &mut restrictions.confinement {
+        Some(confinement) => private_tmp::stand_in(confinement, &mut granted),
+        None => None,
+    };
+    let tmp = match &stand_in {
+        Some(directory) => Some(directory.path()),
+        None => granted
+            .protections
+            .contains(&Protection::PrivateTmp)
+            .then_some(Path::new("/tmp")),
+    };
+    let started = start_script(&restrictions, &granted, tmp, arguments);
+    let (launch, script) = match started {
         Ok(started) => started,
         Err(error) => {
             let reason = format!("the keeper cannot start a process: {error}");
@@ -190,22 +213,33 @@ impl Guard {
             }
         }
         self.launch = None;
-        match self.launch_text.split_first() {
-            Some((&READY, [])) => {
-                let pid = self.script.as_raw_pid();
-                self.tell(&Report::Started { pid });
-                Ok(Next::Watch)
-            }
-            Some((&READY, reason)) => {
-                let reason = String::from_utf8_lossy(reason).into_owned();
-                self.tell(&Report::Failed { reason });
-                Ok(Next::EndTree)
-            }
-            _ => {
-                let reason = "the launching process ended early".to_owned();
-                self.tell(&Report::Failed { reason });
-                Ok(Next::EndTree)
-            }
+        let report = self.launch_report();
+        self.tell(&report);
+        match report {
+            Report::Started { .. } => Ok(Next::Watch),
+            _ => Ok(Next::EndTree),
+        }
+    }
+
+    /// What the launching process's words mean, all of which have arrived.
+    fn launch_report(&self) -> Report {
+        let early = || Report::Failed {
+            reason: "the launching process ended early".to_owned(),
+        };
+        let Some((&READY, words)) = self.launch_text.split_first() else {
+            return early();
+        };
+        let last = words
+            .split(|&byte| byte == b'\n')
+            .rfind(|word| !word.is_empty());
+        match last.map(serde_json::from_slice) {
+            Some(Ok(LaunchWord::Granted(granted))) => Report::Started {
+                pid: self.script.as_raw_pid(),
+                granted,
+            },
+            Some(Ok(LaunchWord::Refused { reason })) => Report::Refused { reason },
+            Some(Ok(LaunchWord::Failed { reason })) => Report::Failed { reason },
+            _ => early(),
         }
     }
 
@@ -416,9 +450,22 @@ impl Guard {
     }
 }
 
-fn start_script(arguments: impl Iterator<Item = OsString>) -> io::Result<(UnixStream, Pid)> {
+fn start_script(
+    restrictions: &Restrictions,
+    granted: &Granted,
+    tmp: Option<&Path>,
+    command: impl Iterator<Item = OsString>,
+) -> io::Result<(UnixStream, Pid)> {
     let (launch, theirs) = UnixStream::pair()?;
-    let child = own_command("launch", theirs).args(arguments).spawn()?;
+    let mut own = own_command("launch", theirs);
+    if let Some(tmp) = tmp {
+        own.env("TMPDIR", tmp);
+    }
+    let child = own
+        .arg(serde_json::to_string(restrictions)?)
+        .arg(serde_json::to_string(granted)?)
+        .args(command)
+        .spawn()?;
     launch.set_nonblocking(true)?;
     let script = i32::try_from(child.id())
         .ok()

@@ -9,8 +9,11 @@ use rustix::{
     thread::{CapabilitySet, CapabilitySets},
 };
 
-use super::{own_command, wait_readable};
-use crate::native_script::messages::Containment;
+use super::{own_command, private_tmp, wait_readable};
+use crate::native_script::{
+    confinement::{Confinement, Granted, Protection},
+    messages::Containment,
+};
 
 /// Process 1 of the namespace as the guard sees it.
 pub(super) struct Namespace {
@@ -21,6 +24,8 @@ pub(super) struct Namespace {
 
 /// What init writes once `/proc` is mounted, and each time no process of its own is left.
 pub(super) const SIGN_READY: u8 = b'r';
+/// The same, with a bound on the number of processes.
+pub(super) const SIGN_READY_BOUNDED: u8 = b'b';
 pub(super) const SIGN_CHILDLESS: u8 = b'c';
 
 /// Long enough for a process start on a loaded machine.
@@ -30,13 +35,19 @@ const INIT_START_LIMIT: std::time::Duration = std::time::Duration::from_secs(10)
 ///
 /// 1. Take the namespaces, with a user namespace first where we lack the privilege.
 /// 2. Keep mounts made from now on to ourselves, while the host's still arrive.
-/// 3. Start process 1, which mounts the new `/proc`.
-/// 4. Give up what privilege the user namespace gave us.
+/// 3. For a confined script: mount its own temporary directories, and take a network
+///    namespace with nothing in it if it shall have no network.
+/// 4. Start process 1, which mounts the new `/proc`.
+/// 5. Give up what privilege the user namespace gave us.
 ///
 /// # Errors
 /// When the kernel or the container refuses one of these. Children can then no longer be
 /// started from here: the keeper has to end.
-pub(super) fn enter(containment: Containment) -> io::Result<Namespace> {
+pub(super) fn enter(
+    containment: Containment,
+    confinement: Option<&mut Confinement>,
+    granted: &mut Granted,
+) -> io::Result<Namespace> {
     let with_user = containment == Containment::UserPidNamespace;
     let user = rustix::process::geteuid().as_raw();
     let group = rustix::process::getegid().as_raw();
@@ -58,7 +69,22 @@ pub(super) fn enter(containment: Containment) -> io::Result<Namespace> {
         MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC,
     )
     .map_err(|error| context("mount propagation", error.into()))?;
-    let namespace = start_init()?;
+    let processes = confinement.as_ref().map(|it| it.processes);
+    if let Some(confinement) = confinement {
+        if !confinement.network {
+            let outcome = nix::sched::unshare(CloneFlags::CLONE_NEWNET);
+            granted.note(
+                Protection::NoNetwork,
+                outcome.map_err(|error| format!("network namespace: {error}")),
+            );
+        }
+        if let Err(error) = private_tmp::mount(confinement, granted) {
+            let reason = format!("file system for it: {error}");
+            granted.note(Protection::PrivateTmp, Err(reason));
+        }
+    }
+    let namespace = start_init(processes, granted)?;
+    granted.note(Protection::PidNamespace, Ok(()));
     if with_user {
         give_up_privilege().map_err(|error| context("capabilities", error))?;
     }
@@ -70,6 +96,28 @@ pub(super) fn mount_proc() -> io::Result<()> {
     let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
     rustix::mount::mount("proc", "/proc", "proc", flags, None)?;
     Ok(())
+}
+
+/// The first kernel that counts process numbers per namespace. Before it, the file that
+/// [`bound_processes`] writes is the whole machine's.
+const BOUND_SINCE: (u32, u32) = (6, 14);
+
+/// The kernel hands out process numbers below this once only.
+const RESERVED_PROCESSES: u32 = 300;
+
+/// Bounds the processes and threads of the namespace whose `/proc` this is, to `processes`
+/// and at most [`RESERVED_PROCESSES`] more.
+pub(super) fn bound_processes(processes: u32) -> io::Result<()> {
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease")?;
+    let mut numbers = release
+        .split(|character: char| !character.is_ascii_digit())
+        .map(|number| number.parse().unwrap_or(0));
+    let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+    if version < BOUND_SINCE {
+        return Err(io::ErrorKind::Unsupported.into());
+    }
+    let highest = processes.saturating_add(RESERVED_PROCESSES + 1);
+    fs::write("/proc/sys/kernel/pid_max", highest.to_string())
 }
 
 /// Leaves this process without any capability.
@@ -101,9 +149,10 @@ fn lend_mount_privilege() -> io::Result<()> {
     Ok(())
 }
 
-fn start_init() -> io::Result<Namespace> {
+fn start_init(processes: Option<u32>, granted: &mut Granted) -> io::Result<Namespace> {
     let (signs, theirs) = UnixStream::pair()?;
     let child = own_command("init", theirs)
+        .args(processes.map(|processes| processes.to_string()))
         .env_clear()
         .stdout(Stdio::null())
         .stderr(Stdio::null())
@@ -115,8 +164,11 @@ fn start_init() -> io::Result<Namespace> {
         .ok_or_else(|| io::Error::other("process 1 has no id"))?;
     let [readable] = wait_readable([Some(&signs)], Some(INIT_START_LIMIT))?;
     let mut sign = [0];
-    if !readable || io::Read::read(&mut &signs, &mut sign)? == 0 || sign != [SIGN_READY] {
-        return Err(io::Error::other("/proc cannot be mounted here"));
+    let is_there = readable && io::Read::read(&mut &signs, &mut sign)? > 0;
+    match sign {
+        [SIGN_READY_BOUNDED] if is_there => granted.note(Protection::ProcessLimit, Ok(())),
+        [SIGN_READY] if is_there => {}
+        _ => return Err(io::Error::other("/proc cannot be mounted here")),
     }
     signs.set_nonblocking(true)?;
     Ok(Namespace { init, signs })
