@@ -8,7 +8,8 @@ use stockade_cache::{
     Backing, CacheEngine, CacheError, EngineConfig, TokenHasher, remove_dead_segments,
 };
 use stockade_sandbox::{
-    Compiler, Contract, NativeConfig, Policy, Supervisor, SupervisorConfig, WasmConfig,
+    Compiler, Contract, FIRST_BACKOFF, NativeConfig, Policy, Supervisor, SupervisorConfig,
+    WasmConfig,
 };
 use stockade_transport::{Endpoint, ListenOptions, Listener};
 use tokio::{net::TcpListener, sync::watch};
@@ -259,6 +260,7 @@ fn supervisor_config(config: &Config) -> anyhow::Result<SupervisorConfig> {
         wasm: wasm_config(config.plugin_cache_dir.as_deref(), &config.plugin_policy)?,
         native,
         server_environment: environment,
+        first_backoff: FIRST_BACKOFF,
     })
 }
 

@@ -8,6 +8,7 @@
 
 mod basics;
 mod hostile;
+mod native_plugins;
 mod plugins;
 mod start_up;
 mod store_retrieve;

@@ -30,7 +30,8 @@ pub use native_script::{
 pub use policy::{Origin, Policy};
 pub use provenance::{PublicKey, SecretKey, Sha256Digest};
 pub use supervisor::{
-    Contract, PluginState, PluginStatus, Supervisor, SupervisorConfig, SupervisorError,
+    Contract, FIRST_BACKOFF, PluginState, PluginStatus, Supervisor, SupervisorConfig,
+    SupervisorError,
 };
 pub use wasm::{
     COMPILE_ARGUMENT, CompileLimits, Compiler, WasmConfig, WasmEnd, WasmError, WasmLimits,

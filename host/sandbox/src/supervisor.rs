@@ -42,8 +42,8 @@ use crate::{
     },
 };
 
-/// Delay before the first restart; it doubles with each failure in a row.
-const FIRST_BACKOFF: Duration = Duration::from_millis(500);
+/// Default delay before the first restart; it doubles with each failure in a row.
+pub const FIRST_BACKOFF: Duration = Duration::from_millis(500);
 /// Longest delay before a restart.
 const LONGEST_BACKOFF: Duration = Duration::from_secs(60);
 /// A run of this length makes earlier failures forgotten.
@@ -187,6 +187,8 @@ pub struct SupervisorConfig {
     pub native: NativeConfig,
     /// The server's environment, of which plugins see what their manifests name.
     pub server_environment: Vec<(OsString, OsString)>,
+    /// Delay before the first restart; it doubles with each failure in a row.
+    pub first_backoff: Duration,
 }
 
 /// Why plugins cannot be managed as asked.
@@ -1062,7 +1064,9 @@ impl Life {
             return Next::Wait(PluginState::Refused);
         }
         let policy = generation.manifest.restart;
-        match failures.after(end.is_clean, current.started.elapsed(), policy) {
+        let first_backoff = self.workshop.config.first_backoff;
+        let uptime = current.started.elapsed();
+        match failures.after(end.is_clean, uptime, policy, first_backoff) {
             After::Rest(state) => {
                 if state == PluginState::Quarantined {
                     tracing::error!(
@@ -1183,7 +1187,13 @@ struct Failures(u32);
 impl Failures {
     /// Counts a run of length `uptime`. Runs that end well never count, however short: a
     /// plugin that is always restarted may be one that does its work and exits.
-    fn after(&mut self, is_clean: bool, uptime: Duration, policy: Restart) -> After {
+    fn after(
+        &mut self,
+        is_clean: bool,
+        uptime: Duration,
+        policy: Restart,
+        first_backoff: Duration,
+    ) -> After {
         match (is_clean, policy) {
             (true, Restart::Never | Restart::OnFailure) => return After::Rest(PluginState::Exited),
             (false, Restart::Never) => return After::Rest(PluginState::Failed),
@@ -1196,7 +1206,7 @@ impl Failures {
         }
         let doublings = self.0.saturating_sub(1);
         After::Restart(
-            FIRST_BACKOFF
+            first_backoff
                 .saturating_mul(1 << doublings)
                 .min(LONGEST_BACKOFF),
         )
@@ -1434,7 +1444,7 @@ mod tests {
     fn failures_back_off_up_to_quarantine() {
         let mut failures = Failures::default();
         let delays: Vec<_> =
-            std::iter::from_fn(|| match failures.after(false, SHORT, Restart::OnFailure) {
+            std::iter::from_fn(|| match failures.after(false, SHORT, Restart::OnFailure, FIRST_BACKOFF) {
                 After::Restart(delay) => Some(delay.as_millis()),
                 After::Rest(state) => {
                     assert_eq!(state, PluginState::Quarantined);
@@ -1448,14 +1458,14 @@ mod tests {
     #[test]
     fn a_healthy_run_makes_failures_forgotten() {
         let mut failures = Failures(QUARANTINE_AFTER - 1);
-        let after = failures.after(false, HEALTHY_UPTIME, Restart::OnFailure);
+        let after = failures.after(false, HEALTHY_UPTIME, Restart::OnFailure, FIRST_BACKOFF);
         assert_eq!(after, After::Restart(FIRST_BACKOFF));
         assert_eq!(failures.0, 1);
     }
 
     #[test]
     fn the_policy_decides_who_comes_back() {
-        let after = |is_clean, policy| Failures::default().after(is_clean, SHORT, policy);
+        let after = |is_clean, policy| Failures::default().after(is_clean, SHORT, policy, FIRST_BACKOFF);
         let rest = After::Rest;
         assert_eq!(after(true, Restart::OnFailure), rest(PluginState::Exited));
         assert_eq!(after(true, Restart::Never), rest(PluginState::Exited));
@@ -1470,7 +1480,7 @@ mod tests {
     fn doing_its_work_again_and_again_is_no_crash_loop() {
         let mut failures = Failures::default();
         for _ in 0..100 {
-            let after = failures.after(true, SHORT, Restart::Always);
+            let after = failures.after(true, SHORT, Restart::Always, FIRST_BACKOFF);
             assert_eq!(after, After::Restart(FIRST_BACKOFF));
         }
     }
