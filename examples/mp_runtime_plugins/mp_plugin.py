@@ -3,7 +3,8 @@
 """A native plugin in Python: shows the server's settings, then a heartbeat until it is told to stop.
 
 The server passes its settings as JSON in ``LMCACHE_RUNTIME_PLUGIN_CONFIG`` and makes each line
-printed here one line of its log. It asks a plugin to stop with SIGTERM. The interval comes from
+printed here one line of its log. It asks a plugin to stop with SIGTERM, and where the plugin runs
+in a sandbox, which has no signals, with the end of standard input. The interval comes from
 ``--runtime-plugin-config '{"mp_plugin.heartbeat_seconds": 5}'``.
 """
 
@@ -99,18 +100,28 @@ def interval(extra_text, config):
     return float(value), None
 
 
-def signal_socket():
-    """A socket that gets one byte per SIGTERM or SIGINT, so that waiting for either is one select."""
+def stop_request():
+    """Something to ``select`` on, so that waiting for a heartbeat and for the end is one call.
+
+    It gets one byte per SIGTERM or SIGINT; in a sandbox it is standard input, which ends.
+    """
+    if sys.platform == "wasi":
+        return sys.stdin.buffer
     reader, writer = socket.socketpair()
     writer.setblocking(False)
-    signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    signal.set_wakeup_fd(writer.detach(), warn_on_full_buffer=False)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
-    return reader, writer
+    return reader.makefile("rb", buffering=0)
+
+
+def name_of(request):
+    """What asked us to stop: a signal's name, or the end of standard input."""
+    return signal.Signals(request[0]).name if request else "the end of input"
 
 
 def main():
-    reader, _writer = signal_socket()
+    request = stop_request()
     say("Started")
     config, problem = parse(os.environ.get("LMCACHE_RUNTIME_PLUGIN_CONFIG", ""))
     if problem:
@@ -125,9 +136,8 @@ def main():
     while True:
         say(f"heartbeat #{heartbeats}")
         heartbeats += 1
-        if select.select([reader], [], [], seconds)[0]:
-            name = signal.Signals(reader.recv(1)[0]).name
-            say(f"Received {name}, exiting")
+        if select.select([request], [], [], seconds)[0]:
+            say(f"Received {name_of(request.read(1))}, exiting")
             return 0
 
 

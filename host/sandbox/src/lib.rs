@@ -13,6 +13,7 @@ pub mod policy;
 pub mod provenance;
 
 mod native_script;
+mod python;
 pub mod wasm;
 
 pub mod log_stream;

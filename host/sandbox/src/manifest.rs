@@ -48,6 +48,8 @@ pub struct Manifest {
     pub directories: Directories,
     /// What it may use.
     pub limits: Limits,
+    /// Whether a Python script runs in the sandbox where the server has a Python for that.
+    pub sandbox: bool,
     /// What a script may use as a process of its own.
     pub process: ProcessGrants,
 }
@@ -119,6 +121,7 @@ impl Default for Manifest {
             env: Vec::new(),
             directories: Directories::default(),
             limits: Limits::default(),
+            sandbox: true,
             process: ProcessGrants::default(),
         }
     }

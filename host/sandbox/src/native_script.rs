@@ -28,6 +28,7 @@ use parking_lot::Mutex;
 use tokio::{io::AsyncReadExt, net::unix::pipe, time::Instant};
 use tokio_util::sync::CancellationToken;
 
+pub(crate) use self::confinement::own_directory;
 use self::{
     confinement::Restrictions, interpreter::CommandLine, keeper_link::KeeperLink, messages::Report,
 };

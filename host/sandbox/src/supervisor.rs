@@ -36,6 +36,7 @@ use crate::{
     },
     policy::{Origin, Policy},
     provenance::Sha256Digest,
+    python::{self, PythonError, PythonScript},
     wasm::{
         self, CompileLimits, GuestOutput, GuestStream, Launch, WasmConfig, WasmEnd, WasmError,
         WasmLimits, WasmModule, WasmRun, WasmRuntime, WasmUsage,
@@ -164,7 +165,7 @@ pub struct PluginStatus {
     pub cpu_time: Option<Duration>,
     /// What it is held to, with what it uses and how often that held.
     pub limits: Vec<LimitUse>,
-    /// What holds a script's processes together.
+    /// What holds it: the sandbox, or what holds a script's processes together.
     pub containment: Option<&'static str>,
     /// What the kernel holds a script's current or latest run to.
     pub granted: Option<Granted>,
@@ -187,6 +188,8 @@ pub struct SupervisorConfig {
     pub native: NativeConfig,
     /// The server's environment, of which plugins see what their manifests name.
     pub server_environment: Vec<(OsString, OsString)>,
+    /// A CPython that is a WASI command; with it Python scripts run in the sandbox.
+    pub python: Option<PathBuf>,
     /// Delay before the first restart; it doubles with each failure in a row.
     pub first_backoff: Duration,
 }
@@ -253,6 +256,7 @@ struct Shared {
     running_since: Option<SystemTime>,
     usage: Option<WasmRun>,
     script: Option<Arc<NativeScript>>,
+    is_sandboxed: bool,
     /// Of runs that are over.
     hits: LimitHits,
 }
@@ -328,6 +332,7 @@ impl Supervisor {
             config: Arc::clone(&shared.config),
             contract: contract.variables(),
             runtime: Mutex::default(),
+            python: Mutex::default(),
             preparing: Semaphore::new(PREPARING_AT_ONCE),
         });
         if waiting
@@ -488,6 +493,7 @@ impl Registry {
     /// A plugin that was found; `start` gives it its task.
     fn add(&mut self, found: Found) -> Arc<Plugin> {
         let (requests, inbox) = mpsc::channel(8);
+        let kind = found.kind;
         let plugin = Arc::new(Plugin {
             name: Arc::clone(&found.name),
             kind: found.kind,
@@ -507,6 +513,7 @@ impl Registry {
                 running_since: None,
                 usage: None,
                 script: None,
+                is_sandboxed: kind == PluginKind::Wasm,
                 hits: LimitHits::default(),
             }),
             restarts: AtomicU64::new(0),
@@ -541,11 +548,10 @@ impl Plugin {
             memory_bytes: usage.as_ref().map(|usage| usage.memory_bytes),
             cpu_time: usage.as_ref().map(|usage| usage.cpu_time),
             limits: self.limits(&shared, usage.unwrap_or_default()),
-            containment: shared
-                .script
-                .as_ref()
-                .and_then(|script| script.containment())
-                .map(|it| it.name()),
+            containment: match &shared.script {
+                Some(script) => script.containment().map(|it| it.name()),
+                None => shared.is_sandboxed.then_some("sandbox"),
+            },
             granted: shared.script.as_ref().and_then(|script| script.granted()),
             logs: self.logs.counts(),
         }
@@ -554,7 +560,7 @@ impl Plugin {
     /// The limits of a sandboxed plugin, then those that all kinds have.
     fn limits(&self, shared: &Shared, mut usage: WasmUsage) -> Vec<LimitUse> {
         let mut limits = Vec::new();
-        if self.kind == PluginKind::Wasm {
+        if shared.is_sandboxed {
             usage.hits.add_all(&shared.hits);
             limits = usage.limits(&wasm_limits(&shared.manifest));
             limits.extend(wasm::module_limits(
@@ -588,6 +594,7 @@ impl Plugin {
             Runner::Script(script) => Some(Arc::clone(script)),
             Runner::Wasm { .. } => None,
         };
+        shared.is_sandboxed = matches!(generation.runner, Runner::Wasm { .. });
         shared.usage = usage;
     }
 }
@@ -598,6 +605,8 @@ struct Workshop {
     contract: Vec<(String, String)>,
     /// Started with the first sandboxed plugin.
     runtime: Mutex<Option<Arc<WasmRuntime>>>,
+    /// Compiled with the first Python script that runs in the sandbox.
+    python: Mutex<Option<WasmModule>>,
     preparing: Semaphore,
 }
 
@@ -615,6 +624,8 @@ enum Runner {
     Wasm {
         runtime: Arc<WasmRuntime>,
         module: WasmModule,
+        /// What the module, which is Python then, runs.
+        script: Option<PythonScript>,
     },
     Script(Arc<NativeScript>),
 }
@@ -690,17 +701,12 @@ impl Workshop {
         if found.kind == PluginKind::Wasm {
             let runtime = self.runtime()?;
             let module = runtime.prepare(&found.name, &found.bytes)?;
-            return Ok(Runner::Wasm { runtime, module });
+            return Ok(Runner::Wasm {
+                runtime,
+                module,
+                script: None,
+            });
         }
-        if self.config.native.policy == NativePolicy::Deny {
-            return Err(Refusal::from(
-                "this server runs no scripts; start it with --native-plugins=confined, or make the plugin a sandboxed one"
-                    .to_owned(),
-            ));
-        }
-        let mut native = self.config.native.clone();
-        let environment = self.config.server_environment.iter().cloned();
-        native.passed_on = passed_on(environment, &found.manifest.env);
         // Somebody vouches for these bytes, so it is they that run, from a copy that only our
         // user can write. Other scripts run where they lie, beside what they may refer to.
         let path = match found.origin {
@@ -713,8 +719,47 @@ impl Workshop {
                 })?,
             _ => found.path.clone(),
         };
+        let is_python = found.path.extension().is_some_and(|it| it == "py");
+        if let Some(command) = &self.config.python
+            && is_python
+            && found.manifest.sandbox
+        {
+            return self
+                .python(command, &path)
+                .map_err(|error| error.to_string().into());
+        }
+        if self.config.native.policy == NativePolicy::Deny {
+            return Err(Refusal::from(
+                "this server runs no scripts; start it with --native-plugins=confined, or make the plugin a sandboxed one"
+                    .to_owned(),
+            ));
+        }
+        let mut native = self.config.native.clone();
+        let environment = self.config.server_environment.iter().cloned();
+        native.passed_on = passed_on(environment, &found.manifest.env);
         let script = NativeScript::new(&*found.name, path, native, found.manifest.clone());
         Ok(Runner::Script(Arc::new(script)))
+    }
+
+    /// A Python script in the sandbox.
+    fn python(&self, command: &Path, path: &Path) -> Result<Runner, PythonError> {
+        let home = self.config.server_environment.iter();
+        let home = home
+            .filter(|(name, _)| name == "HOME")
+            .map(|(_, home)| home.as_os_str())
+            .next();
+        let script = PythonScript::new(path, home)?;
+        let runtime = self.runtime()?;
+        let mut prepared = self.python.lock();
+        let module = match &*prepared {
+            Some(module) => module.clone(),
+            None => prepared.insert(python::prepare(&runtime, command)?).clone(),
+        };
+        Ok(Runner::Wasm {
+            runtime,
+            module,
+            script: Some(script),
+        })
     }
 
     /// The contract and what the manifest names of the server's environment.
@@ -1251,14 +1296,28 @@ pub fn wasm_directories(manifest: &Manifest) -> Vec<wasm::Directory> {
 fn start(plugin: &Arc<Plugin>, generation: &Arc<Generation>, ending: &Ending) -> Running {
     let stop = CancellationToken::new();
     let (run, usage): (Run, _) = match &generation.runner {
-        Runner::Wasm { runtime, module } => {
+        Runner::Wasm {
+            runtime,
+            module,
+            script,
+        } => {
             let must_end = ending.kill.child_token();
+            let mut environment = generation.variables.clone();
+            let mut directories = wasm_directories(&generation.manifest);
+            let arguments = match script {
+                Some(script) => {
+                    environment.extend(PythonScript::variables());
+                    directories.push(script.directory());
+                    script.arguments()
+                }
+                None => vec![plugin.name.to_string()],
+            };
             let run = runtime.spawn(
                 module,
                 Launch {
-                    arguments: vec![plugin.name.to_string()],
-                    environment: generation.variables.clone(),
-                    directories: wasm_directories(&generation.manifest),
+                    arguments,
+                    environment,
+                    directories,
                     limits: wasm_limits(&generation.manifest),
                     output: Arc::new(GuestLog(Arc::clone(&plugin.logs))),
                     stop: stop.clone(),
@@ -1443,15 +1502,16 @@ mod tests {
     #[test]
     fn failures_back_off_up_to_quarantine() {
         let mut failures = Failures::default();
-        let delays: Vec<_> =
-            std::iter::from_fn(|| match failures.after(false, SHORT, Restart::OnFailure, FIRST_BACKOFF) {
+        let delays: Vec<_> = std::iter::from_fn(|| {
+            match failures.after(false, SHORT, Restart::OnFailure, FIRST_BACKOFF) {
                 After::Restart(delay) => Some(delay.as_millis()),
                 After::Rest(state) => {
                     assert_eq!(state, PluginState::Quarantined);
                     None
                 }
-            })
-            .collect();
+            }
+        })
+        .collect();
         assert_eq!(delays, [500, 1000, 2000, 4000, 8000, 16000, 32000]);
     }
 
@@ -1465,7 +1525,8 @@ mod tests {
 
     #[test]
     fn the_policy_decides_who_comes_back() {
-        let after = |is_clean, policy| Failures::default().after(is_clean, SHORT, policy, FIRST_BACKOFF);
+        let after =
+            |is_clean, policy| Failures::default().after(is_clean, SHORT, policy, FIRST_BACKOFF);
         let rest = After::Rest;
         assert_eq!(after(true, Restart::OnFailure), rest(PluginState::Exited));
         assert_eq!(after(true, Restart::Never), rest(PluginState::Exited));

