@@ -87,6 +87,8 @@ pub struct Config {
     pub plugin_watch: bool,
     /// How far scripts are trusted.
     pub native_plugins: NativePolicy,
+    /// The CPython that runs Python plugins in the sandbox.
+    pub python_wasm: Option<PathBuf>,
     /// Where compiled plugins are kept; `None` for the user's cache directory.
     pub plugin_cache_dir: Option<PathBuf>,
     /// Host of the HTTP API.
@@ -366,6 +368,7 @@ impl Config {
             plugin_policy: Policy::default(),
             plugin_watch: settings.plugin_watch.unwrap_or(false),
             native_plugins,
+            python_wasm: settings.python_wasm,
             plugin_cache_dir: settings.plugin_cache_dir,
             http_host: settings.http_host.unwrap_or_else(|| "127.0.0.1".to_owned()),
             http_port: settings.http_port.unwrap_or(8080),

@@ -15,7 +15,9 @@ use std::{
 };
 
 use stockade_sandbox::{
-    CompileLimits, Compiler, Contract, FIRST_BACKOFF, Limit, NativeConfig, NativePolicy, PluginState, PluginStatus, Policy, SecretKey, Sha256Digest, Supervisor, SupervisorConfig, SupervisorError, WasmConfig,
+    CompileLimits, Compiler, Contract, FIRST_BACKOFF, Limit, NativeConfig, NativePolicy,
+    PluginState, PluginStatus, Policy, SecretKey, Sha256Digest, Supervisor, SupervisorConfig,
+    SupervisorError, WasmConfig,
 };
 
 /// What a condition gets on a loaded machine before the test fails.
@@ -898,6 +900,9 @@ async fn hits_are_counted_over_all_runs() {
     assert_eq!(hits("memory_hog", Limit::Memory), 2);
     until_state(&supervisor, "stack_overflow", PluginState::Failed).await;
     assert_eq!(hits("stack_overflow", Limit::Stack), 1);
+    supervisor.shutdown(Duration::ZERO).await;
+}
+
 /// The same behaviour as each kind of plugin has it: `ready` until it is told to stop, then
 /// `goodbye` and code 0; and exit code 3 at once.
 const KINDS: [(&str, &str, &str); 3] = [

@@ -158,6 +158,14 @@ pub struct Settings {
         help_heading = "Plugins"
     )]
     pub native_plugins: Option<String>,
+    /// A CPython that is a WASI command: *.py plugins then run sandboxed (ours)
+    #[arg(
+        long,
+        value_name = "FILE",
+        env = "STOCKADE_PYTHON_WASM",
+        help_heading = "Plugins"
+    )]
+    pub python_wasm: Option<PathBuf>,
     /// Directory of compiled plugins [default: stockade/ in the user's cache directory] (ours)
     #[arg(long, env = "STOCKADE_PLUGIN_CACHE_DIR", help_heading = "Plugins")]
     pub plugin_cache_dir: Option<PathBuf>,
@@ -223,6 +231,7 @@ impl Settings {
             runtime_plugin_config,
             plugin_watch,
             native_plugins,
+            python_wasm,
             plugin_cache_dir,
             http_host,
             http_port,
