@@ -1,5 +1,6 @@
 //! Validated settings: flags win over environment, environment over file, file over defaults.
 
+mod listeners;
 mod lmcache_flags;
 mod plugin_json;
 mod settings;
@@ -11,6 +12,7 @@ use clap::{CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 use serde::Deserialize;
 use stockade_cache::PolicyKind;
 
+pub use listeners::{DEFAULT as DEFAULT_LISTENER, ListenerConfig, Users};
 pub use settings::Settings;
 
 /// One GiB, the unit that LMCache calls GB.
@@ -60,8 +62,8 @@ pub struct Config {
     pub host: String,
     /// Port of the main ZMQ endpoint; 0 lets the kernel choose.
     pub port: u16,
-    /// Further endpoints, `tcp://...` or `ipc://...`.
-    pub listen: Vec<String>,
+    /// Where clients come in: the main endpoint first, at least this one.
+    pub listeners: Vec<ListenerConfig>,
     /// Tokens per chunk.
     pub chunk_size: NonZeroUsize,
     /// Identity of this server.
@@ -124,6 +126,8 @@ pub struct Config {
 struct File {
     #[serde(default)]
     serve: Settings,
+    #[serde(default)]
+    listener: Vec<listeners::ListenerTable>,
 }
 
 impl Command {
@@ -147,15 +151,15 @@ impl Command {
         let cli = Cli::from_arg_matches(&matches)
             .map_err(|error| UsageError(one_sentence(&error.render().to_string())))?;
         let CliCommand::Serve(flags) = cli.command;
-        let settings = match &flags.config {
+        let (settings, listeners) = match &flags.config {
             Some(path) => {
                 let file =
                     read_file(path).map_err(|error| UsageError(format!("--config: {error:#}")))?;
-                flags.or(file.serve)
+                (flags.or(file.serve), file.listener)
             }
-            None => *flags,
+            None => (*flags, Vec::new()),
         };
-        let config = Config::check(settings).map_err(UsageError)?;
+        let config = Config::check(settings, listeners).map_err(UsageError)?;
         Ok(Self::Serve(Box::new(config), warnings))
     }
 }
@@ -229,7 +233,7 @@ fn only(flag: &str, given: Option<&str>, served: &[&str], why: &str) -> Result<S
 
 impl Config {
     /// Puts defaults in and checks every value.
-    fn check(settings: Settings) -> Result<Self, String> {
+    fn check(settings: Settings, listeners: Vec<listeners::ListenerTable>) -> Result<Self, String> {
         only(
             "transport",
             settings.transport.as_deref(),
@@ -345,7 +349,7 @@ impl Config {
         Ok(Self {
             host: settings.host.unwrap_or_else(|| "localhost".to_owned()),
             port: settings.port.unwrap_or(5555),
-            listen: settings.listen.unwrap_or_default(),
+            listeners: listeners::check(&settings.listen.unwrap_or_default(), listeners)?,
             chunk_size,
             instance_id: settings
                 .instance_id
