@@ -1,5 +1,6 @@
 //! Validated settings: flags win over environment, environment over file, file over defaults.
 
+mod listeners;
 pub(crate) mod lmcache_flags;
 mod plugin_json;
 mod settings;
@@ -12,6 +13,7 @@ use serde::Deserialize;
 use stockade_cache::{PolicyKind, Tenant};
 use stockade_sandbox::{NativePolicy, Policy};
 
+pub use listeners::{DEFAULT as DEFAULT_LISTENER, ListenerConfig, Users};
 pub use settings::Settings;
 
 /// One GiB, the unit that LMCache calls GB.
@@ -38,8 +40,8 @@ pub struct Config {
     pub host: String,
     /// Port of the main ZMQ endpoint; 0 lets the kernel choose.
     pub port: u16,
-    /// Further endpoints, `tcp://...` or `ipc://...`.
-    pub listen: Vec<String>,
+    /// Where clients come in: the main endpoint first, at least this one.
+    pub listeners: Vec<ListenerConfig>,
     /// Tokens per chunk.
     pub chunk_size: NonZeroUsize,
     /// Identity of this server.
@@ -107,14 +109,12 @@ pub struct Config {
 }
 
 /// `stockade.toml`.
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
 struct File {
-    #[serde(default)]
     serve: Settings,
-    #[serde(default)]
+    listener: Vec<listeners::ListenerTable>,
     tenants: BTreeMap<String, tenants::TenantSettings>,
-    #[serde(default)]
     plugins: Policy,
 }
 
@@ -198,24 +198,23 @@ impl Config {
     /// # Errors
     /// One sentence that names the flag or key and the way out.
     pub fn load(flags: Settings) -> Result<Self, UsageError> {
-        let (settings, tenants, policy) = match &flags.config {
+        let mut file = match &flags.config {
             Some(path) => {
-                let file =
-                    read_file(path).map_err(|error| UsageError(format!("--config: {error:#}")))?;
-                (flags.or(file.serve), file.tenants, file.plugins)
+                read_file(path).map_err(|error| UsageError(format!("--config: {error:#}")))?
             }
-            None => (flags, BTreeMap::new(), Policy::default()),
+            None => File::default(),
         };
         let in_file = |error| UsageError(format!("--config: {error}"));
-        policy.check().map_err(in_file)?;
-        let mut config = Self::check(settings).map_err(UsageError)?;
-        config.tenants = tenants::check(tenants, config.l1_size_bytes).map_err(in_file)?;
-        config.plugin_policy = policy;
+        file.plugins.check().map_err(in_file)?;
+        let settings = flags.or(std::mem::take(&mut file.serve));
+        let mut config = Self::check(settings, file.listener).map_err(UsageError)?;
+        config.tenants = tenants::check(file.tenants, config.l1_size_bytes).map_err(in_file)?;
+        config.plugin_policy = file.plugins;
         Ok(config)
     }
 
     /// Puts defaults in and checks every value.
-    fn check(settings: Settings) -> Result<Self, String> {
+    fn check(settings: Settings, listeners: Vec<listeners::ListenerTable>) -> Result<Self, String> {
         only(
             "transport",
             settings.transport.as_deref(),
@@ -337,7 +336,7 @@ impl Config {
         Ok(Self {
             host: settings.host.unwrap_or_else(|| "localhost".to_owned()),
             port: settings.port.unwrap_or(5555),
-            listen: settings.listen.unwrap_or_default(),
+            listeners: listeners::check(&settings.listen.unwrap_or_default(), listeners)?,
             chunk_size,
             instance_id: settings
                 .instance_id

@@ -49,32 +49,31 @@ impl Server {
     pub async fn prepare(config: Config) -> anyhow::Result<Self> {
         let supervisor = Supervisor::discover(supervisor_config(&config)?)?;
         let endpoint = tcp_endpoint(&config.host, config.port)?;
-        let extra: Vec<Endpoint> = config
-            .listen
-            .iter()
-            .map(|text| {
-                text.parse()
-                    .with_context(|| format!("--listen {text} is no endpoint"))
-            })
-            .collect::<anyhow::Result<_>>()?;
+        let (main, further) = config
+            .listeners
+            .split_first()
+            .context("there is no listener to serve")?;
+        let main = main.options();
 
         // The segment's name follows from the port, which for port 0 is known once it is bound.
         let mut bound = None;
         let port = match config.port {
-            0 => bind_zmq(&mut bound, &endpoint, "--port").await?,
+            0 => bind_zmq(&mut bound, &endpoint, &main).await?,
             port => port,
         };
         let engine = Arc::new(open_engine(&config, port, &endpoint).await?);
         if bound.is_none() {
-            bind_zmq(&mut bound, &endpoint, "--port").await?;
+            bind_zmq(&mut bound, &endpoint, &main).await?;
         }
         let mut listeners: Vec<_> = bound.into_iter().collect();
-        for endpoint in &extra {
-            let options = ListenOptions {
-                name: endpoint.to_string().into(),
-                ..ListenOptions::default()
+        for listener in further {
+            let Some(endpoint) = &listener.endpoint else {
+                bail!("listener {}: endpoint is missing", listener.name);
             };
-            listeners.push(Listener::bind(endpoint, options).await?);
+            let bound = Listener::bind(endpoint, listener.options())
+                .await
+                .with_context(|| format!("listener {} cannot be bound", listener.name))?;
+            listeners.push(bound);
         }
         let http = bind_http(&config.http_host, config.http_port, "--http-port").await?;
         let metrics = match config.prometheus_port {
@@ -306,11 +305,11 @@ fn tcp_endpoint(host: &str, port: u16) -> anyhow::Result<Endpoint> {
 async fn bind_zmq(
     bound: &mut Option<Listener>,
     endpoint: &Endpoint,
-    flag: &str,
+    options: &ListenOptions,
 ) -> anyhow::Result<u16> {
-    let listener = Listener::bind(endpoint, ListenOptions::default())
+    let listener = Listener::bind(endpoint, options.clone())
         .await
-        .with_context(|| format!("{flag} cannot be bound"))?;
+        .context("--port cannot be bound")?;
     let port = match listener.endpoint() {
         Endpoint::Tcp { port, .. } => *port,
         other => bail!("{other} has no port"),

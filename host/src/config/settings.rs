@@ -20,7 +20,8 @@ pub struct Settings {
     /// TCP port of the ZMQ endpoint, 0 for any free one [default: 5555]
     #[arg(long, env = "STOCKADE_PORT", help_heading = "Server")]
     pub port: Option<u16>,
-    /// Further endpoints to listen on, `tcp://HOST:PORT` or `ipc:///PATH`; repeatable (ours)
+    /// Further endpoints to listen on, `tcp://HOST:PORT` or `ipc:///PATH`; repeatable. With names,
+    /// users and modes: `[[listener]]` in the file of --config (ours)
     #[arg(
         long,
         value_name = "ENDPOINT",

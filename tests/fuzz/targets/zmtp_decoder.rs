@@ -1,0 +1,67 @@
+//! A connection from a stranger: nothing panics, memory follows what arrived, and the pieces in
+//! which bytes come change nothing.
+#![no_main]
+
+use bytes::BufMut;
+use libfuzzer_sys::fuzz_target;
+use stockade_transport::{
+    Limits, Mechanism, Principal, ProtocolError,
+    zmtp::{Authenticator, Event, Outbound, Session},
+};
+
+const LIMITS: Limits = Limits {
+    max_frame_bytes: 8 << 10,
+    max_message_bytes: 16 << 10,
+    max_frames: 8,
+    skip_factor: 4,
+};
+
+/// Two read buffers.
+const ALLOWANCE: usize = 2 * (128 << 10);
+
+struct Anybody;
+
+impl Authenticator for Anybody {
+    fn plain(&self, username: &[u8], _password: &[u8]) -> Option<Principal> {
+        (username != b"nobody").then(|| Principal::new("somebody"))
+    }
+}
+
+fn events(mechanism: Mechanism, stream: &[u8], piece: usize) -> (Vec<Event>, Option<ProtocolError>) {
+    let mut out = Outbound::default();
+    let mut session = Session::accept(mechanism, LIMITS, &mut out);
+    let mut events = Vec::new();
+    let mut rest = stream;
+    while !rest.is_empty() {
+        let mut space = session.decoder().space();
+        let room = space.remaining_mut();
+        assert!(room > 0, "no place for the next bytes");
+        let count = room.min(piece).min(rest.len());
+        space.put_slice(&rest[..count]);
+        rest = &rest[count..];
+        session.decoder().note_read(count, room);
+        loop {
+            match session.next(&mut out) {
+                Ok(Some(event)) => events.push(event),
+                Ok(None) => break,
+                Err(error) => return (events, Some(error)),
+            }
+        }
+        assert!(session.decoder().held_bytes() <= LIMITS.max_message_bytes + ALLOWANCE);
+        assert!(out.queued_bytes() <= 4 * stream.len() + 1024);
+    }
+    (events, None)
+}
+
+fuzz_target!(|input: &[u8]| {
+    let Some((&choice, stream)) = input.split_first() else {
+        return;
+    };
+    let mechanism = || match choice & 1 {
+        0 => Mechanism::Null,
+        _ => Mechanism::Plain(std::sync::Arc::new(Anybody)),
+    };
+    let whole = events(mechanism(), stream, usize::MAX);
+    let pieces = events(mechanism(), stream, 1 + usize::from(choice >> 1));
+    assert_eq!(whole, pieces);
+});
