@@ -8,6 +8,7 @@
 
 mod basics;
 mod hostile;
+mod listeners;
 mod plugins;
 mod start_up;
 mod store_retrieve;
