@@ -10,5 +10,6 @@ mod basics;
 mod hostile;
 mod listeners;
 mod plugins;
+mod replay;
 mod start_up;
 mod store_retrieve;
