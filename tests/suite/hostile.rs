@@ -68,7 +68,7 @@ impl Siege {
             tokio::time::sleep(Duration::from_millis(20)).await;
         };
         assert!(self.server.is_running(), "{attack}");
-        println!(
+        eprintln!(
             "{attack}: a fresh client is served in {served:?}, memory {memory} KiB, {} before",
             self.memory_before_kib
         );

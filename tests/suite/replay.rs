@@ -139,7 +139,7 @@ async fn replay(mode: &str, flags: &[&str]) -> (usize, usize) {
             }
         }
     }
-    println!("{mode}: {same} replies are the recorded bytes, {documented} differ as documented");
+    eprintln!("{mode}: {same} replies are the recorded bytes, {documented} differ as documented");
     (same, documented)
 }
 
