@@ -45,7 +45,7 @@ use self::{
 };
 use tokio::{runtime::Handle, sync::Notify};
 
-use crate::telemetry::LogLimiter;
+use crate::telemetry::CauseLimiter;
 
 /// Requests up to this size are handled where they were read; larger ones take milliseconds,
 /// and go to a thread of their own so that the connections beside them do not wait.
@@ -88,7 +88,7 @@ pub struct Service {
     events: Arc<KvEvents>,
     p2p: P2pTasks,
     metrics: ServiceMetrics,
-    log: LogLimiter,
+    log: CauseLimiter,
     lapsed: Lapsed,
     started: Instant,
     stored: Notify,
@@ -116,7 +116,7 @@ impl Service {
             events,
             p2p: P2pTasks::default(),
             metrics: ServiceMetrics::register(registry),
-            log: LogLimiter::default(),
+            log: CauseLimiter::default(),
             lapsed: Lapsed::default(),
             started: Instant::now(),
             stored: Notify::new(),

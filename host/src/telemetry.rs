@@ -1,12 +1,9 @@
 //! The log on stderr, and how often one cause may fill it.
 
-use std::{
-    collections::HashMap,
-    fmt,
-    time::{Duration, Instant},
-};
+use std::{collections::HashMap, fmt};
 
 use parking_lot::Mutex;
+use stockade_transport::LogLimiter;
 use tracing::{Event, Level, Subscriber, field::Visit};
 use tracing_appender::non_blocking::{NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::{
@@ -122,41 +119,16 @@ impl Visit for Line {
     }
 }
 
-/// Lets a cause log five lines in ten seconds, and says how many more there were.
+/// Limits the lines of each cause by itself.
 #[derive(Debug, Default)]
-pub struct LogLimiter(Mutex<HashMap<&'static str, Window>>);
+pub struct CauseLimiter(Mutex<HashMap<&'static str, LogLimiter>>);
 
-#[derive(Debug)]
-struct Window {
-    began: Instant,
-    lines: u32,
-}
-
-impl LogLimiter {
-    const LINES: u32 = 5;
-    const WINDOW: Duration = Duration::from_secs(10);
-
+impl CauseLimiter {
     /// Logs `line` as a warning unless `cause` has used up its lines.
     pub fn warn(&self, cause: &'static str, line: impl FnOnce() -> String) {
-        let unsaid = {
-            let mut windows = self.0.lock();
-            let window = windows.entry(cause).or_insert_with(|| Window {
-                began: Instant::now(),
-                lines: 0,
-            });
-            let mut unsaid = 0;
-            if window.began.elapsed() > Self::WINDOW {
-                unsaid = window.lines.saturating_sub(Self::LINES);
-                *window = Window {
-                    began: Instant::now(),
-                    lines: 0,
-                };
-            }
-            window.lines = window.lines.saturating_add(1);
-            if window.lines > Self::LINES {
-                return;
-            }
-            unsaid
+        let turn = self.0.lock().entry(cause).or_default().turn();
+        let Some(unsaid) = turn else {
+            return;
         };
         let line = line();
         if unsaid > 0 {

@@ -228,6 +228,19 @@ impl Server {
         values.iter().sum()
     }
 
+    /// Waits for a metric to have a value that is `wanted`.
+    pub async fn metric_becomes(&self, name: &str, wanted: impl Fn(f64) -> bool) {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let value = self.metric(name).await;
+            if wanted(value) {
+                return;
+            }
+            assert!(Instant::now() < deadline, "{name} stays at {value}");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
     /// Memory of its own that the server's process holds; the pool is not counted.
     #[must_use]
     pub fn anonymous_memory_kib(&self) -> u64 {

@@ -68,19 +68,10 @@ impl Siege {
             tokio::time::sleep(Duration::from_millis(20)).await;
         };
         assert!(self.server.is_running(), "{attack}");
-        println!(
+        eprintln!(
             "{attack}: a fresh client is served in {served:?}, memory {memory} KiB, {} before",
             self.memory_before_kib
         );
-    }
-
-    /// Waits until no connection but those of `/status` is open.
-    async fn all_have_left(&self) {
-        let deadline = Instant::now() + PATIENCE;
-        while self.server.metric("stockade_connections_open").await > 0.0 {
-            assert!(Instant::now() < deadline, "connections stay open");
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
     }
 }
 
@@ -93,7 +84,7 @@ async fn fresh_client(server: &Server) -> Duration {
 }
 
 /// A ZMTP 3.1 greeting with the NULL mechanism, and a READY command of a DEALER.
-fn handshake() -> Vec<u8> {
+pub(crate) fn handshake() -> Vec<u8> {
     let mut bytes = vec![0xff, 0, 0, 0, 0, 0, 0, 0, 1, 0x7f, 3, 1];
     bytes.extend_from_slice(b"NULL");
     bytes.resize(64, 0);

@@ -12,5 +12,8 @@ mod load;
 mod native_plugins;
 mod plugins;
 mod simulate;
+mod listeners;
+mod plugins;
+mod replay;
 mod start_up;
 mod store_retrieve;

@@ -23,10 +23,12 @@ mod server;
 mod budget;
 mod config;
 mod connection;
+mod log_limiter;
 mod stats;
 
 pub use config::{Config, ConfigError};
 pub use listener::{BindError, Endpoint, EndpointError, ListenOptions, Listener};
+pub use log_limiter::LogLimiter;
 pub use peer::{Credentials, Peer, PeerAddress, SendError};
 pub use server::{Handler, Outcome, Server};
 pub use stats::{DisconnectReason, Stats};

@@ -10,21 +10,19 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::task::JoinSet;
-use tokio::time::Instant;
 use tokio_util::task::TaskTracker;
 
 use crate::budget::{Account, Budget};
 use crate::config::{Config, ConfigError};
 use crate::connection::{Connection, LINGER};
 use crate::listener::{Accepted, Listener, tune_tcp};
+use crate::log_limiter::LogLimiter;
 use crate::peer::{Ask, Link, Origin, Peer, PeerAddress};
 use crate::stats::{DisconnectReason, Stats, add};
 use crate::zmtp::{Frames, Mechanism, Message};
 
 /// First and last wait after an accept that failed for want of something.
 const ACCEPT_BACKOFF: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
-/// Between two log lines about the same kind of refusal.
-const LOG_INTERVAL: Duration = Duration::from_secs(5);
 
 /// What a server does with messages.
 ///
@@ -319,24 +317,5 @@ impl<H: Handler> Drop for Admission<H> {
         if let Some(peer) = self.peer.take() {
             self.shared.handler.disconnected(&peer, self.reason);
         }
-    }
-}
-
-/// Lets one log line through per [`LOG_INTERVAL`].
-#[derive(Default)]
-pub(crate) struct LogLimiter(Mutex<(Option<Instant>, u64)>);
-
-impl LogLimiter {
-    /// Whether to log now, and how many lines were left out since the last time.
-    pub(crate) fn turn(&self) -> Option<u64> {
-        let mut state = self.0.lock();
-        let now = Instant::now();
-        if state.0.is_some_and(|last| now - last < LOG_INTERVAL) {
-            state.1 += 1;
-            return None;
-        }
-        let unsaid = std::mem::take(&mut state.1);
-        state.0 = Some(now);
-        Some(unsaid)
     }
 }

@@ -28,7 +28,10 @@ async fn a_thousand_connections_are_served_and_forgotten() {
     }
     assert!(siege.server.metric("stockade_connections_open").await >= 1000.0);
     drop(clients);
-    siege.all_have_left().await;
+    siege
+        .server
+        .metric_becomes("stockade_connections_open", |open| open == 0.0)
+        .await;
     siege.withstood("a thousand connections").await;
 }
 

@@ -161,6 +161,9 @@ async fn endless_handshakes_end() {
     for stream in &mut streams {
         closed_by_server(stream).await;
     }
-    siege.all_have_left().await;
+    siege
+        .server
+        .metric_becomes("stockade_connections_open", |open| open == 0.0)
+        .await;
     siege.withstood("a handshake of one byte at a time").await;
 }
