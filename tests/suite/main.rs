@@ -8,12 +8,11 @@
 
 mod basics;
 mod hostile;
+mod listeners;
 mod load;
 mod native_plugins;
 mod plugins;
-mod simulate;
-mod listeners;
-mod plugins;
 mod replay;
+mod simulate;
 mod start_up;
 mod store_retrieve;
