@@ -49,7 +49,7 @@ use self::{
 pub use self::{
     compiler::{COMPILE_ARGUMENT, CompileLimits, compile_child_main},
     error::WasmError,
-    inspect::{ModuleFacts, inspect},
+    inspect::{ModuleFacts, ModuleForm, inspect},
     launch::{Access, Directory, Launch, WasmLimits},
 };
 use crate::limit::{Limit, LimitHits, LimitUse};
@@ -103,6 +103,8 @@ pub struct WasmConfig {
     pub compiler: Compiler,
     /// What compiling one module may take.
     pub compile_limits: CompileLimits,
+    /// What a module may be made of.
+    pub form: ModuleForm,
 }
 
 /// Who compiles modules.
@@ -142,6 +144,8 @@ pub struct WasmUsage {
     pub peak_memory_bytes: u64,
     /// Table elements now; 0 after the end.
     pub table_elements: u64,
+    /// The most table elements so far.
+    pub peak_table_elements: u64,
     /// Processor time, host calls included.
     pub cpu_time: Duration,
     /// The longest that one call into the file system took.
@@ -226,9 +230,9 @@ impl WasmUsage {
 pub fn module_limits(bytes: u64, compile: CompileLimits, hits: &LimitHits) -> Vec<LimitUse> {
     let milliseconds = u64::try_from(compile.time.as_millis()).unwrap_or(u64::MAX);
     let rows = [
-        (Limit::ModuleBytes, inspect::MODULE_LIMIT, Some(bytes)),
-        (Limit::Functions, inspect::FUNCTION_LIMIT, None),
-        (Limit::Names, inspect::NAME_LIMIT, None),
+        (Limit::ModuleBytes, ModuleForm::default().bytes, Some(bytes)),
+        (Limit::Functions, ModuleForm::default().functions, None),
+        (Limit::Names, ModuleForm::default().names, None),
         (Limit::CompileTime, milliseconds, None),
         (Limit::CompileMemory, compile.memory_bytes, None),
     ];
@@ -301,6 +305,7 @@ impl WasmRun {
             memory_bytes: read(&meter.memory),
             peak_memory_bytes: read(&meter.memory_peak),
             table_elements: read(&meter.table_elements),
+            peak_table_elements: read(&meter.table_elements_peak),
             cpu_time: Duration::from_nanos(read(&meter.cpu_nanoseconds)),
             longest_host_call: Duration::from_nanos(read(&meter.host_call_longest)),
             peak_open_files: read(&meter.open_files_peak),
@@ -323,6 +328,7 @@ pub struct WasmRuntime {
     cache: Cache,
     compiler: Compiler,
     compile_limits: CompileLimits,
+    form: ModuleForm,
     compatibility: u64,
     /// One compilation at a time: each may take gigabytes.
     compiling: Mutex<()>,
@@ -370,6 +376,7 @@ impl WasmRuntime {
             cache,
             compiler: config.compiler,
             compile_limits: config.compile_limits,
+            form: config.form,
             compiling: Mutex::new(()),
             guests,
             live: Arc::new(AtomicUsize::new(0)),
@@ -396,7 +403,7 @@ impl WasmRuntime {
     ///
     /// Any [`WasmError`] but those of [`start`](Self::start); each names the plugin and the reason.
     pub fn prepare(&self, name: &str, bytes: &[u8]) -> Result<WasmModule, WasmError> {
-        inspect::check(name, bytes)?;
+        self.check(name, bytes)?;
         let digest = blake3::hash(bytes).to_hex();
         let key = format!("{digest}-{:016x}", self.compatibility);
         let compiled = match self.load(&key) {
@@ -408,6 +415,15 @@ impl WasmRuntime {
             name: name.into(),
             digest: digest.as_str().into(),
         })
+    }
+
+    /// Refuses what is too big in any way to be compiled; text passes unparsed.
+    ///
+    /// # Errors
+    ///
+    /// The [`WasmError`] of the limit.
+    pub fn check(&self, name: &str, bytes: &[u8]) -> Result<(), WasmError> {
+        inspect::check(name, bytes, self.form)
     }
 
     /// Runs a module's `_start`, or a component's `wasi:cli/run`.

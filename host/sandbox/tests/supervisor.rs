@@ -15,9 +15,9 @@ use std::{
 };
 
 use stockade_sandbox::{
-    CompileLimits, Compiler, Contract, FIRST_BACKOFF, Limit, NativeConfig, NativePolicy,
-    PluginState, PluginStatus, Policy, SecretKey, Sha256Digest, Supervisor, SupervisorConfig,
-    SupervisorError, WasmConfig,
+    CompileLimits, Compiler, Contract, FIRST_BACKOFF, Limit, ModuleForm, NativeConfig,
+    NativePolicy, PluginState, PluginStatus, Policy, SecretKey, Sha256Digest, Supervisor,
+    SupervisorConfig, SupervisorError, WasmConfig,
 };
 
 /// What a condition gets on a loaded machine before the test fails.
@@ -77,6 +77,7 @@ impl Den {
                 cache_dir: self.directory.path().join("cache"),
                 compiler: Compiler::InProcess,
                 compile_limits: CompileLimits::default(),
+                form: ModuleForm::default(),
             },
             policy: Policy::default(),
             watch: false,

@@ -22,8 +22,8 @@ use std::{
 use parking_lot::Mutex;
 use stockade_sandbox::Limit;
 use stockade_sandbox::wasm::{
-    Access, CompileLimits, Compiler, Directory, GuestOutput, GuestStream, Launch, WasmConfig,
-    WasmEnd, WasmError, WasmLimits, WasmModule, WasmRun, WasmRuntime,
+    Access, CompileLimits, Compiler, Directory, GuestOutput, GuestStream, Launch, ModuleForm,
+    WasmConfig, WasmEnd, WasmError, WasmLimits, WasmModule, WasmRun, WasmRuntime,
 };
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
@@ -147,6 +147,7 @@ fn start(cache_dir: &Path, compiler: Compiler) -> Result<WasmRuntime, WasmError>
         cache_dir: cache_dir.to_owned(),
         compiler,
         compile_limits: CompileLimits::default(),
+        form: ModuleForm::default(),
     })
 }
 
@@ -913,6 +914,7 @@ async fn compile_bombs_are_defused() {
                 time: Duration::from_secs(time),
                 memory_bytes,
             },
+            form: ModuleForm::default(),
         })
         .unwrap()
     };
@@ -937,19 +939,29 @@ async fn compile_bombs_are_defused() {
     let refused = runtime.prepare("many_functions", &binary).unwrap_err();
     assert_eq!(refused.limit(), Some(Limit::Functions), "{refused}");
 
-    // One function that is too long to compile in a second.
-    let body = "(local.set 0 (i64.rem_u (i64.mul (local.get 0) (local.get 1)) (i64.add (local.get 1) (local.get 0))))".repeat(60_000);
-    let long = format!("(module (func (param i64 i64) {body}) (func (export \"_start\")))");
-    let bomb = wat::parse_str(&long).unwrap();
+    // Loops within loops, with as many variables that all of them change.
+    let depth = 200;
+    let locals = "(local i64)".repeat(depth);
+    let changes: String = (0..depth)
+        .map(|local| format!("(local.set {local} (i64.add (local.get {local}) (i64.const 1)))"))
+        .collect();
+    let branches: String = (0..depth)
+        .map(|level| format!("(br_if {level} (i32.wrap_i64 (local.get 0)))"))
+        .collect();
+    let (open, close) = ("loop ".repeat(depth), "end ".repeat(depth));
+    let text =
+        format!("(module (func (export \"_start\") {locals} {open} {changes} {branches} {close}))");
+    let bomb = wat::parse_str(&text).unwrap();
     let begun = Instant::now();
-    let refused = tight(1, 4 << 30).prepare("long", &bomb).unwrap_err();
+    let refused = tight(1, 4 << 30).prepare("bomb", &bomb).unwrap_err();
     assert_eq!(refused.limit(), Some(Limit::CompileTime), "{refused}");
     assert!(
         begun.elapsed() < Duration::from_secs(10),
         "{:?}",
         begun.elapsed()
     );
-    let refused = tight(60, 256 << 20).prepare("long", &bomb).unwrap_err();
+    // What this has to map before it begins leaves no room for the bomb.
+    let refused = tight(30, 150 << 20).prepare("bomb", &bomb).unwrap_err();
     assert_eq!(refused.limit(), Some(Limit::CompileMemory), "{refused}");
 }
 

@@ -49,6 +49,7 @@ pub(super) struct Meter {
     pub(super) memory: AtomicU64,
     pub(super) memory_peak: AtomicU64,
     pub(super) table_elements: AtomicU64,
+    pub(super) table_elements_peak: AtomicU64,
     pub(super) cpu_nanoseconds: AtomicU64,
     pub(super) host_call_longest: AtomicU64,
     pub(super) open_files_peak: AtomicU64,
@@ -139,6 +140,9 @@ impl Limiter {
     fn note_elements(&mut self, elements: u64) {
         self.elements = elements;
         self.meter.table_elements.store(elements, Ordering::Relaxed);
+        self.meter
+            .table_elements_peak
+            .fetch_max(elements, Ordering::Relaxed);
     }
 }
 
