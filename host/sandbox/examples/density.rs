@@ -229,7 +229,6 @@ async fn main() {
         prepare("hello", HELLO.as_bytes()),
         prepare("endless loop", SPINNER.as_bytes()),
     );
-    println!("at most {} guests at once", runtime.guest_limit());
     first_line(&runtime, "wat guest", &hello, 200).await;
     kill(&runtime, &spinner, 100).await;
     children(
@@ -251,7 +250,13 @@ async fn main() {
         first_line(&runtime, &name, &module, 20).await;
         sleepers(&runtime, &name, &module, &[1, guest_count]).await;
     }
-    sleepers(&runtime, "wat guest", &sleeper, &[1, 100, 1000, 10_000]).await;
+    sleepers(
+        &runtime,
+        "wat guest",
+        &sleeper,
+        &[1, 100, 1000, 10_000, 12_000],
+    )
+    .await;
     drop(runtime);
     let _ = fs::remove_dir_all(cache);
 }

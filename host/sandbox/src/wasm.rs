@@ -61,8 +61,12 @@ const GUEST_NICE: i32 = 19;
 const FILE_THREADS: usize = 4;
 
 /// Maps that one guest takes at most: its memory's two guards, content and rest, its stack's
-/// guard and content, and one to spare.
+/// guard and content, and one to spare. Neighbours share some, so that most take five.
 const MAPS_PER_GUEST: usize = 7;
+
+/// How many guests start before the maps are counted again, which takes milliseconds when there
+/// are tens of thousands.
+const STARTS_PER_COUNT: usize = 256;
 
 /// What Linux gives a process where it does not say.
 const DEFAULT_MAX_MAPS: usize = 65_530;
@@ -333,8 +337,7 @@ pub struct WasmRuntime {
     /// One compilation at a time: each may take gigabytes.
     compiling: Mutex<()>,
     guests: runtime::Handle,
-    live: Arc<AtomicUsize>,
-    guest_limit: usize,
+    room: Arc<Room>,
     shutdown: CancellationToken,
     ticker_stop: Arc<AtomicBool>,
     guest_thread: Option<JoinHandle<()>>,
@@ -347,7 +350,7 @@ impl fmt::Debug for WasmRuntime {
             .debug_struct("WasmRuntime")
             .field("cache", &self.cache)
             .field("compiler", &self.compiler)
-            .field("guests", &self.live.load(Ordering::Relaxed))
+            .field("guests", &self.room.live.load(Ordering::Relaxed))
             .finish_non_exhaustive()
     }
 }
@@ -379,8 +382,7 @@ impl WasmRuntime {
             form: config.form,
             compiling: Mutex::new(()),
             guests,
-            live: Arc::new(AtomicUsize::new(0)),
-            guest_limit: guest_limit(),
+            room: Arc::new(Room::new()),
             shutdown,
             ticker_stop: Arc::new(AtomicBool::new(false)),
             guest_thread: Some(guest_thread),
@@ -450,10 +452,10 @@ impl WasmRuntime {
             began: std::time::Instant::now(),
             _kill: Arc::new(kill.clone().drop_guard()),
         };
-        let Some(place) = Place::take(&self.live, self.guest_limit) else {
+        let Some(place) = Room::take(&self.room) else {
             end.send_replace(Some(WasmEnd::LimitHit(format!(
                 "{} guests run already, which is what the kernel's limit of memory maps per process leaves room for; raise it with `sysctl vm.max_map_count`",
-                self.guest_limit
+                self.room.live.load(Ordering::Relaxed)
             ))));
             return run;
         };
@@ -497,11 +499,6 @@ impl WasmRuntime {
             end.send_replace(Some(ended));
         });
         run
-    }
-
-    /// How many guests may run at once.
-    pub fn guest_limit(&self) -> usize {
-        self.guest_limit
     }
 
     fn load(&self, key: &str) -> Option<Compiled> {
@@ -600,15 +597,6 @@ fn component_import_error(name: &str, error: &wasmtime::Error) -> WasmError {
     }
 }
 
-/// How many guests the maps of a process suffice for, with the rest left to the server.
-fn guest_limit() -> usize {
-    let maps = std::fs::read_to_string("/proc/sys/vm/max_map_count")
-        .ok()
-        .and_then(|text| text.trim().parse().ok())
-        .unwrap_or(DEFAULT_MAX_MAPS);
-    maps / 100 * MAPS_FOR_GUESTS_PERCENT / MAPS_PER_GUEST
-}
-
 impl Drop for WasmRuntime {
     fn drop(&mut self) {
         self.shutdown.cancel();
@@ -630,22 +618,57 @@ impl Drop for WasmRuntime {
     }
 }
 
-/// One of the places for running guests.
-struct Place(Arc<AtomicUsize>);
+/// Room for guests: what the process may map, less what the server keeps for itself.
+struct Room {
+    live: AtomicUsize,
+    most_maps: usize,
+    /// How many guests may start before the maps are counted again.
+    starts: Mutex<usize>,
+}
 
-impl Place {
-    fn take(live: &Arc<AtomicUsize>, limit: usize) -> Option<Self> {
-        live.fetch_update(Ordering::AcqRel, Ordering::Acquire, |live| {
-            (live < limit).then_some(live + 1)
-        })
-        .ok()?;
-        Some(Self(Arc::clone(live)))
+impl Room {
+    fn new() -> Self {
+        let limit = std::fs::read_to_string("/proc/sys/vm/max_map_count")
+            .ok()
+            .and_then(|text| text.trim().parse().ok())
+            .unwrap_or(DEFAULT_MAX_MAPS);
+        Self {
+            live: AtomicUsize::new(0),
+            most_maps: limit / 100 * MAPS_FOR_GUESTS_PERCENT,
+            starts: Mutex::new(STARTS_PER_COUNT),
+        }
+    }
+
+    /// A place for one more guest, if there is room.
+    fn take(room: &Arc<Self>) -> Option<Place> {
+        let mut starts = room.starts.lock().unwrap_or_else(PoisonError::into_inner);
+        if *starts == 0 {
+            let free = room.most_maps.saturating_sub(count_maps());
+            *starts = (free / MAPS_PER_GUEST).min(STARTS_PER_COUNT);
+        }
+        *starts = starts.checked_sub(1)?;
+        room.live.fetch_add(1, Ordering::Relaxed);
+        Some(Place(Arc::clone(room)))
     }
 }
 
+/// The memory maps of this process.
+fn count_maps() -> usize {
+    let Ok(file) = std::fs::File::open("/proc/self/maps") else {
+        return 0;
+    };
+    let lines = std::io::BufReader::with_capacity(64 << 10, file);
+    std::io::BufRead::split(lines, b'\n')
+        .map_while(Result::ok)
+        .count()
+}
+
+/// One of the places for running guests.
+struct Place(Arc<Room>);
+
 impl Drop for Place {
     fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::AcqRel);
+        self.0.live.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
