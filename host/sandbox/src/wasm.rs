@@ -459,7 +459,7 @@ impl WasmRuntime {
             ))));
             return run;
         };
-        let run_time = limits.run_time;
+        let (start_time, run_time) = (limits.start_time, limits.run_time);
         let engine = self.engine.clone();
         let guest = guest::run(
             module.code.clone(),
@@ -482,9 +482,21 @@ impl WasmRuntime {
                     None => std::future::pending().await,
                 }
             };
+            // Beside the guest rather than in it, where they would wait for its debt.
+            let late = async {
+                tokio::time::sleep(start_time).await;
+                if meter.is_started.load(Ordering::Relaxed) {
+                    std::future::pending::<()>().await;
+                }
+            };
             let ended = tokio::select! {
                 biased;
                 () = kill.cancelled() => WasmEnd::Killed,
+                () = late => {
+                    meter.hit(Limit::StartTime);
+                    let milliseconds = start_time.as_millis();
+                    WasmEnd::LimitHit(format!("it was not instantiated within {milliseconds} ms"))
+                }
                 () = over => {
                     meter.hit(Limit::RunTime);
                     let milliseconds = run_time.unwrap_or_default().as_millis();

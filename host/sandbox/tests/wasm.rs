@@ -939,19 +939,7 @@ async fn compile_bombs_are_defused() {
     let refused = runtime.prepare("many_functions", &binary).unwrap_err();
     assert_eq!(refused.limit(), Some(Limit::Functions), "{refused}");
 
-    // Loops within loops, with as many variables that all of them change.
-    let depth = 200;
-    let locals = "(local i64)".repeat(depth);
-    let changes: String = (0..depth)
-        .map(|local| format!("(local.set {local} (i64.add (local.get {local}) (i64.const 1)))"))
-        .collect();
-    let branches: String = (0..depth)
-        .map(|level| format!("(br_if {level} (i32.wrap_i64 (local.get 0)))"))
-        .collect();
-    let (open, close) = ("loop ".repeat(depth), "end ".repeat(depth));
-    let text =
-        format!("(module (func (export \"_start\") {locals} {open} {changes} {branches} {close}))");
-    let bomb = wat::parse_str(&text).unwrap();
+    let bomb = source("compile_bomb");
     let begun = Instant::now();
     let refused = tight(1, 4 << 30).prepare("bomb", &bomb).unwrap_err();
     assert_eq!(refused.limit(), Some(Limit::CompileTime), "{refused}");
