@@ -10,6 +10,7 @@ mod basics;
 mod hostile;
 mod load;
 mod native_plugins;
+mod plugin_files;
 mod plugins;
 mod simulate;
 mod start_up;
