@@ -8,8 +8,8 @@ use stockade_cache::{
     Backing, CacheEngine, CacheError, EngineConfig, TokenHasher, remove_dead_segments,
 };
 use stockade_sandbox::{
-    Compiler, Contract, FIRST_BACKOFF, NativeConfig, Policy, Supervisor, SupervisorConfig,
-    WasmConfig,
+    Compiler, Contract, FIRST_BACKOFF, ModuleForm, NativeConfig, Policy, Supervisor,
+    SupervisorConfig, WasmConfig,
 };
 use stockade_transport::{Endpoint, ListenOptions, Listener};
 use tokio::{net::TcpListener, sync::watch};
@@ -275,6 +275,7 @@ pub(crate) fn wasm_config(
         cache_dir: cache_dir.map_or_else(default_cache_dir, std::path::Path::to_owned),
         compiler: Compiler::Child { program },
         compile_limits: policy.compile_limits(),
+        form: ModuleForm::default(),
     })
 }
 

@@ -11,6 +11,7 @@ mod hostile;
 mod listeners;
 mod load;
 mod native_plugins;
+mod plugin_files;
 mod plugins;
 mod replay;
 mod simulate;

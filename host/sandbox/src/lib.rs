@@ -19,6 +19,8 @@ pub mod wasm;
 pub mod log_stream;
 pub mod supervisor;
 
+pub mod prove;
+
 pub use grants::{Access, Directories, Directory};
 pub use limit::{Limit, LimitHits, LimitUse};
 pub use loader::{Found, LoadError, PluginKind};
@@ -35,6 +37,6 @@ pub use supervisor::{
     SupervisorError,
 };
 pub use wasm::{
-    COMPILE_ARGUMENT, CompileLimits, Compiler, WasmConfig, WasmEnd, WasmError, WasmLimits,
-    compile_child_main,
+    COMPILE_ARGUMENT, CompileLimits, Compiler, ModuleForm, WasmConfig, WasmEnd, WasmError,
+    WasmLimits, compile_child_main,
 };

@@ -155,6 +155,7 @@ struct State {
 #[derive(Debug)]
 pub struct LogStream {
     plugin: Arc<str>,
+    is_logged: bool,
     state: Mutex<State>,
 }
 
@@ -173,7 +174,16 @@ impl LogStream {
         };
         Self {
             plugin,
+            is_logged: true,
             state: Mutex::new(state),
+        }
+    }
+
+    /// A stream whose lines are kept for `tail` and make no events.
+    pub(crate) fn quiet(plugin: Arc<str>, limits: LogLimits) -> Self {
+        Self {
+            is_logged: false,
+            ..Self::new(plugin, limits)
         }
     }
 
@@ -312,6 +322,9 @@ impl LogStream {
 
     /// Logs outside the lock, so that a slow subscriber holds up only this plugin.
     fn emit(&self, stream: OutputStream, events: Vec<Event>) {
+        if !self.is_logged {
+            return;
+        }
         for event in events {
             match event {
                 Event::Line(text) => {

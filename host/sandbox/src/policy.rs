@@ -138,7 +138,7 @@ impl Policy {
     ///
     /// # Errors
     /// One sentence that names the limit that cannot be applied.
-    pub(crate) fn narrow(&self, name: &str, manifest: &mut Manifest) -> Result<(), String> {
+    pub fn narrow(&self, name: &str, manifest: &mut Manifest) -> Result<(), String> {
         for narrowing in self.of(name) {
             if let Some(enabled) = narrowing.enabled {
                 manifest.enabled &= enabled;

@@ -1463,7 +1463,7 @@ async fn script_run(
 }
 
 /// A guest's output as it enters its log.
-struct GuestLog(Arc<LogStream>);
+pub(crate) struct GuestLog(pub(crate) Arc<LogStream>);
 
 impl GuestOutput for GuestLog {
     fn push(&self, stream: GuestStream, bytes: &[u8]) {

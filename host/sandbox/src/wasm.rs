@@ -49,7 +49,7 @@ use self::{
 pub use self::{
     compiler::{COMPILE_ARGUMENT, CompileLimits, compile_child_main},
     error::WasmError,
-    inspect::{ModuleFacts, inspect},
+    inspect::{ModuleFacts, ModuleForm, inspect},
     launch::{Access, Directory, Launch, WasmLimits},
 };
 use crate::limit::{Limit, LimitHits, LimitUse};
@@ -61,8 +61,12 @@ const GUEST_NICE: i32 = 19;
 const FILE_THREADS: usize = 4;
 
 /// Maps that one guest takes at most: its memory's two guards, content and rest, its stack's
-/// guard and content, and one to spare.
+/// guard and content, and one to spare. Neighbours share some, so that most take five.
 const MAPS_PER_GUEST: usize = 7;
+
+/// How many guests start before the maps are counted again, which takes milliseconds when there
+/// are tens of thousands.
+const STARTS_PER_COUNT: usize = 256;
 
 /// What Linux gives a process where it does not say.
 const DEFAULT_MAX_MAPS: usize = 65_530;
@@ -103,6 +107,8 @@ pub struct WasmConfig {
     pub compiler: Compiler,
     /// What compiling one module may take.
     pub compile_limits: CompileLimits,
+    /// What a module may be made of.
+    pub form: ModuleForm,
 }
 
 /// Who compiles modules.
@@ -142,6 +148,8 @@ pub struct WasmUsage {
     pub peak_memory_bytes: u64,
     /// Table elements now; 0 after the end.
     pub table_elements: u64,
+    /// The most table elements so far.
+    pub peak_table_elements: u64,
     /// Processor time, host calls included.
     pub cpu_time: Duration,
     /// The longest that one call into the file system took.
@@ -226,9 +234,9 @@ impl WasmUsage {
 pub fn module_limits(bytes: u64, compile: CompileLimits, hits: &LimitHits) -> Vec<LimitUse> {
     let milliseconds = u64::try_from(compile.time.as_millis()).unwrap_or(u64::MAX);
     let rows = [
-        (Limit::ModuleBytes, inspect::MODULE_LIMIT, Some(bytes)),
-        (Limit::Functions, inspect::FUNCTION_LIMIT, None),
-        (Limit::Names, inspect::NAME_LIMIT, None),
+        (Limit::ModuleBytes, ModuleForm::default().bytes, Some(bytes)),
+        (Limit::Functions, ModuleForm::default().functions, None),
+        (Limit::Names, ModuleForm::default().names, None),
         (Limit::CompileTime, milliseconds, None),
         (Limit::CompileMemory, compile.memory_bytes, None),
     ];
@@ -301,6 +309,7 @@ impl WasmRun {
             memory_bytes: read(&meter.memory),
             peak_memory_bytes: read(&meter.memory_peak),
             table_elements: read(&meter.table_elements),
+            peak_table_elements: read(&meter.table_elements_peak),
             cpu_time: Duration::from_nanos(read(&meter.cpu_nanoseconds)),
             longest_host_call: Duration::from_nanos(read(&meter.host_call_longest)),
             peak_open_files: read(&meter.open_files_peak),
@@ -323,12 +332,12 @@ pub struct WasmRuntime {
     cache: Cache,
     compiler: Compiler,
     compile_limits: CompileLimits,
+    form: ModuleForm,
     compatibility: u64,
     /// One compilation at a time: each may take gigabytes.
     compiling: Mutex<()>,
     guests: runtime::Handle,
-    live: Arc<AtomicUsize>,
-    guest_limit: usize,
+    room: Arc<Room>,
     shutdown: CancellationToken,
     ticker_stop: Arc<AtomicBool>,
     guest_thread: Option<JoinHandle<()>>,
@@ -341,7 +350,7 @@ impl fmt::Debug for WasmRuntime {
             .debug_struct("WasmRuntime")
             .field("cache", &self.cache)
             .field("compiler", &self.compiler)
-            .field("guests", &self.live.load(Ordering::Relaxed))
+            .field("guests", &self.room.live.load(Ordering::Relaxed))
             .finish_non_exhaustive()
     }
 }
@@ -370,10 +379,10 @@ impl WasmRuntime {
             cache,
             compiler: config.compiler,
             compile_limits: config.compile_limits,
+            form: config.form,
             compiling: Mutex::new(()),
             guests,
-            live: Arc::new(AtomicUsize::new(0)),
-            guest_limit: guest_limit(),
+            room: Arc::new(Room::new()),
             shutdown,
             ticker_stop: Arc::new(AtomicBool::new(false)),
             guest_thread: Some(guest_thread),
@@ -396,7 +405,7 @@ impl WasmRuntime {
     ///
     /// Any [`WasmError`] but those of [`start`](Self::start); each names the plugin and the reason.
     pub fn prepare(&self, name: &str, bytes: &[u8]) -> Result<WasmModule, WasmError> {
-        inspect::check(name, bytes)?;
+        self.check(name, bytes)?;
         let digest = blake3::hash(bytes).to_hex();
         let key = format!("{digest}-{:016x}", self.compatibility);
         let compiled = match self.load(&key) {
@@ -408,6 +417,15 @@ impl WasmRuntime {
             name: name.into(),
             digest: digest.as_str().into(),
         })
+    }
+
+    /// Refuses what is too big in any way to be compiled; text passes unparsed.
+    ///
+    /// # Errors
+    ///
+    /// The [`WasmError`] of the limit.
+    pub fn check(&self, name: &str, bytes: &[u8]) -> Result<(), WasmError> {
+        inspect::check(name, bytes, self.form)
     }
 
     /// Runs a module's `_start`, or a component's `wasi:cli/run`.
@@ -434,14 +452,14 @@ impl WasmRuntime {
             began: std::time::Instant::now(),
             _kill: Arc::new(kill.clone().drop_guard()),
         };
-        let Some(place) = Place::take(&self.live, self.guest_limit) else {
+        let Some(place) = Room::take(&self.room) else {
             end.send_replace(Some(WasmEnd::LimitHit(format!(
                 "{} guests run already, which is what the kernel's limit of memory maps per process leaves room for; raise it with `sysctl vm.max_map_count`",
-                self.guest_limit
+                self.room.live.load(Ordering::Relaxed)
             ))));
             return run;
         };
-        let run_time = limits.run_time;
+        let (start_time, run_time) = (limits.start_time, limits.run_time);
         let engine = self.engine.clone();
         let guest = guest::run(
             module.code.clone(),
@@ -464,9 +482,21 @@ impl WasmRuntime {
                     None => std::future::pending().await,
                 }
             };
+            // Beside the guest rather than in it, where they would wait for its debt.
+            let late = async {
+                tokio::time::sleep(start_time).await;
+                if meter.is_started.load(Ordering::Relaxed) {
+                    std::future::pending::<()>().await;
+                }
+            };
             let ended = tokio::select! {
                 biased;
                 () = kill.cancelled() => WasmEnd::Killed,
+                () = late => {
+                    meter.hit(Limit::StartTime);
+                    let milliseconds = start_time.as_millis();
+                    WasmEnd::LimitHit(format!("it was not instantiated within {milliseconds} ms"))
+                }
                 () = over => {
                     meter.hit(Limit::RunTime);
                     let milliseconds = run_time.unwrap_or_default().as_millis();
@@ -481,11 +511,6 @@ impl WasmRuntime {
             end.send_replace(Some(ended));
         });
         run
-    }
-
-    /// How many guests may run at once.
-    pub fn guest_limit(&self) -> usize {
-        self.guest_limit
     }
 
     fn load(&self, key: &str) -> Option<Compiled> {
@@ -584,15 +609,6 @@ fn component_import_error(name: &str, error: &wasmtime::Error) -> WasmError {
     }
 }
 
-/// How many guests the maps of a process suffice for, with the rest left to the server.
-fn guest_limit() -> usize {
-    let maps = std::fs::read_to_string("/proc/sys/vm/max_map_count")
-        .ok()
-        .and_then(|text| text.trim().parse().ok())
-        .unwrap_or(DEFAULT_MAX_MAPS);
-    maps / 100 * MAPS_FOR_GUESTS_PERCENT / MAPS_PER_GUEST
-}
-
 impl Drop for WasmRuntime {
     fn drop(&mut self) {
         self.shutdown.cancel();
@@ -614,22 +630,57 @@ impl Drop for WasmRuntime {
     }
 }
 
-/// One of the places for running guests.
-struct Place(Arc<AtomicUsize>);
+/// Room for guests: what the process may map, less what the server keeps for itself.
+struct Room {
+    live: AtomicUsize,
+    most_maps: usize,
+    /// How many guests may start before the maps are counted again.
+    starts: Mutex<usize>,
+}
 
-impl Place {
-    fn take(live: &Arc<AtomicUsize>, limit: usize) -> Option<Self> {
-        live.fetch_update(Ordering::AcqRel, Ordering::Acquire, |live| {
-            (live < limit).then_some(live + 1)
-        })
-        .ok()?;
-        Some(Self(Arc::clone(live)))
+impl Room {
+    fn new() -> Self {
+        let limit = std::fs::read_to_string("/proc/sys/vm/max_map_count")
+            .ok()
+            .and_then(|text| text.trim().parse().ok())
+            .unwrap_or(DEFAULT_MAX_MAPS);
+        Self {
+            live: AtomicUsize::new(0),
+            most_maps: limit / 100 * MAPS_FOR_GUESTS_PERCENT,
+            starts: Mutex::new(STARTS_PER_COUNT),
+        }
+    }
+
+    /// A place for one more guest, if there is room.
+    fn take(room: &Arc<Self>) -> Option<Place> {
+        let mut starts = room.starts.lock().unwrap_or_else(PoisonError::into_inner);
+        if *starts == 0 {
+            let free = room.most_maps.saturating_sub(count_maps());
+            *starts = (free / MAPS_PER_GUEST).min(STARTS_PER_COUNT);
+        }
+        *starts = starts.checked_sub(1)?;
+        room.live.fetch_add(1, Ordering::Relaxed);
+        Some(Place(Arc::clone(room)))
     }
 }
 
+/// The memory maps of this process.
+fn count_maps() -> usize {
+    let Ok(file) = std::fs::File::open("/proc/self/maps") else {
+        return 0;
+    };
+    let lines = std::io::BufReader::with_capacity(64 << 10, file);
+    std::io::BufRead::split(lines, b'\n')
+        .map_while(Result::ok)
+        .count()
+}
+
+/// One of the places for running guests.
+struct Place(Arc<Room>);
+
 impl Drop for Place {
     fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::AcqRel);
+        self.0.live.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

@@ -22,8 +22,8 @@ use std::{
 use parking_lot::Mutex;
 use stockade_sandbox::Limit;
 use stockade_sandbox::wasm::{
-    Access, CompileLimits, Compiler, Directory, GuestOutput, GuestStream, Launch, WasmConfig,
-    WasmEnd, WasmError, WasmLimits, WasmModule, WasmRun, WasmRuntime,
+    Access, CompileLimits, Compiler, Directory, GuestOutput, GuestStream, Launch, ModuleForm,
+    WasmConfig, WasmEnd, WasmError, WasmLimits, WasmModule, WasmRun, WasmRuntime,
 };
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
@@ -147,6 +147,7 @@ fn start(cache_dir: &Path, compiler: Compiler) -> Result<WasmRuntime, WasmError>
         cache_dir: cache_dir.to_owned(),
         compiler,
         compile_limits: CompileLimits::default(),
+        form: ModuleForm::default(),
     })
 }
 
@@ -913,6 +914,7 @@ async fn compile_bombs_are_defused() {
                 time: Duration::from_secs(time),
                 memory_bytes,
             },
+            form: ModuleForm::default(),
         })
         .unwrap()
     };
@@ -937,19 +939,19 @@ async fn compile_bombs_are_defused() {
     let refused = runtime.prepare("many_functions", &binary).unwrap_err();
     assert_eq!(refused.limit(), Some(Limit::Functions), "{refused}");
 
-    // One function that is too long to compile in a second.
-    let body = "(local.set 0 (i64.rem_u (i64.mul (local.get 0) (local.get 1)) (i64.add (local.get 1) (local.get 0))))".repeat(60_000);
-    let long = format!("(module (func (param i64 i64) {body}) (func (export \"_start\")))");
-    let bomb = wat::parse_str(&long).unwrap();
+    let bomb = source("compile_bomb");
     let begun = Instant::now();
-    let refused = tight(1, 4 << 30).prepare("long", &bomb).unwrap_err();
+    let refused = tight(1, 4 << 30).prepare("bomb", &bomb).unwrap_err();
     assert_eq!(refused.limit(), Some(Limit::CompileTime), "{refused}");
     assert!(
         begun.elapsed() < Duration::from_secs(10),
         "{:?}",
         begun.elapsed()
     );
-    let refused = tight(60, 256 << 20).prepare("long", &bomb).unwrap_err();
+    // Tiny functions take the most memory for their size.
+    let tiny = "(func (param i32) (result i32) (i32.add (local.get 0) (i32.const 1)))".repeat(90_000);
+    let tiny = wat::parse_str(format!("(module {tiny} (func (export \"_start\")))")).unwrap();
+    let refused = tight(120, 200 << 20).prepare("tiny", &tiny).unwrap_err();
     assert_eq!(refused.limit(), Some(Limit::CompileMemory), "{refused}");
 }
 
@@ -967,11 +969,11 @@ async fn processor_time_goes_by_weight() {
     };
     let (light, heavy) = (spin(100), spin(400));
     let taken = |guest: &Guest| guest.run.usage().cpu_time;
-    let deadline = Instant::now() + PATIENCE;
-    while taken(&light) + taken(&heavy) < Duration::from_secs(2) {
+    let deadline = Instant::now() + 3 * PATIENCE;
+    while taken(&light) + taken(&heavy) < Duration::from_millis(800) {
         assert!(Instant::now() < deadline, "the machine has no time");
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     let ratio = taken(&heavy).as_secs_f64() / taken(&light).as_secs_f64();
-    assert!((3.0..5.0).contains(&ratio), "{ratio}");
+    assert!((2.5..6.0).contains(&ratio), "{ratio}");
 }

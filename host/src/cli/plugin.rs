@@ -1,10 +1,15 @@
-//! `stockade plugin`: plugins of a running server.
+//! `stockade plugin`: plugins of a running server, and plugin files without one.
+
+mod local;
+
+use std::path::PathBuf;
 
 use anyhow::Context as _;
 use clap::{Args, Subcommand};
 use comfy_table::{Table, presets::NOTHING};
 use serde_json::Value;
 
+use self::local::Local;
 use super::{print, remote::Remote};
 
 /// Arguments of `stockade plugin`.
@@ -48,6 +53,41 @@ enum Action {
         /// Name as `list` shows it
         name: String,
     },
+    /// Take a plugin's file as it is now, and keep the running one if the new one fails
+    Reload {
+        /// Name as `list` shows it
+        name: String,
+    },
+    /// Show what a plugin file is, imports, asks for and would be granted
+    Inspect {
+        /// A .wasm, .wat, .py or .sh file
+        file: PathBuf,
+        #[command(flatten)]
+        local: Local,
+    },
+    /// Attack each limit that sandboxed plugins have under a configuration, and measure it
+    Prove {
+        /// Plugins whose limits are attacked [default: those of the configuration, or a plugin without manifest]
+        files: Vec<PathBuf>,
+        /// Attack this limit alone, as the first column shows it
+        #[arg(long, value_name = "LIMIT")]
+        only: Option<String>,
+        #[command(flatten)]
+        local: Local,
+    },
+    /// Make a key to sign plugins with; prints the public half for `trusted_keys`
+    Keygen {
+        /// Where the secret half goes
+        file: PathBuf,
+    },
+    /// Sign a plugin and its manifest, into FILE.sig
+    Sign {
+        /// A .wasm, .wat, .py or .sh file
+        file: PathBuf,
+        /// The secret half that `keygen` wrote
+        #[arg(long, value_name = "FILE")]
+        key: PathBuf,
+    },
 }
 
 impl PluginCommand {
@@ -84,6 +124,20 @@ impl PluginCommand {
             Action::Start { name } => self.steer(name, "start"),
             Action::Stop { name } => self.steer(name, "stop"),
             Action::Restart { name } => self.steer(name, "restart"),
+            Action::Reload { name } => {
+                let answer = remote.post_patiently(&format!("/v1/plugins/{name}/reload"))?;
+                if remote.is_json() {
+                    return print_json(&answer);
+                }
+                let sha256 = answer["sha256"].as_str().unwrap_or("-");
+                print(&format!("{name}: reloaded, sha256 {sha256}\n"))
+            }
+            Action::Inspect { file, local } => local::inspect(file, local, remote.is_json()),
+            Action::Prove { files, only, local } => {
+                local::prove_limits(files, only.as_deref(), local, remote.is_json())
+            }
+            Action::Keygen { file } => local::keygen(file),
+            Action::Sign { file, key } => local::sign(file, key),
         }
     }
 

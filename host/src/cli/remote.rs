@@ -8,6 +8,8 @@ use serde_json::Value;
 
 /// Longest answer that is waited for.
 const TIMEOUT: Duration = Duration::from_secs(30);
+/// Longest answer that is waited for where something is compiled first.
+const LONG_TIMEOUT: Duration = Duration::from_secs(660);
 /// Largest body that is read, in bytes.
 const MAX_BODY_BYTES: u64 = 64 << 20;
 
@@ -45,13 +47,26 @@ impl Remote {
         self.read(self.agent().post(self.url(path)).send_empty())
     }
 
+    /// As [`post`](Self::post), for what the server may take minutes over.
+    ///
+    /// # Errors
+    /// When no server answers there, or it refuses; its own sentence is passed on.
+    pub(super) fn post_patiently(&self, path: &str) -> anyhow::Result<Value> {
+        let agent = self.agent_waiting(LONG_TIMEOUT);
+        self.read(agent.post(self.url(path)).send_empty())
+    }
+
     fn url(&self, path: &str) -> String {
         format!("{}{path}", self.server.trim_end_matches('/'))
     }
 
     fn agent(&self) -> ureq::Agent {
+        self.agent_waiting(TIMEOUT)
+    }
+
+    fn agent_waiting(&self, timeout: Duration) -> ureq::Agent {
         ureq::Agent::config_builder()
-            .timeout_global(Some(TIMEOUT))
+            .timeout_global(Some(timeout))
             // A refusal has a body that says why.
             .http_status_as_error(false)
             .build()

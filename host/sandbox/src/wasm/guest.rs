@@ -4,7 +4,7 @@ use std::{
     os::fd::AsRawFd as _,
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
 
@@ -49,11 +49,14 @@ pub(super) struct Meter {
     pub(super) memory: AtomicU64,
     pub(super) memory_peak: AtomicU64,
     pub(super) table_elements: AtomicU64,
+    pub(super) table_elements_peak: AtomicU64,
     pub(super) cpu_nanoseconds: AtomicU64,
     pub(super) host_call_longest: AtomicU64,
     pub(super) open_files_peak: AtomicU64,
     pub(super) directory_bytes: AtomicU64,
     pub(super) environment_bytes: AtomicU64,
+    /// Instantiated, start function and all.
+    pub(super) is_started: AtomicBool,
     hits: [AtomicU64; Limit::ALL.len()],
 }
 
@@ -139,6 +142,9 @@ impl Limiter {
     fn note_elements(&mut self, elements: u64) {
         self.elements = elements;
         self.meter.table_elements.store(elements, Ordering::Relaxed);
+        self.meter
+            .table_elements_peak
+            .fetch_max(elements, Ordering::Relaxed);
     }
 }
 
@@ -233,7 +239,6 @@ pub(super) fn new_component_linker(
 /// Runs a guest to its end. Instantiating belongs to the run, as a start function may loop.
 pub(super) async fn run(code: Code, engine: Engine, invocation: Invocation) -> WasmEnd {
     let meter = Arc::clone(&invocation.meter);
-    let start_time = invocation.limits.start_time;
     let size = environment_size(&invocation);
     meter.environment_bytes.store(size, Ordering::Relaxed);
     let limit = invocation.limits.environment_bytes;
@@ -263,13 +268,6 @@ pub(super) async fn run(code: Code, engine: Engine, invocation: Invocation) -> W
         },
         Err(reason) => return WasmEnd::Refused(reason),
     };
-    let too_slow = || {
-        meter.hit(Limit::StartTime);
-        WasmEnd::LimitHit(format!(
-            "it was not instantiated within {} ms",
-            start_time.as_millis()
-        ))
-    };
     // The outer result is that of instantiating, the inner one that of running.
     let outcome: wasmtime::Result<wasmtime::Result<Result<(), ()>>> = match code {
         Code::Module(module) => {
@@ -277,20 +275,21 @@ pub(super) async fn run(code: Code, engine: Engine, invocation: Invocation) -> W
                 let instance = module.instantiate_async(&mut store).await?;
                 instance.get_typed_func::<(), ()>(&mut store, "_start")
             };
-            match tokio::time::timeout(start_time, started).await {
-                Ok(Ok(start)) => Ok(start.call_async(&mut store, ()).await.map(Ok)),
-                Ok(Err(error)) => Err(error),
-                Err(_) => return too_slow(),
+            match started.await {
+                Ok(start) => {
+                    meter.is_started.store(true, Ordering::Relaxed);
+                    Ok(start.call_async(&mut store, ()).await.map(Ok))
+                }
+                Err(error) => Err(error),
             }
         }
-        Code::Component(command) => {
-            let started = command.instantiate_async(&mut store);
-            match tokio::time::timeout(start_time, started).await {
-                Ok(Ok(command)) => Ok(command.wasi_cli_run().call_run(&mut store).await),
-                Ok(Err(error)) => Err(error),
-                Err(_) => return too_slow(),
+        Code::Component(command) => match command.instantiate_async(&mut store).await {
+            Ok(command) => {
+                meter.is_started.store(true, Ordering::Relaxed);
+                Ok(command.wasi_cli_run().call_run(&mut store).await)
             }
-        }
+            Err(error) => Err(error),
+        },
     };
     let refused = store.data_mut().limiter.refused.take();
     drop(store);

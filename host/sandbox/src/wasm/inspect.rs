@@ -11,12 +11,26 @@ pub(super) const MODULE_LIMIT: u64 = 16 << 20;
 /// size to parse.
 const TEXT_LIMIT: u64 = 1 << 20;
 
-/// The most functions a module may define: tiny functions are what makes a compiler take the
-/// most memory per byte.
-pub(super) const FUNCTION_LIMIT: u64 = 100_000;
+/// What a module may be made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ModuleForm {
+    /// Its size in bytes.
+    pub bytes: u64,
+    /// Functions it defines: tiny ones are what makes a compiler take the most memory per byte.
+    pub functions: u64,
+    /// Names it imports and exports; C, Rust and Go have some forty.
+    pub names: u64,
+}
 
-/// The most names a module may import and export; C, Rust and Go have some forty.
-pub(super) const NAME_LIMIT: u64 = 1000;
+impl Default for ModuleForm {
+    fn default() -> Self {
+        Self {
+            bytes: MODULE_LIMIT,
+            functions: 100_000,
+            names: 1000,
+        }
+    }
+}
 
 const MAGIC: &[u8] = b"\0asm";
 
@@ -39,9 +53,9 @@ pub struct ModuleFacts {
 }
 
 /// Refuses what is too big to compile and what is no module; text passes unparsed.
-pub(super) fn check(name: &str, bytes: &[u8]) -> Result<(), WasmError> {
+pub(super) fn check(name: &str, bytes: &[u8], form: ModuleForm) -> Result<(), WasmError> {
     let binary = bytes.starts_with(MAGIC);
-    let limit = if binary { MODULE_LIMIT } else { TEXT_LIMIT };
+    let limit = if binary { form.bytes } else { TEXT_LIMIT };
     let size = u64::try_from(bytes.len()).unwrap_or(u64::MAX);
     if !binary && !looks_like_text(bytes) {
         return Err(WasmError::NotAModule {
@@ -57,7 +71,7 @@ pub(super) fn check(name: &str, bytes: &[u8]) -> Result<(), WasmError> {
         });
     }
     if binary {
-        facts(name, bytes)?;
+        facts(name, bytes, form)?;
     }
     Ok(())
 }
@@ -68,35 +82,36 @@ pub(super) fn check(name: &str, bytes: &[u8]) -> Result<(), WasmError> {
 /// # Errors
 /// [`WasmError`] when it is no module, or over one of the limits on its form.
 pub fn inspect(name: &str, bytes: &[u8]) -> Result<ModuleFacts, WasmError> {
-    check(name, bytes)?;
+    let form = ModuleForm::default();
+    check(name, bytes, form)?;
     let binary = wat::parse_bytes(bytes).map_err(|error| WasmError::NotAModule {
         name: name.to_owned(),
         reason: format!("text: {error}"),
     })?;
-    facts(name, &binary)
+    facts(name, &binary, form)
 }
 
-fn facts(name: &str, binary: &[u8]) -> Result<ModuleFacts, WasmError> {
+fn facts(name: &str, binary: &[u8], form: ModuleForm) -> Result<ModuleFacts, WasmError> {
     let mut facts = ModuleFacts {
         bytes: u64::try_from(binary.len()).unwrap_or(u64::MAX),
         ..ModuleFacts::default()
     };
-    read(binary, &mut facts).map_err(|error| WasmError::NotAModule {
+    read(binary, form.names, &mut facts).map_err(|error| WasmError::NotAModule {
         name: name.to_owned(),
         reason: error.to_string(),
     })?;
-    if facts.functions > FUNCTION_LIMIT {
+    if facts.functions > form.functions {
         return Err(WasmError::TooManyFunctions {
             name: name.to_owned(),
             functions: facts.functions,
-            limit: FUNCTION_LIMIT,
+            limit: form.functions,
         });
     }
-    if facts.names > NAME_LIMIT {
+    if facts.names > form.names {
         return Err(WasmError::TooManyNames {
             name: name.to_owned(),
             names: facts.names,
-            limit: NAME_LIMIT,
+            limit: form.names,
         });
     }
     Ok(facts)
@@ -104,7 +119,7 @@ fn facts(name: &str, binary: &[u8]) -> Result<ModuleFacts, WasmError> {
 
 /// Reads the sections' heads; bodies of functions are passed over. Counts are announced and not
 /// yet believed, so nothing is allocated by them, and names are only read while they are few.
-fn read(binary: &[u8], facts: &mut ModuleFacts) -> wasmparser::Result<()> {
+fn read(binary: &[u8], most_names: u64, facts: &mut ModuleFacts) -> wasmparser::Result<()> {
     let mut depth = 0_usize;
     for payload in Parser::new(0).parse_all(binary) {
         match payload? {
@@ -118,7 +133,7 @@ fn read(binary: &[u8], facts: &mut ModuleFacts) -> wasmparser::Result<()> {
             }
             Payload::ImportSection(section) => {
                 facts.names = facts.names.saturating_add(section.count().into());
-                if depth == 0 && facts.names <= NAME_LIMIT {
+                if depth == 0 && facts.names <= most_names {
                     for import in section.into_imports() {
                         let import = import?;
                         let path = (import.module.to_owned(), import.name.to_owned());
@@ -128,7 +143,7 @@ fn read(binary: &[u8], facts: &mut ModuleFacts) -> wasmparser::Result<()> {
             }
             Payload::ExportSection(section) => {
                 facts.names = facts.names.saturating_add(section.count().into());
-                if depth == 0 && facts.names <= NAME_LIMIT {
+                if depth == 0 && facts.names <= most_names {
                     for export in section {
                         facts.exports.push(export?.name.to_owned());
                     }
@@ -136,7 +151,7 @@ fn read(binary: &[u8], facts: &mut ModuleFacts) -> wasmparser::Result<()> {
             }
             Payload::ComponentImportSection(section) => {
                 facts.names = facts.names.saturating_add(section.count().into());
-                if depth == 0 && facts.names <= NAME_LIMIT {
+                if depth == 0 && facts.names <= most_names {
                     for import in section {
                         let name = import?.name.name.to_owned();
                         facts.imports.push((name, String::new()));
@@ -145,7 +160,7 @@ fn read(binary: &[u8], facts: &mut ModuleFacts) -> wasmparser::Result<()> {
             }
             Payload::ComponentExportSection(section) => {
                 facts.names = facts.names.saturating_add(section.count().into());
-                if depth == 0 && facts.names <= NAME_LIMIT {
+                if depth == 0 && facts.names <= most_names {
                     for export in section {
                         facts.exports.push(export?.name.name.to_owned());
                     }
@@ -173,6 +188,10 @@ mod tests {
 
     use super::*;
 
+    fn check(name: &str, bytes: &[u8]) -> Result<(), WasmError> {
+        super::check(name, bytes, ModuleForm::default())
+    }
+
     /// A module of so many functions, without their bodies.
     fn module_of(functions: u32) -> Vec<u8> {
         const FUNCTION_SECTION: u8 = 3;
@@ -198,8 +217,9 @@ mod tests {
             check("edge", &module_of(100_000)),
             Err(WasmError::NotAModule { .. })
         ));
+        let many = format!("(module {})", "(func)".repeat(100_001));
         assert!(matches!(
-            check("many", &module_of(100_001)),
+            inspect("many", many.as_bytes()),
             Err(WasmError::TooManyFunctions {
                 functions: 100_001,
                 ..
@@ -251,7 +271,7 @@ mod tests {
 
     #[test]
     fn names_are_counted_in_nested_modules_too() {
-        let exports: String = (0..=NAME_LIMIT)
+        let exports: String = (0..=ModuleForm::default().names)
             .map(|number| format!("(export \"e{number}\" (func 0))"))
             .collect();
         let module = format!("(module (func) {exports})");
