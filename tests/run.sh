@@ -9,6 +9,11 @@ say() { printf '\n-- %s\n' "$*"; }
 say "server and keeper"
 cargo build --workspace --bins --locked
 
+# Where npm is, Python plugins are tried in the sandbox too; the tests say when they were not.
+if [ -z "${STOCKADE_PYTHON_WASM-}" ] && python=$(plugin-sdk/python-wasm.sh); then
+  export STOCKADE_PYTHON_WASM=$python
+fi
+
 say "crates"
 cargo test --workspace --exclude stockade-tests --lib --bins --tests --locked
 cargo test --workspace --exclude stockade-tests --doc --locked

@@ -8,7 +8,8 @@ use serde::Deserialize;
 
 use crate::{
     grants::Access,
-    manifest::{Limits, Manifest},
+    manifest::{Limits, Manifest, ProcessGrants},
+    native_script::Protection,
     provenance::{self, PublicKey, Sha256Digest},
     wasm::CompileLimits,
 };
@@ -50,6 +51,43 @@ pub struct Narrowing {
     pub directories: Option<BTreeMap<String, Access>>,
     /// The most that each limit may be.
     pub limits: BTreeMap<String, u32>,
+    /// What is left to a script.
+    pub process: ProcessNarrowing,
+}
+
+/// A `[plugins.NAME.process]` table: each field left out narrows nothing.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ProcessNarrowing {
+    /// What must hold besides what the manifest requires.
+    pub required: Vec<Protection>,
+    /// `false` takes the network.
+    pub network: Option<bool>,
+    /// `false` takes UNIX sockets.
+    pub unix_sockets: Option<bool>,
+    /// The user that it runs as, whatever the manifest says.
+    pub user: Option<String>,
+    /// The most address space of each process, in MiB.
+    pub memory_mib: Option<u32>,
+    /// The most processes and threads.
+    pub processes: Option<u32>,
+}
+
+impl ProcessNarrowing {
+    fn narrow(&self, grants: &mut ProcessGrants) {
+        grants.required.extend(&self.required);
+        grants.network &= self.network.unwrap_or(true);
+        grants.unix_sockets &= self.unix_sockets.unwrap_or(true);
+        if self.user.is_some() {
+            grants.user.clone_from(&self.user);
+        }
+        if let Some(most) = self.memory_mib {
+            grants.memory_mib = Some(grants.memory_mib.map_or(most, |asked| asked.min(most)));
+        }
+        if let Some(most) = self.processes {
+            grants.processes = grants.processes.min(most);
+        }
+    }
 }
 
 /// A plugin's files, as read.
@@ -154,6 +192,7 @@ impl Policy {
                     most.is_some()
                 });
             }
+            narrowing.process.narrow(&mut manifest.process);
             manifest.limits = manifest
                 .limits
                 .at_most(&narrowing.limits)
@@ -232,6 +271,28 @@ mod tests {
         let mut manifest: Manifest = toml::from_str(manifest_text).unwrap();
         policy(policy_text).narrow("it", &mut manifest).unwrap();
         manifest
+    }
+
+    #[test]
+    fn a_script_is_left_what_the_server_grants() {
+        let narrowing = "[it.process]\nnetwork = false\nunix_sockets = false\nuser = 'plugins'\n\
+                         memory_mib = 100\nprocesses = 20\nrequired = ['seccomp']";
+        let mut manifest = Manifest::default();
+        manifest.process.unix_sockets = true;
+        manifest.process.memory_mib = Some(50);
+        manifest.process.required = vec![Protection::Landlock];
+        policy(narrowing).narrow("it", &mut manifest).unwrap();
+        let process = &manifest.process;
+        assert_eq!((process.network, process.unix_sockets), (false, false));
+        assert_eq!((process.memory_mib, process.processes), (Some(50), 20));
+        assert_eq!(process.user.as_deref(), Some("plugins"));
+        assert_eq!(
+            process.required,
+            [Protection::Landlock, Protection::Seccomp]
+        );
+        let mut other = Manifest::default();
+        policy(narrowing).narrow("other", &mut other).unwrap();
+        assert_eq!(other, Manifest::default());
     }
 
     #[test]
