@@ -949,7 +949,8 @@ async fn compile_bombs_are_defused() {
         begun.elapsed()
     );
     // Tiny functions take the most memory for their size.
-    let tiny = "(func (param i32) (result i32) (i32.add (local.get 0) (i32.const 1)))".repeat(90_000);
+    let tiny =
+        "(func (param i32) (result i32) (i32.add (local.get 0) (i32.const 1)))".repeat(90_000);
     let tiny = wat::parse_str(format!("(module {tiny} (func (export \"_start\")))")).unwrap();
     let refused = tight(120, 200 << 20).prepare("tiny", &tiny).unwrap_err();
     assert_eq!(refused.limit(), Some(Limit::CompileMemory), "{refused}");
