@@ -31,5 +31,18 @@ else
   echo "there is no go, so the Go example's own tests are left out"
 fi
 
+say "the dashboard in Chromium"
+if command -v chromium > /dev/null 2>&1 && command -v chromedriver > /dev/null 2>&1; then
+  venv=${CARGO_TARGET_DIR:-target}/dashboard-venv
+  [[ -x $venv/bin/python ]] || python3 -m venv "$venv"
+  "$venv/bin/pip" install --quiet --requirement tests/ui/requirements.txt
+  "$venv/bin/python" tests/ui/test_dashboard.py
+else
+  echo "THE DASHBOARD IS NOT TESTED: there is no chromium with chromedriver (Debian: chromium-driver)"
+fi
+
+say "packaging"
+packaging/check.sh
+
 say "the product from outside"
 cargo test -p stockade-tests --test suite --locked

@@ -1,30 +1,48 @@
 //! The HTTP API: LMCache's routes for what is served here, and our own under `/v1`.
 
+mod access;
+mod api;
+mod cache;
+mod health;
+mod history;
+mod listen;
 mod metrics;
+mod plugins;
+mod problem;
+mod take;
+mod tenants;
+mod ui;
 
 use std::sync::Arc;
 
 use axum::{
     Json, Router,
-    body::Bytes,
-    extract::{DefaultBodyLimit, Path, Query, State},
-    http::{StatusCode, header},
+    extract::{DefaultBodyLimit, State},
+    http::StatusCode,
+    middleware,
     response::{IntoResponse, Response},
-    routing::{get, post},
 };
 use parking_lot::Mutex;
 use prometheus_client::registry::Registry;
-use serde::Deserialize;
 use serde_json::{Value, json};
-use stockade_sandbox::{PluginStatus, Supervisor, SupervisorError};
+use stockade_sandbox::Supervisor;
 use stockade_transport::Stats;
+use tokio::sync::watch;
 
-use crate::service::Service;
+use self::{
+    access::Access,
+    api::{Api, Describe, Method},
+    problem::Problem,
+};
+use crate::{service::Service, telemetry::Log, watchdog::Watchdog};
+
+pub use access::Tokens;
+pub(crate) use history::{INTERVAL as HISTORY_INTERVAL, sample};
+pub use listen::TlsFiles;
+pub(crate) use listen::{Socket, Tls, bind_socket, serve};
 
 /// Largest request body in bytes.
 const MAX_BODY_BYTES: usize = 64 << 10;
-/// Most log lines of one answer.
-const MAX_LOG_LINES: usize = 1000;
 
 /// What the handlers read.
 pub struct Admin {
@@ -38,255 +56,449 @@ pub struct Admin {
     pub registry: Mutex<Registry>,
     /// The configuration as shown, without secrets.
     pub config: Value,
+    /// Which loops go round.
+    pub watchdog: Watchdog,
+    /// The log's level and losses.
+    pub log: Log,
+    /// Who may call; `None` lets everybody whom the listener lets in do everything.
+    pub tokens: Option<Arc<Tokens>>,
+    /// The operator said that anybody may call from anywhere.
+    pub insecure: bool,
+    /// Turns true when the server stops.
+    pub stopped: watch::Receiver<bool>,
+    denied: access::Denied,
+    probe: health::LastProbe,
+    history: history::History,
+    openapi: Mutex<Value>,
+}
+
+/// What [`Admin`] is made of.
+pub struct AdminParts {
+    /// The request path.
+    pub service: Arc<Service>,
+    /// The plugins.
+    pub supervisor: Arc<Supervisor>,
+    /// Counters of the transport.
+    pub transport: Arc<Stats>,
+    /// Metrics that are counted, rather than read at the scrape.
+    pub registry: Registry,
+    /// The configuration as shown, without secrets.
+    pub config: Value,
+    /// Which loops go round.
+    pub watchdog: Watchdog,
+    /// The log's level and losses.
+    pub log: Log,
+    /// Who may call.
+    pub tokens: Option<Arc<Tokens>>,
+    /// The operator said that anybody may call from anywhere.
+    pub insecure: bool,
+    /// Turns true when the server stops.
+    pub stopped: watch::Receiver<bool>,
 }
 
 type Shared = State<Arc<Admin>>;
 
-/// A problem as RFC 9457 shows it.
-struct Problem {
-    status: StatusCode,
-    code: &'static str,
-    detail: String,
-}
-
-impl IntoResponse for Problem {
-    fn into_response(self) -> Response {
-        let body = json!({
-            "type": format!("urn:stockade:problem:{}", self.code),
-            "title": self.status.canonical_reason(),
-            "status": self.status.as_u16(),
-            "code": self.code,
-            "detail": self.detail,
-        });
-        (
-            self.status,
-            [(header::CONTENT_TYPE, "application/problem+json")],
-            body.to_string(),
-        )
-            .into_response()
-    }
-}
-
-impl From<SupervisorError> for Problem {
-    fn from(error: SupervisorError) -> Self {
-        let (status, code) = match error {
-            SupervisorError::NotFound(_) => (StatusCode::NOT_FOUND, "plugin-not-found"),
-            SupervisorError::Busy(_) => (StatusCode::CONFLICT, "plugin-busy"),
-            SupervisorError::NotReloaded { .. } => (StatusCode::CONFLICT, "plugin-not-reloaded"),
-            _ => (StatusCode::INTERNAL_SERVER_ERROR, "plugin-error"),
-        };
-        Self {
-            status,
-            code,
-            detail: error.to_string(),
-        }
+impl Admin {
+    /// What the handlers of one server share.
+    #[must_use]
+    pub fn new(parts: AdminParts) -> Arc<Self> {
+        Arc::new(Self {
+            service: parts.service,
+            supervisor: parts.supervisor,
+            transport: parts.transport,
+            registry: parts.registry.into(),
+            config: parts.config,
+            watchdog: parts.watchdog,
+            log: parts.log,
+            tokens: parts.tokens,
+            insecure: parts.insecure,
+            stopped: parts.stopped,
+            denied: access::Denied::default(),
+            probe: health::LastProbe::default(),
+            history: history::History::default(),
+            openapi: Mutex::default(),
+        })
     }
 }
 
 /// All routes.
-pub fn router(admin: Arc<Admin>) -> Router {
-    Router::new()
-        .route("/", get(async || Json(json!({"status": "ok", "service": "Stockade HTTP API"}))))
-        .route("/healthcheck", get(health))
-        .route("/livez", get(async || Json(json!({"status": "ok"}))))
-        .route("/readyz", get(health))
-        .route("/status", get(async |State(admin): Shared| Json(admin.service.status())))
-        .route("/config", get(async |State(admin): Shared| Json(admin.config.clone())))
-        .route("/version", get(async || Json(env!("CARGO_PKG_VERSION"))))
-        .route("/lmc_version", get(async || Json("0.5.6")))
-        .route("/cache/clear", post(clear))
-        .route("/v1/plugins", get(list_plugins))
-        .route("/v1/plugins/{name}", get(show_plugin))
-        .route("/v1/plugins/{name}/logs", get(plugin_logs))
-        .route("/v1/plugins/{name}/{action}", post(steer_plugin))
-        .merge(metrics_router(Arc::clone(&admin)))
-        .fallback(async || Problem {
-            status: StatusCode::NOT_FOUND,
-            code: "no-such-route",
-            detail: "this server has no such route; docs/compatibility.md lists those of LMCache that it serves".to_owned(),
+pub fn router(admin: &Arc<Admin>) -> Router {
+    use Access::{Operate, Public, Read, Tenant};
+    use Method::{Delete, Get, Post, Put};
+    let text = |produces| Describe {
+        produces,
+        ..Describe::default()
+    };
+    let plain = Describe::default;
+    let api = Api::new(admin)
+        .add(
+            (Get, "/"),
+            Public,
+            "Whether HTTP is up",
+            plain(),
+            async || Json(json!({"status": "ok", "service": "Stockade HTTP API"})),
+        )
+        .add(
+            (Get, "/healthcheck"),
+            Public,
+            "LMCache's readiness probe",
+            plain(),
+            health::healthcheck,
+        )
+        .add(
+            (Get, "/livez"),
+            Public,
+            "Whether all loops go round",
+            plain(),
+            health::livez,
+        )
+        .add(
+            (Get, "/readyz"),
+            Public,
+            "As /livez, and not stopping",
+            plain(),
+            health::readyz,
+        )
+        .add(
+            (Get, "/status"),
+            Read,
+            "LMCache's status document",
+            plain(),
+            async |State(admin): Shared| Json(admin.service.status()),
+        )
+        .add(
+            (Get, "/config"),
+            Read,
+            "LMCache's configuration document, without secrets",
+            plain(),
+            cache::config,
+        )
+        .add(
+            (Get, "/config/adapters"),
+            Read,
+            "Adapters of the second tier",
+            plain(),
+            async || Json(json!({"adapters": []})),
+        )
+        .add(
+            (Get, "/version"),
+            Public,
+            "Stockade's version",
+            plain(),
+            async || Json(env!("CARGO_PKG_VERSION")),
+        )
+        .add(
+            (Get, "/lmc_version"),
+            Public,
+            "The version of LMCache that it is compatible with",
+            plain(),
+            async || Json("0.5.6"),
+        )
+        .add(
+            (Get, "/commit_id"),
+            Public,
+            "The commit it was built from",
+            plain(),
+            async || Json(option_env!("STOCKADE_COMMIT").unwrap_or("unknown")),
+        )
+        .add(
+            (Post, "/cache/clear"),
+            Operate,
+            "Empties the cache; locked objects stay unless force",
+            Describe {
+                body: &[
+                    ("tier", "string", "l1"),
+                    ("force", "boolean", "also locked objects"),
+                ],
+                ..Describe::default()
+            },
+            cache::clear,
+        )
+        .add(
+            (Get, "/metrics"),
+            Read,
+            "OpenMetrics text",
+            text("application/openmetrics-text"),
+            scrape,
+        )
+        .add(
+            (Get, "/loglevel"),
+            Read,
+            "LMCache's log level; sets it when an operator gives level",
+            Describe {
+                query: &[
+                    ("level", "string", "level to set"),
+                    ("logger_name", "string", "ignored"),
+                ],
+                produces: "text/plain",
+                ..Describe::default()
+            },
+            cache::loglevel,
+        )
+        .add(
+            (Get, "/threads"),
+            Read,
+            "LMCache's thread dump, told of the loops",
+            text("text/plain"),
+            health::threads,
+        )
+        .add(
+            (Get, "/periodic-threads"),
+            Read,
+            "LMCache's list of loops",
+            plain(),
+            health::periodic_threads,
+        )
+        .add(
+            (Get, "/periodic-threads-health"),
+            Read,
+            "LMCache's verdict over its loops",
+            plain(),
+            health::periodic_threads_health,
+        )
+        .add(
+            (Get, "/v1/health"),
+            Read,
+            "Every loop and whether it goes round",
+            plain(),
+            health::health,
+        )
+        .add(
+            (Get, "/v1/health/probe"),
+            Read,
+            "Stores, looks up and retrieves a chunk of a reserved tenant",
+            Describe {
+                problems: &[(503, "data-path")],
+                ..Describe::default()
+            },
+            health::probe,
+        )
+        .add(
+            (Get, "/v1/stats"),
+            Read,
+            "What the server has done, in one document",
+            plain(),
+            history::stats,
+        )
+        .add(
+            (Get, "/v1/history"),
+            Read,
+            "The last minutes, a point every two seconds",
+            plain(),
+            history::history,
+        )
+        .add(
+            (Get, "/v1/whoami"),
+            Tenant,
+            "The caller's name and role",
+            plain(),
+            history::whoami,
+        )
+        .add(
+            (Get, "/v1/log-level"),
+            Read,
+            "The log level",
+            plain(),
+            cache::get_level,
+        )
+        .add(
+            (Put, "/v1/log-level"),
+            Operate,
+            "Sets the log level until the next start",
+            Describe {
+                body: &[("level*", "string", "error, warn, info, debug or trace")],
+                problems: &[(400, "bad-level")],
+                ..Describe::default()
+            },
+            cache::put_level,
+        )
+        .add(
+            (Get, "/v1/plugins"),
+            Read,
+            "All plugins",
+            plain(),
+            plugins::list,
+        )
+        .add(
+            (Get, "/v1/plugins/{name}"),
+            Read,
+            "One plugin",
+            Describe {
+                problems: &[(404, "plugin-not-found")],
+                ..Describe::default()
+            },
+            plugins::show,
+        )
+        .add(
+            (Get, "/v1/plugins/{name}/logs"),
+            Read,
+            "A plugin's newest lines; with follow one JSON object a line without end",
+            Describe {
+                query: &[
+                    ("lines", "integer", "at most this many, up to 1000"),
+                    (
+                        "since",
+                        "integer",
+                        "only lines after this one; `next` of the last answer",
+                    ),
+                    ("follow", "boolean", "go on with lines as they come"),
+                ],
+                problems: &[(404, "plugin-not-found")],
+                ..Describe::default()
+            },
+            plugins::logs,
+        )
+        .add(
+            (Post, "/v1/plugins/{name}/{action}"),
+            Operate,
+            "start, stop or restart a plugin, or reload its file",
+            Describe {
+                status: 202,
+                problems: &[(404, "plugin-not-found"), (409, "plugin-busy")],
+                ..Describe::default()
+            },
+            plugins::steer,
+        )
+        .add(
+            (Get, "/quota"),
+            Read,
+            "LMCache's limits and what their salts use",
+            plain(),
+            tenants::list_quotas,
+        )
+        .add(
+            (Get, "/quota/{cache_salt}"),
+            Tenant,
+            "LMCache's limit of a salt; `_default` is the empty one",
+            plain(),
+            tenants::get_quota,
+        )
+        .add(
+            (Put, "/quota/{cache_salt}"),
+            Operate,
+            "Limits a salt, until the server ends",
+            Describe {
+                body: &[("limit_gb*", "number", "GiB, 0 for nothing at all")],
+                problems: &[(400, "bad-limit")],
+                ..Describe::default()
+            },
+            tenants::put_quota,
+        )
+        .add(
+            (Delete, "/quota/{cache_salt}"),
+            Operate,
+            "Takes a salt's limit away",
+            plain(),
+            tenants::delete_quota,
+        )
+        .add(
+            (Get, "/v1/tenants"),
+            Tenant,
+            "Tenants, what they use and may use; a tenant sees itself",
+            plain(),
+            tenants::list,
+        )
+        .add(
+            (Get, "/v1/tenants/{name}"),
+            Tenant,
+            "One tenant",
+            Describe {
+                problems: &[(404, "tenant-not-found")],
+                ..Describe::default()
+            },
+            tenants::show,
+        )
+        .add(
+            (Get, "/v1/openapi.json"),
+            Public,
+            "This document",
+            plain(),
+            async |State(admin): Shared| Json(admin.openapi.lock().clone()),
+        )
+        .add(
+            (Get, "/ui"),
+            Public,
+            "The dashboard",
+            text("text/html"),
+            ui::page,
+        )
+        .add(
+            (Get, "/ui/app.js"),
+            Public,
+            "The dashboard's script",
+            text("text/javascript"),
+            ui::script,
+        )
+        .add(
+            (Get, "/ui/style.css"),
+            Public,
+            "The dashboard's style",
+            text("text/css"),
+            ui::style,
+        );
+    finish(admin, api, true)
+}
+
+/// `/metrics` and the probes alone, for a listener of their own.
+pub fn metrics_router(admin: &Arc<Admin>) -> Router {
+    let plain = Describe::default;
+    let api = Api::new(admin)
+        .add(
+            (Method::Get, "/metrics"),
+            Access::Read,
+            "OpenMetrics text",
+            plain(),
+            scrape,
+        )
+        .add(
+            (Method::Get, "/livez"),
+            Access::Public,
+            "Whether all loops go round",
+            plain(),
+            health::livez,
+        )
+        .add(
+            (Method::Get, "/readyz"),
+            Access::Public,
+            "As /livez, and not stopping",
+            plain(),
+            health::readyz,
+        );
+    finish(admin, api, false)
+}
+
+fn finish(admin: &Arc<Admin>, api: Api, is_whole: bool) -> Router {
+    let (router, document) = api.finish();
+    if is_whole {
+        *admin.openapi.lock() = document;
+    }
+    router
+        .fallback(async || {
+            Problem::not_found(
+                "no-such-route",
+                "this server has no such route: GET /v1/openapi.json lists those that it has",
+            )
         })
         .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
-        .with_state(admin)
-}
-
-/// `/metrics` alone, for a listener of its own.
-pub fn metrics_router<S: Clone + Send + Sync + 'static>(admin: Arc<Admin>) -> Router<S> {
-    Router::new()
-        .route("/metrics", get(scrape))
-        .with_state(admin)
-}
-
-async fn health(State(admin): Shared) -> Response {
-    if admin.service.is_draining() {
-        let body = Json(json!({"status": "unhealthy", "reason": "the server is stopping"}));
-        return (StatusCode::SERVICE_UNAVAILABLE, body).into_response();
-    }
-    Json(json!({"status": "healthy"})).into_response()
+        .layer(middleware::map_response(problem::normalise))
+        .with_state(Arc::clone(admin))
 }
 
 async fn scrape(State(admin): Shared) -> Response {
-    match metrics::render(&admin) {
-        Ok(text) => (
+    let text = tokio::task::spawn_blocking(move || metrics::render(&admin)).await;
+    let problem = |error: String| {
+        Problem::new(StatusCode::INTERNAL_SERVER_ERROR, "metrics", error).into_response()
+    };
+    match text {
+        Ok(Ok(text)) => (
             [(
-                header::CONTENT_TYPE,
+                axum::http::header::CONTENT_TYPE,
                 "application/openmetrics-text; version=1.0.0; charset=utf-8",
             )],
             text,
         )
             .into_response(),
-        Err(error) => Problem {
-            status: StatusCode::INTERNAL_SERVER_ERROR,
-            code: "metrics",
-            detail: format!("metrics could not be written: {error}"),
-        }
-        .into_response(),
+        Ok(Err(error)) => problem(format!("metrics could not be written: {error}")),
+        Err(error) => problem(error.to_string()),
     }
-}
-
-/// Body of `POST /cache/clear`; an empty body means the defaults.
-#[derive(Debug, Deserialize)]
-#[serde(default)]
-struct ClearRequest {
-    tier: String,
-    force: bool,
-}
-
-impl Default for ClearRequest {
-    fn default() -> Self {
-        Self {
-            tier: "l1".to_owned(),
-            force: false,
-        }
-    }
-}
-
-async fn clear(State(admin): Shared, body: Bytes) -> Result<Json<Value>, Problem> {
-    let bad = |detail: String| Problem {
-        status: StatusCode::BAD_REQUEST,
-        code: "bad-clear-request",
-        detail,
-    };
-    let request: ClearRequest = match body.as_ref() {
-        [] => ClearRequest::default(),
-        body => serde_json::from_slice(body)
-            .map_err(|error| bad(format!("the body is not a clear request: {error}")))?,
-    };
-    if request.tier != "l1" && request.tier != "all" {
-        return Err(bad(format!(
-            "tier {:?}: this server has only \"l1\"",
-            request.tier
-        )));
-    }
-    let service = Arc::clone(&admin.service);
-    let force = request.force;
-    let done = tokio::task::spawn_blocking(move || service.clear_cache(force)).await;
-    done.map_err(|error| Problem {
-        status: StatusCode::INTERNAL_SERVER_ERROR,
-        code: "clear-failed",
-        detail: error.to_string(),
-    })?;
-    Ok(Json(
-        json!({"status": "ok", "cleared": {"tier": request.tier}}),
-    ))
-}
-
-fn plugin_json(status: &PluginStatus) -> Value {
-    json!({
-        "name": &*status.name,
-        "kind": status.kind.name(),
-        "path": status.path.to_string_lossy(),
-        "state": status.state.name(),
-        "sha256": status.sha256.to_string(),
-        "origin": status.origin.map(|origin| origin.to_string()),
-        "restarts": status.restarts,
-        "last_end": status.last_end,
-        "last_reload": status.last_reload,
-        "running_since_unix_ms": status.running_since_unix_ms,
-        "memory_bytes": status.memory_bytes,
-        "cpu_seconds": status.cpu_time.map(|time| time.as_secs_f64()),
-        "containment": status.containment,
-        "granted": status.granted,
-        "log_lines": status.logs.lines,
-        "log_lines_dropped": status.logs.dropped_lines,
-        "log_lines_cut": status.logs.cut_lines,
-        "log_bytes": status.logs.bytes,
-        "limits": status.limits.iter().map(|limit| json!({
-            "limit": limit.limit.name(),
-            "declared": limit.declared,
-            "used": limit.used,
-            "hits": limit.hits,
-        })).collect::<Vec<_>>(),
-    })
-}
-
-async fn list_plugins(State(admin): Shared) -> Json<Value> {
-    let plugins: Vec<_> = admin
-        .supervisor
-        .snapshot()
-        .iter()
-        .map(plugin_json)
-        .collect();
-    Json(json!({"plugins": plugins}))
-}
-
-async fn show_plugin(
-    State(admin): Shared,
-    Path(name): Path<String>,
-) -> Result<Json<Value>, Problem> {
-    Ok(Json(plugin_json(&admin.supervisor.status(&name)?)))
-}
-
-#[derive(Debug, Deserialize)]
-struct LogsQuery {
-    #[serde(default = "default_log_lines")]
-    lines: usize,
-}
-
-fn default_log_lines() -> usize {
-    100
-}
-
-async fn plugin_logs(
-    State(admin): Shared,
-    Path(name): Path<String>,
-    Query(query): Query<LogsQuery>,
-) -> Result<Json<Value>, Problem> {
-    let lines = admin
-        .supervisor
-        .logs(&name, query.lines.min(MAX_LOG_LINES))?;
-    let lines: Vec<_> = lines
-        .iter()
-        .map(|line| json!({"unix_ms": line.unix_ms, "stream": line.stream.name(), "text": &*line.text}))
-        .collect();
-    Ok(Json(json!({"name": name, "lines": lines})))
-}
-
-async fn steer_plugin(
-    State(admin): Shared,
-    Path((name, action)): Path<(String, String)>,
-) -> Result<(StatusCode, Json<Value>), Problem> {
-    match action.as_str() {
-        "start" => admin.supervisor.start_plugin(&name)?,
-        "stop" => admin.supervisor.stop_plugin(&name)?,
-        "restart" => admin.supervisor.restart_plugin(&name)?,
-        // Alone in having an outcome to wait for.
-        "reload" => {
-            admin.supervisor.reload_plugin(&name).await?;
-            let status = plugin_json(&admin.supervisor.status(&name)?);
-            return Ok((StatusCode::OK, Json(status)));
-        }
-        _ => {
-            return Err(Problem {
-                status: StatusCode::NOT_FOUND,
-                code: "no-such-action",
-                detail: format!(
-                    "{action} is nothing a plugin can be asked: use start, stop, restart or reload"
-                ),
-            });
-        }
-    }
-    Ok((
-        StatusCode::ACCEPTED,
-        Json(json!({"name": name, "action": action})),
-    ))
 }

@@ -1,17 +1,26 @@
 //! The command line: what is asked for, and one file per sub-command other than `serve`.
 
 mod bench;
+mod config_check;
+mod log_level;
 mod plugin;
 mod remote;
+mod shell;
 mod simulate;
+mod status;
+mod tenant;
 
 use std::io::Write as _;
 
 use clap::{CommandFactory as _, FromArgMatches as _, Parser, Subcommand, error::ErrorKind};
 
 pub use bench::BenchCommand;
+pub use config_check::ConfigCommand;
+pub use log_level::LogLevelCommand;
 pub use plugin::PluginCommand;
 pub use simulate::SimulateCommand;
+pub use status::StatusCommand;
+pub use tenant::TenantCommand;
 
 use crate::config::{Config, Settings, UsageError, lmcache_flags};
 
@@ -36,10 +45,28 @@ enum CliCommand {
 pub enum Tool {
     /// Look at and steer the plugins of a running server
     Plugin(PluginCommand),
+    /// Show the pool, hit rate, throughput, tenants and plugins of a running server
+    Status(StatusCommand),
+    /// Look at and limit the tenants of a running server
+    Tenant(TenantCommand),
+    /// Show or change the log level of a running server
+    LogLevel(LogLevelCommand),
     /// Put load on a server and measure it, beside another one if asked
     Bench(BenchCommand),
     /// Say what hit rates policies and pool sizes would have given
     Simulate(Box<SimulateCommand>),
+    /// Check the settings that `serve` would start with
+    Config(Box<ConfigCommand>),
+    /// Print a script that completes this command line in a shell
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+    /// Print the manual page, of a sub-command if one is named
+    Man {
+        /// Sub-command
+        command: Option<String>,
+    },
 }
 
 impl Tool {
@@ -50,8 +77,14 @@ impl Tool {
     pub fn run(self) -> anyhow::Result<()> {
         match self {
             Self::Plugin(command) => command.run(),
+            Self::Status(command) => command.run(),
+            Self::Tenant(command) => command.run(),
+            Self::LogLevel(command) => command.run(),
             Self::Bench(command) => command.run(),
             Self::Simulate(command) => command.run(),
+            Self::Config(command) => print(&command.check()?),
+            Self::Completions { shell } => print(&shell::completions(&mut Cli::command(), shell)),
+            Self::Man { command } => print(&shell::man(Cli::command(), command.as_deref())?),
         }
     }
 }
@@ -121,4 +154,24 @@ fn print(text: &str) -> anyhow::Result<()> {
         Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(error.into()),
         _ => Ok(()),
     }
+}
+
+/// Writes a document to stdout.
+fn print_json(value: &serde_json::Value) -> anyhow::Result<()> {
+    print(&format!("{}\n", serde_json::to_string_pretty(value)?))
+}
+
+/// Bytes as a person reads them.
+fn bytes(value: f64) -> String {
+    let mut value = value;
+    for unit in ["B", "KiB", "MiB", "GiB"] {
+        if value < 1024.0 {
+            return match unit {
+                "B" => format!("{value:.0} {unit}"),
+                _ => format!("{value:.1} {unit}"),
+            };
+        }
+        value /= 1024.0;
+    }
+    format!("{value:.1} TiB")
 }

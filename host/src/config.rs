@@ -16,6 +16,8 @@ use stockade_sandbox::{NativePolicy, Policy};
 pub use listeners::{DEFAULT as DEFAULT_LISTENER, ListenerConfig, Users};
 pub use settings::Settings;
 
+use crate::admin::TlsFiles;
+
 /// One GiB, the unit that LMCache calls GB.
 const GIB: f64 = (1u64 << 30) as f64;
 
@@ -102,6 +104,14 @@ pub struct Config {
     pub http_port: u16,
     /// A second port for /metrics.
     pub prometheus_port: Option<u16>,
+    /// Bearer tokens of the HTTP API.
+    pub http_token_file: Option<PathBuf>,
+    /// Certificates of the HTTP API; `None` for plain HTTP.
+    pub http_tls: Option<TlsFiles>,
+    /// Unix socket of the HTTP API.
+    pub http_socket: Option<PathBuf>,
+    /// Whether anybody may call the HTTP API from anywhere.
+    pub http_insecure: bool,
     /// Most verbose level that is logged.
     pub log_level: tracing::Level,
     /// Shape of log lines.
@@ -327,6 +337,32 @@ impl Config {
                 "--request-deadline-seconds {deadline}: give a number above 0"
             ));
         }
+        let http_host = settings.http_host.unwrap_or_else(|| "127.0.0.1".to_owned());
+        let http_insecure = settings.http_insecure.unwrap_or(false);
+        if !is_loopback(&http_host) && settings.http_token_file.is_none() && !http_insecure {
+            return Err(format!(
+                "--http-host {http_host} is reachable from other machines and there are no tokens: give --http-token-file, keep 127.0.0.1, or say --http-insecure if anybody may do everything"
+            ));
+        }
+        let http_tls = match (settings.http_tls_cert, settings.http_tls_key) {
+            (Some(cert), Some(key)) => Some(TlsFiles {
+                cert,
+                key,
+                client_ca: settings.http_client_ca,
+            }),
+            (None, None) if settings.http_client_ca.is_some() => {
+                return Err(
+                    "--http-client-ca needs TLS: give --http-tls-cert and --http-tls-key"
+                        .to_owned(),
+                );
+            }
+            (None, None) => None,
+            _ => {
+                return Err(
+                    "--http-tls-cert and --http-tls-key belong together: give both".to_owned(),
+                );
+            }
+        };
         let level = settings.log_level.as_deref().unwrap_or("info");
         let log_format = match settings.log_format.as_deref().unwrap_or("human") {
             "human" => LogFormat::Human,
@@ -377,15 +413,28 @@ impl Config {
             native_plugins,
             python_wasm: settings.python_wasm,
             plugin_cache_dir: settings.plugin_cache_dir,
-            http_host: settings.http_host.unwrap_or_else(|| "127.0.0.1".to_owned()),
+            http_host,
             http_port: settings.http_port.unwrap_or(8080),
             prometheus_port: settings.prometheus_port,
+            http_token_file: settings.http_token_file,
+            http_tls,
+            http_socket: settings.http_socket,
+            http_insecure,
             log_level: tracing::Level::from_str(level).map_err(|_| {
                 format!("--log-level {level}: give error, warn, info, debug or trace")
             })?,
             log_format,
         })
     }
+}
+
+/// Whether only this machine reaches the host, as far as its text tells.
+fn is_loopback(host: &str) -> bool {
+    host.eq_ignore_ascii_case("localhost")
+        || host
+            .trim_matches(['[', ']'])
+            .parse::<std::net::IpAddr>()
+            .is_ok_and(|address| address.is_loopback())
 }
 
 /// A segment's name as the wire carries it: no slash, short enough for a file in /dev/shm.

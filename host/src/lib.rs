@@ -9,6 +9,7 @@
 pub mod cli;
 pub mod config;
 pub mod telemetry;
+pub mod watchdog;
 
 pub mod server;
 

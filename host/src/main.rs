@@ -60,8 +60,8 @@ fn finish(result: anyhow::Result<()>) -> ExitCode {
 }
 
 fn serve(config: Config, warnings: &[String]) -> ExitCode {
-    let _flush = match telemetry::init(config.log_level, config.log_format) {
-        Ok(guard) => guard,
+    let (log, _flush) = match telemetry::init(config.log_level, config.log_format) {
+        Ok(started) => started,
         Err(error) => return fail(EX_UNAVAILABLE, &error),
     };
     for warning in warnings {
@@ -86,7 +86,7 @@ fn serve(config: Config, warnings: &[String]) -> ExitCode {
             signal(SignalKind::interrupt())?,
             signal(SignalKind::terminate())?,
         );
-        let server = Server::prepare(config).await?;
+        let server = Server::prepare(config, log).await?;
         server
             .run(async move {
                 tokio::select! {

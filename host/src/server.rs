@@ -1,6 +1,11 @@
 //! Builds the parts in order, and takes them down in reverse within a grace period.
 
-use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    net::SocketAddr,
+    path::PathBuf,
+    sync::{Arc, atomic::Ordering},
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context as _, bail};
 use prometheus_client::registry::Registry;
@@ -12,12 +17,18 @@ use stockade_sandbox::{
     SupervisorConfig, WasmConfig,
 };
 use stockade_transport::{Endpoint, ListenOptions, Listener};
-use tokio::{net::TcpListener, sync::watch};
+use tokio::{
+    net::TcpListener,
+    signal::unix::{SignalKind, signal},
+    sync::watch,
+};
 
 use crate::{
-    admin::{self, Admin},
+    admin::{self, Admin, AdminParts, Socket, Tls, Tokens},
     config::Config,
     service::{Service, ServiceHandler, ServiceSettings},
+    telemetry::Log,
+    watchdog::{BEAT, Heart, Watchdog},
 };
 
 /// How often the service looks after leases, sessions and the watermark.
@@ -35,6 +46,10 @@ pub struct Server {
     listeners: Vec<Listener>,
     http: TcpListener,
     metrics: Option<TcpListener>,
+    http_socket: Option<Socket>,
+    tokens: Option<Arc<Tokens>>,
+    tls: Option<Arc<Tls>>,
+    log: Log,
     engine: Arc<CacheEngine>,
     supervisor: Supervisor,
     port: u16,
@@ -46,7 +61,17 @@ impl Server {
     ///
     /// # Errors
     /// One sentence that says what could not be had and what to do.
-    pub async fn prepare(config: Config) -> anyhow::Result<Self> {
+    pub async fn prepare(config: Config, log: Log) -> anyhow::Result<Self> {
+        let tokens = match &config.http_token_file {
+            Some(path) => Some(Arc::new(
+                Tokens::read(path).context("--http-token-file cannot be used")?,
+            )),
+            None => None,
+        };
+        let tls = match &config.http_tls {
+            Some(files) => Some(Arc::new(Tls::read(files.clone())?)),
+            None => None,
+        };
         let supervisor = Supervisor::discover(supervisor_config(&config)?)?;
         let endpoint = tcp_endpoint(&config.host, config.port)?;
         let (main, further) = config
@@ -83,11 +108,25 @@ impl Server {
         let http_addr = http
             .local_addr()
             .context("the HTTP address could not be read back")?;
+        if !http_addr.ip().is_loopback() && tokens.is_none() && !config.http_insecure {
+            bail!(
+                "--http-host {} is {http_addr}, which other machines reach, and there are no tokens: give --http-token-file",
+                config.http_host
+            );
+        }
+        let http_socket = match &config.http_socket {
+            Some(path) => Some(admin::bind_socket(path)?),
+            None => None,
+        };
         Ok(Self {
             config,
             listeners,
             http,
             metrics,
+            http_socket,
+            tokens,
+            tls,
+            log,
             engine,
             supervisor,
             port,
@@ -145,38 +184,67 @@ impl Server {
                 .to_string(),
         };
         let supervisor = Arc::new(self.supervisor);
-        let admin = Arc::new(Admin {
+        let watchdog = Watchdog::start().context("the watchdog's thread could not be started")?;
+        let log = self.log.clone();
+        watchdog.watch_work("log writer", move || log.writing_for());
+        for listener in &self.listeners {
+            let turns = listener.turns();
+            watchdog.watch(&format!("accept {}", listener.endpoint()), move || {
+                turns.load(Ordering::Relaxed)
+            });
+        }
+        let (stop, stopped) = watch::channel(false);
+        let admin = Admin::new(AdminParts {
             service: Arc::clone(&service),
             supervisor: Arc::clone(&supervisor),
             transport: transport.stats(),
-            registry: registry.into(),
+            registry,
             config: plugin_json,
+            watchdog,
+            log: self.log,
+            tokens: self.tokens.clone(),
+            insecure: config.http_insecure,
+            stopped: stopped.clone(),
         });
 
-        let (stop, stopped) = watch::channel(false);
-        let wait = |mut stopped: watch::Receiver<bool>| async move {
-            // The sender lives until the end of this function; its loss ends everything too.
-            let _ = stopped.wait_for(|&is_stopped| is_stopped).await;
-        };
-        let http = axum::serve(self.http, admin::router(Arc::clone(&admin)))
-            .with_graceful_shutdown(wait(stopped.clone()));
-        let mut tasks = vec![tokio::spawn(async move {
-            if let Err(error) = http.await {
-                tracing::error!("the HTTP API ended: {error}");
-            }
-        })];
+        let router = admin::router(&admin);
+        let heart = |name: &str| admin.watchdog.heart(name);
+        let mut tasks = vec![tokio::spawn(admin::serve(
+            Socket::Tcp(self.http),
+            self.tls.clone(),
+            router.clone(),
+            heart("http"),
+            stopped.clone(),
+        ))];
+        if let Some(socket) = self.http_socket {
+            let heart = heart("http socket");
+            tasks.push(tokio::spawn(admin::serve(
+                socket,
+                None,
+                router,
+                heart,
+                stopped.clone(),
+            )));
+        }
         if let Some(listener) = self.metrics {
-            let router = admin::metrics_router(Arc::clone(&admin));
-            let metrics =
-                axum::serve(listener, router).with_graceful_shutdown(wait(stopped.clone()));
-            tasks.push(tokio::spawn(async move {
-                if let Err(error) = metrics.await {
-                    tracing::error!("the metrics listener ended: {error}");
-                }
-            }));
+            tasks.push(tokio::spawn(admin::serve(
+                Socket::Tcp(listener),
+                self.tls.clone(),
+                admin::metrics_router(&admin),
+                heart("metrics"),
+                stopped.clone(),
+            )));
         }
         tasks.push(tokio::spawn(maintain(
             Arc::clone(&service),
+            heart("maintenance"),
+            stopped.clone(),
+        )));
+        tasks.push(tokio::spawn(observe(
+            Arc::clone(&admin),
+            self.tokens,
+            self.tls,
+            heart("observer"),
             stopped.clone(),
         )));
 
@@ -185,12 +253,26 @@ impl Server {
             .iter()
             .map(|listener| listener.endpoint().to_string())
             .collect();
-        let draining = wait(stopped);
+        let draining = async move {
+            let mut stopped = stopped;
+            // The sender lives until the end of this function; its loss ends everything too.
+            let _ = stopped.wait_for(|&is_stopped| is_stopped).await;
+        };
         let serving = tokio::spawn(async move { transport.serve(self.listeners, draining).await });
         supervisor.start(&contract)?;
+        if let Some(ticks) = supervisor.epoch_ticks() {
+            admin
+                .watchdog
+                .watch("plugin epochs", move || ticks.load(Ordering::Relaxed));
+        }
         tracing::info!(
-            "serving on {} with HTTP on http://{} (pool {:.2} GiB, {}, eviction {}, chunk size {}, {} plugins)",
+            "serving on {} with HTTP on {}://{} (pool {:.2} GiB, {}, eviction {}, chunk size {}, {} plugins)",
             endpoints.join(" and "),
+            if config.http_tls.is_some() {
+                "https"
+            } else {
+                "http"
+            },
             self.http_addr,
             config.l1_size_bytes as f64 / (1u64 << 30) as f64,
             if shm_name.is_empty() {
@@ -206,6 +288,7 @@ impl Server {
         shutdown.await;
         tracing::info!("stopping");
         service.drain();
+        admin.watchdog.rest();
         // Nobody waits on plugins: they are told first, and end while connections drain.
         let plugins = supervisor.shutdown(PLUGIN_GRACE);
         stop.send_replace(true);
@@ -225,10 +308,51 @@ impl Server {
     }
 }
 
-async fn maintain(service: Arc<Service>, mut stopped: watch::Receiver<bool>) {
+/// Looks after what the HTTP API shows and takes from files.
+async fn observe(
+    admin: Arc<Admin>,
+    tokens: Option<Arc<Tokens>>,
+    tls: Option<Arc<Tls>>,
+    heart: Heart,
+    mut stopped: watch::Receiver<bool>,
+) {
+    let mut hangup = signal(SignalKind::hangup()).ok();
+    let mut next_sample = Instant::now();
+    loop {
+        heart.beat();
+        heart.stall_here().await;
+        let is_asked = tokio::select! {
+            () = tokio::time::sleep(BEAT) => false,
+            Some(()) = async { hangup.as_mut()?.recv().await } => true,
+            _ = stopped.wait_for(|&is_stopped| is_stopped) => return,
+        };
+        let is_due = Instant::now() >= next_sample;
+        if !is_due && !is_asked {
+            continue;
+        }
+        next_sample = Instant::now() + admin::HISTORY_INTERVAL;
+        let (admin, tokens, tls) = (Arc::clone(&admin), tokens.clone(), tls.clone());
+        let look = tokio::task::spawn_blocking(move || {
+            admin::sample(&admin);
+            if let Some(tokens) = tokens {
+                tokens.refresh();
+            }
+            if let Some(tls) = tls {
+                tls.refresh();
+            }
+        });
+        if let Err(error) = look.await {
+            tracing::error!("a look at the server failed: {error}");
+        }
+    }
+}
+
+async fn maintain(service: Arc<Service>, heart: Heart, mut stopped: watch::Receiver<bool>) {
     let mut interval = tokio::time::interval(MAINTENANCE_INTERVAL);
     interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
+        heart.beat();
+        heart.stall_here().await;
         let is_tick = tokio::select! {
             _ = interval.tick() => true,
             () = service.stored() => false,

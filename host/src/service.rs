@@ -6,7 +6,9 @@
 mod control;
 mod kv_events;
 mod lapsed;
+mod latencies;
 mod metrics;
+mod probe;
 mod retrieve;
 mod sessions;
 mod store;
@@ -16,7 +18,7 @@ use std::{
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -46,6 +48,10 @@ use self::{
 use tokio::{runtime::Handle, sync::Notify};
 
 use crate::telemetry::CauseLimiter;
+
+pub use latencies::Snapshot as LatencySnapshot;
+pub use metrics::Activity;
+pub use probe::{PROBE_TENANT, ProbeReport};
 
 /// Requests up to this size are handled where they were read; larger ones take milliseconds,
 /// and go to a thread of their own so that the connections beside them do not wait.
@@ -92,6 +98,7 @@ pub struct Service {
     lapsed: Lapsed,
     started: Instant,
     stored: Notify,
+    maintenance_rounds: AtomicU64,
     draining: AtomicBool,
 }
 
@@ -120,6 +127,7 @@ impl Service {
             lapsed: Lapsed::default(),
             started: Instant::now(),
             stored: Notify::new(),
+            maintenance_rounds: AtomicU64::new(0),
             draining: AtomicBool::new(false),
         })
     }
@@ -232,7 +240,7 @@ impl Service {
             self.metrics.failed(Some(operation), "panic");
             Err("the server failed at this request and goes on; its log says more".to_owned())
         });
-        self.metrics.answered(operation.name(), started.elapsed());
+        self.metrics.answered(operation, started.elapsed());
         match answer {
             Ok(response) => response.map(|response| reply(&envelope, &response)),
             Err(sentence) => {
@@ -362,6 +370,7 @@ impl Service {
     /// Does what time brings: reaps silent workers, idle sessions and dead processes, and
     /// lets the engine expire and evict. To be called about every 250 ms, off the data path.
     pub fn maintain(&self) {
+        self.maintenance_rounds.fetch_add(1, Ordering::Relaxed);
         let settings = &self.settings;
         for worker in self.workers.reap(
             settings.worker_reap_timeout,
@@ -430,6 +439,7 @@ impl Service {
             "memory_used_bytes": engine.used_bytes,
             "memory_total_bytes": engine.capacity_bytes,
             "memory_configured_bytes": engine.capacity_bytes,
+            "capacity_bytes_by_backend": {"dram": engine.capacity_bytes},
             "memory_usage_ratio": engine.usage_ratio,
             "write_ttl_seconds": config.write_ttl.as_secs(),
             "read_ttl_seconds": config.read_ttl.as_secs(),
@@ -455,6 +465,15 @@ impl Service {
             }))).collect::<serde_json::Map<_, _>>(),
             "bytes_by_cache_salt": engine.salts.iter().take(1000).map(|it| (it.cache_salt.as_str().to_owned(), it.bytes.into())).collect::<serde_json::Map<_, _>>(),
         });
+        let no_store = json!({
+            "is_healthy": true,
+            "thread_alive": true,
+            "pending_keys_count": 0,
+            "in_flight_task_count": 0,
+            "num_l2_adapters": 0,
+            "num_active_adapters": 0,
+            "num_draining_adapters": 0,
+        });
         json!({
             "is_healthy": !self.is_draining(),
             "engine_type": "Stockade",
@@ -469,13 +488,34 @@ impl Service {
                 "l1_eviction_controller": eviction,
                 // `lmcache describe kvcache` still reads this former place.
                 "eviction_controller": eviction,
+                "store_controllers": {"_default": no_store},
+                "store_controller": no_store,
+                "prefetch_controller": {
+                    "is_healthy": true,
+                    "thread_alive": true,
+                    "max_in_flight": 0,
+                    "submission_queue_size": 0,
+                    "pending_queue_size": 0,
+                    "in_flight_request_count": 0,
+                    "lookup_phase_count": 0,
+                    "load_phase_count": 0,
+                    "completed_results_count": jobs,
+                    "num_l2_adapters": 0,
+                    "num_active_adapters": 0,
+                    "num_draining_adapters": 0,
+                },
+                "l2_eviction_controller": {"is_healthy": true, "thread_alive": true, "adapters": []},
                 "l2_adapters": [],
                 "num_l2_adapters": 0,
                 "l1_usage": [engine.used_bytes, engine.capacity_bytes],
+                "l1_capacity_bytes_by_backend": {"dram": engine.capacity_bytes},
             },
             "active_prefetch_jobs": jobs,
             "active_p2p_lookup_jobs": 0,
             "p2p_enabled": false,
+            "p2p_state": "unregistered",
+            "p2p_peer_count": 0,
+            "p2p_peers": [],
             "worker_liveness": {
                 "enabled": !self.settings.worker_reap_timeout.is_zero(),
                 "reap_timeout_seconds": self.settings.worker_reap_timeout.as_secs_f64(),
@@ -502,6 +542,36 @@ impl Service {
                 "use_mla": worker.use_mla,
             }))).collect::<serde_json::Map<_, _>>(),
         })
+    }
+
+    /// What it has done since its start.
+    #[must_use]
+    pub fn activity(&self) -> Activity {
+        self.metrics.activity()
+    }
+
+    /// Request sessions, and those of them whose lookup nobody has asked for yet.
+    #[must_use]
+    pub fn sessions(&self) -> (usize, usize) {
+        self.sessions.counts()
+    }
+
+    /// How often it was maintained.
+    #[must_use]
+    pub fn maintenance_rounds(&self) -> u64 {
+        self.maintenance_rounds.load(Ordering::Relaxed)
+    }
+
+    /// Registered workers.
+    #[must_use]
+    pub fn worker_count(&self) -> usize {
+        self.workers.list().len()
+    }
+
+    /// Records in the log of KV events.
+    #[must_use]
+    pub fn kv_event_log_depth(&self) -> usize {
+        self.events.status().log_depth
     }
 
     /// Empties the cache; locked objects stay unless `force`.

@@ -6,7 +6,10 @@
     reason = "a test fails by panicking"
 )]
 
+mod access;
+mod admin;
 mod basics;
+mod health;
 mod hostile;
 mod listeners;
 mod load;

@@ -202,11 +202,11 @@ async fn a_file_gives_settings_that_flags_and_environment_override() {
     let server = Server::start_with_env(&flags, &[("STOCKADE_SESSION_TTL_SECONDS", "8")]);
     let config = server.json("/config").await;
     assert_eq!(
-        config["storage_manager_config"]["eviction_config"]["eviction_policy"],
+        config["storage_manager"]["eviction_config"]["eviction_policy"],
         "S3FIFO"
     );
-    assert_eq!(config["mp_config"]["session_ttl_seconds"], 8.0);
-    assert_eq!(config["mp_config"]["kv_event_log_size"], 5);
+    assert_eq!(config["mp"]["session_ttl_seconds"], 8.0);
+    assert_eq!(config["mp"]["kv_event_log_size"], 5);
     std::fs::write(&file, "[serve]\nevicton-policy = 'ARC'\n").unwrap();
     refused(
         &[

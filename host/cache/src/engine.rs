@@ -375,6 +375,11 @@ impl CacheEngine {
         }
     }
 
+    /// Withdraws those of `keys` that are readable and that nobody holds; returns how many.
+    pub fn withdraw(&self, keys: &[ObjectKey]) -> usize {
+        self.inner.with_l1(|l1, _| l1.withdraw_unheld(keys))
+    }
+
     /// Does what time brings: ends leases whose deadline has come, evicts above the
     /// watermark, and looks after the segment. To be called every 100 ms to 1 s.
     ///

@@ -314,6 +314,18 @@ impl LogStream {
             .collect()
     }
 
+    /// Lines after the first `seen`, oldest first and at most `most` of the newest, and the
+    /// number of all lines so far, to be given as `seen` the next time.
+    #[must_use]
+    pub fn since(&self, seen: u64, most: usize) -> (Vec<LogLine>, u64) {
+        let state = self.state.lock();
+        let unseen = state.counts.lines.saturating_sub(seen);
+        let unseen = usize::try_from(unseen).unwrap_or(usize::MAX).min(most);
+        let skip = state.ring.len().saturating_sub(unseen);
+        let lines = state.ring.iter().skip(skip).cloned().collect();
+        (lines, state.counts.lines)
+    }
+
     /// What was printed so far.
     #[must_use]
     pub fn counts(&self) -> LogCounts {
@@ -497,6 +509,24 @@ mod tests {
         let counts = stream.counts();
         assert_eq!(counts.lines + counts.dropped_lines, 1000);
         assert!((10..20).contains(&counts.lines), "{counts:?}");
+    }
+
+    #[test]
+    fn followers_get_each_line_once() {
+        let stream = LogStream::new(Arc::from("p"), LogLimits::default());
+        let texts = |lines: Vec<LogLine>| -> Vec<String> {
+            lines.iter().map(|line| line.text.to_string()).collect()
+        };
+        stream.push(OutputStream::Stdout, b"a\nb\n");
+        let (lines, seen) = stream.since(0, 10);
+        assert_eq!(
+            (texts(lines), seen),
+            (vec!["a".to_owned(), "b".to_owned()], 2)
+        );
+        assert_eq!(stream.since(seen, 10).0, []);
+        stream.push(OutputStream::Stdout, b"c\nd\n");
+        let (lines, seen) = stream.since(seen, 1);
+        assert_eq!((texts(lines), seen), (vec!["d".to_owned()], 4));
     }
 
     #[test]

@@ -272,6 +272,7 @@ struct Plugins {
     registry: RwLock<Registry>,
     tasks: Mutex<Vec<JoinHandle<()>>>,
     ending: Ending,
+    epoch_ticks: OnceLock<Arc<AtomicU64>>,
 }
 
 struct Registry {
@@ -313,6 +314,7 @@ impl Supervisor {
                 registry: RwLock::new(registry),
                 tasks: Mutex::default(),
                 ending,
+                epoch_ticks: OnceLock::new(),
             }),
         })
     }
@@ -339,7 +341,8 @@ impl Supervisor {
             .iter()
             .any(|(plugin, ..)| plugin.kind == PluginKind::Wasm)
         {
-            workshop.runtime()?;
+            let runtime = workshop.runtime()?;
+            shared.epoch_ticks.get_or_init(|| runtime.ticks());
         }
         for (plugin, inbox, found) in waiting {
             let life = Life::new(plugin, &workshop, inbox, &shared.ending);
@@ -391,6 +394,28 @@ impl Supervisor {
     /// [`SupervisorError::NotFound`].
     pub fn logs(&self, name: &str, count: usize) -> Result<Vec<LogLine>, SupervisorError> {
         self.plugin(name).map(|plugin| plugin.logs.tail(count))
+    }
+
+    /// Log lines of a plugin that came after the first `seen`, oldest first and at most `most`
+    /// of the newest, and how many there were in all.
+    ///
+    /// # Errors
+    /// [`SupervisorError::NotFound`].
+    pub fn logs_since(
+        &self,
+        name: &str,
+        seen: u64,
+        most: usize,
+    ) -> Result<(Vec<LogLine>, u64), SupervisorError> {
+        self.plugin(name)
+            .map(|plugin| plugin.logs.since(seen, most))
+    }
+
+    /// A number that counts up while sandboxed plugins are made to take turns; `None` when
+    /// there are none.
+    #[must_use]
+    pub fn epoch_ticks(&self) -> Option<Arc<AtomicU64>> {
+        self.shared.epoch_ticks.get().cloned()
     }
 
     /// Starts a plugin that is not running; a running one goes on.

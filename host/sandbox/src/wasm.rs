@@ -340,6 +340,7 @@ pub struct WasmRuntime {
     room: Arc<Room>,
     shutdown: CancellationToken,
     ticker_stop: Arc<AtomicBool>,
+    ticks: Arc<AtomicU64>,
     guest_thread: Option<JoinHandle<()>>,
     ticker: Option<JoinHandle<()>>,
 }
@@ -385,15 +386,23 @@ impl WasmRuntime {
             room: Arc::new(Room::new()),
             shutdown,
             ticker_stop: Arc::new(AtomicBool::new(false)),
+            ticks: Arc::new(AtomicU64::new(0)),
             guest_thread: Some(guest_thread),
             ticker: None,
             engine,
         };
         let stop = Arc::clone(&runtime.ticker_stop);
-        let ticker =
-            engine::start_ticker(runtime.engine.weak(), stop).map_err(|error| failed(&error))?;
+        let ticks = Arc::clone(&runtime.ticks);
+        let ticker = engine::start_ticker(runtime.engine.weak(), stop, ticks)
+            .map_err(|error| failed(&error))?;
         runtime.ticker = Some(ticker);
         Ok(runtime)
+    }
+
+    /// Counts up while guests are made to take turns.
+    #[must_use]
+    pub fn ticks(&self) -> Arc<AtomicU64> {
+        Arc::clone(&self.ticks)
     }
 
     /// Makes a module of a plugin's bytes, binary or text: from the cache when these bytes were

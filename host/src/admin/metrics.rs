@@ -1,13 +1,20 @@
 //! `/metrics`: the counters of the request path, and gauges read at the scrape.
 
-use std::{fmt, sync::atomic::AtomicU64};
+use std::{
+    fmt,
+    sync::atomic::{AtomicU64, Ordering},
+};
 
 use prometheus_client::{
     encoding::{
         EncodeLabelSet,
         text::{encode_eof, encode_registry},
     },
-    metrics::{counter::ConstCounter, family::Family, gauge::Gauge},
+    metrics::{
+        counter::{ConstCounter, Counter},
+        family::Family,
+        gauge::Gauge,
+    },
     registry::{Registry, Unit},
 };
 use stockade_cache::EngineStatus;
@@ -50,7 +57,32 @@ struct TenantLabels {
     tenant: String,
 }
 
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct LoopLabels {
+    name: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct SaltLabels {
+    cache_salt: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct L1Labels {
+    backend: &'static str,
+    l1_tag: &'static str,
+}
+
+/// The labels that LMCache puts on its only pool.
+const POOL: L1Labels = L1Labels {
+    backend: "dram",
+    l1_tag: "_default",
+};
+/// Tenants get a series of their own up to this many, those with the most bytes first.
+const MAX_SALTS: usize = 256;
+
 type FloatGauge = Gauge<f64, AtomicU64>;
+type FloatCounter = Counter<f64, AtomicU64>;
 
 /// The OpenMetrics text. LMCache's names carry LMCache's meaning.
 pub(super) fn render(admin: &Admin) -> Result<String, fmt::Error> {
@@ -58,12 +90,16 @@ pub(super) fn render(admin: &Admin) -> Result<String, fmt::Error> {
     encode_registry(&mut text, &admin.registry.lock())?;
     let mut now = Registry::default();
     let engine = admin.service.engine().status();
-    read_engine(&engine, now.sub_registry_with_prefix("lmcache_mp"));
+    let lmcache = now.sub_registry_with_prefix("lmcache_mp");
+    read_engine(&engine, lmcache);
+    read_service(admin, &engine, lmcache);
     let own = now.sub_registry_with_prefix("stockade");
     read_engine_details(&engine, own);
     read_tenants(&engine, own);
     read_transport(admin, own);
     read_plugins(admin, own);
+    read_server(admin, own);
+    read_salts(&engine, own);
     encode_registry(&mut text, &now)?;
     encode_eof(&mut text)?;
     Ok(text)
@@ -80,31 +116,140 @@ fn counter(registry: &mut Registry, name: &str, help: &str, value: u64) {
 }
 
 fn read_engine(status: &EngineStatus, registry: &mut Registry) {
-    let ratio = FloatGauge::default();
-    ratio.set(status.usage_ratio);
+    let ratio = Family::<L1Labels, FloatGauge>::default();
+    ratio.get_or_create(&POOL).set(status.usage_ratio);
     registry.register(
         "l1_usage_ratio",
         "Share of the pool in use, reservations included",
         ratio,
     );
-    gauge(
-        registry,
-        "l1_memory_usage_bytes",
-        "Bytes of the pool in use",
-        status.used_bytes,
-    );
-    gauge(
-        registry,
-        "l1_staging_bytes",
-        "Bytes reserved and not committed",
-        status.staging_bytes,
-    );
+    for (name, help, bytes) in [
+        (
+            "l1_memory_usage_bytes",
+            "Bytes of the pool in use",
+            status.used_bytes,
+        ),
+        (
+            "l1_staging_bytes",
+            "Bytes reserved and not committed",
+            status.staging_bytes,
+        ),
+    ] {
+        let family = Family::<L1Labels, Gauge>::default();
+        family.get_or_create(&POOL).set(signed(bytes));
+        registry.register(name, help, family);
+    }
     counter(
         registry,
         "l1_evicted_chunks",
         "Chunks evicted",
         status.evicted_objects,
     );
+    counter(
+        registry,
+        "event_bus_dropped_events",
+        "Stored and removed chunks that KV-event subscribers were not told of",
+        status.dropped_notices,
+    );
+}
+
+fn read_service(admin: &Admin, engine: &EngineStatus, registry: &mut Registry) {
+    let (_, unasked) = admin.service.sessions();
+    gauge(
+        registry,
+        "active_prefetch_jobs",
+        "Lookups whose result nobody has asked for yet",
+        unasked as u64,
+    );
+    gauge(
+        registry,
+        "kv_events_log_depth",
+        "Records kept for KV-event subscribers",
+        admin.service.kv_event_log_depth() as u64,
+    );
+    counter(
+        registry,
+        "timeouts",
+        "Leases that ran out before their owner ended them",
+        engine.expired_write_leases + engine.expired_read_leases,
+    );
+    counter(
+        registry,
+        "l1_eviction_loop_ticks",
+        "Looks at the watermark",
+        admin.service.maintenance_rounds(),
+    );
+}
+
+fn signed(value: u64) -> i64 {
+    i64::try_from(value).unwrap_or(i64::MAX)
+}
+
+/// The server itself: its loops, its log, and who was turned away.
+fn read_server(admin: &Admin, registry: &mut Registry) {
+    let health = Family::<LoopLabels, Gauge>::default();
+    for state in admin.watchdog.loops() {
+        let labels = LoopLabels {
+            name: state.name.to_string(),
+        };
+        health
+            .get_or_create(&labels)
+            .set(i64::from(state.stalled_for.is_none()));
+    }
+    registry.register("loop_healthy", "1 for a loop that goes round", health);
+    counter(
+        registry,
+        "log_lines_dropped",
+        "Log lines that stderr did not take in time",
+        admin.log.lost_lines(),
+    );
+    let denied = Family::<ReasonLabels, Counter>::default();
+    for (reason, count) in [
+        ("unauthenticated", &admin.denied.unauthenticated),
+        ("forbidden", &admin.denied.forbidden),
+        ("cross_origin", &admin.denied.cross_origin),
+    ] {
+        denied
+            .get_or_create(&ReasonLabels { reason })
+            .inc_by(count.load(Ordering::Relaxed));
+    }
+    registry.register(
+        "http_denied",
+        "HTTP requests turned away, by reason",
+        denied,
+    );
+    gauge(
+        registry,
+        "workers",
+        "Registered workers",
+        admin.service.worker_count() as u64,
+    );
+    let (sessions, _) = admin.service.sessions();
+    gauge(
+        registry,
+        "sessions",
+        "Request sessions that have not ended",
+        sessions as u64,
+    );
+}
+
+fn read_salts(status: &EngineStatus, registry: &mut Registry) {
+    let bytes = Family::<SaltLabels, Gauge>::default();
+    let objects = Family::<SaltLabels, Gauge>::default();
+    for usage in status.salts.iter().take(MAX_SALTS) {
+        let labels = SaltLabels {
+            cache_salt: usage.cache_salt.as_str().to_owned(),
+        };
+        bytes.get_or_create(&labels).set(signed(usage.bytes));
+        objects.get_or_create(&labels).set(signed(usage.objects));
+    }
+    registry.register_with_unit(
+        "salt_used",
+        "Bytes of the pool that a cache salt uses",
+        Unit::Bytes,
+        bytes,
+    );
+    registry.register("salt_objects", "Objects of a cache salt", objects);
 }
 
 fn read_engine_details(status: &EngineStatus, registry: &mut Registry) {
@@ -264,15 +409,14 @@ fn read_transport(admin: &Admin, registry: &mut Registry) {
         "Connections closed because they did not read",
         stats.slow_readers_dropped(),
     );
-    let disconnects = Family::<ReasonLabels, Gauge>::default();
+    let disconnects = Family::<ReasonLabels, Counter>::default();
     for reason in DisconnectReason::NAMES {
-        let count = i64::try_from(stats.disconnects(reason)).unwrap_or(i64::MAX);
         disconnects
             .get_or_create(&ReasonLabels { reason })
-            .set(count);
+            .inc_by(stats.disconnects(reason));
     }
     registry.register(
-        "disconnects_by_reason",
+        "disconnects",
         "Connections closed so far, by reason",
         disconnects,
     );
@@ -280,16 +424,15 @@ fn read_transport(admin: &Admin, registry: &mut Registry) {
 
 fn read_plugins(admin: &Admin, registry: &mut Registry) {
     let states = Family::<PluginStateLabels, Gauge>::default();
-    let restarts = Family::<PluginLabels, Gauge>::default();
-    let lines = Family::<PluginLabels, Gauge>::default();
-    let dropped = Family::<PluginLabels, Gauge>::default();
+    let restarts = Family::<PluginLabels, Counter>::default();
+    let lines = Family::<PluginLabels, Counter>::default();
+    let dropped = Family::<PluginLabels, Counter>::default();
     let memory = Family::<PluginLabels, Gauge>::default();
-    let cpu = Family::<PluginLabels, FloatGauge>::default();
+    let cpu = Family::<PluginLabels, FloatCounter>::default();
     let info = Family::<PluginInfoLabels, Gauge>::default();
     let declared = Family::<PluginLimitLabels, Gauge>::default();
     let used = Family::<PluginLimitLabels, Gauge>::default();
-    let hits = Family::<PluginLimitLabels, Gauge>::default();
-    let signed = |value: u64| i64::try_from(value).unwrap_or(i64::MAX);
+    let hits = Family::<PluginLimitLabels, Counter>::default();
     for status in admin.supervisor.snapshot() {
         let labels = PluginLabels {
             plugin: status.name.to_string(),
@@ -315,21 +458,21 @@ fn read_plugins(admin: &Admin, registry: &mut Registry) {
                 limit: limit.limit.name(),
             };
             declared.get_or_create(&labels).set(signed(limit.declared));
-            hits.get_or_create(&labels).set(signed(limit.hits));
+            hits.get_or_create(&labels).inc_by(limit.hits);
             if let Some(value) = limit.used {
                 used.get_or_create(&labels).set(signed(value));
             }
         }
-        restarts.get_or_create(&labels).set(signed(status.restarts));
-        lines.get_or_create(&labels).set(signed(status.logs.lines));
+        restarts.get_or_create(&labels).inc_by(status.restarts);
+        lines.get_or_create(&labels).inc_by(status.logs.lines);
         dropped
             .get_or_create(&labels)
-            .set(signed(status.logs.dropped_lines));
+            .inc_by(status.logs.dropped_lines);
         if let Some(bytes) = status.memory_bytes {
             memory.get_or_create(&labels).set(signed(bytes));
         }
         if let Some(time) = status.cpu_time {
-            cpu.get_or_create(&labels).set(time.as_secs_f64());
+            cpu.get_or_create(&labels).inc_by(time.as_secs_f64());
         }
     }
     registry.register("plugin_state", "1 for the state a plugin is in", states);

@@ -10,7 +10,7 @@ use comfy_table::{Table, presets::NOTHING};
 use serde_json::Value;
 
 use self::local::Local;
-use super::{print, remote::Remote};
+use super::{print, print_json, remote::Remote};
 
 /// Arguments of `stockade plugin`.
 #[derive(Debug, Args)]
@@ -37,6 +37,9 @@ enum Action {
         /// Most lines to show
         #[arg(long, default_value_t = 100)]
         lines: usize,
+        /// Go on with lines as they are printed
+        #[arg(long, short)]
+        follow: bool,
     },
     /// Start a plugin that is stopped, has ended or is quarantined
     Start {
@@ -106,7 +109,20 @@ impl PluginCommand {
                 print(&table(&answer)?)
             }
             Action::Show { name } => print_json(&remote.get(&format!("/v1/plugins/{name}"))?),
-            Action::Logs { name, lines } => {
+            Action::Logs {
+                name,
+                lines,
+                follow: true,
+            } => {
+                let path = format!("/v1/plugins/{name}/logs?lines={lines}&follow=true");
+                remote.follow(&path, |line| {
+                    if remote.is_json() {
+                        return print(&format!("{line}\n"));
+                    }
+                    print(&format!("{}\n", line["text"].as_str().unwrap_or_default()))
+                })
+            }
+            Action::Logs { name, lines, .. } => {
                 let answer = remote.get(&format!("/v1/plugins/{name}/logs?lines={lines}"))?;
                 if remote.is_json() {
                     return print_json(&answer);
@@ -148,10 +164,6 @@ impl PluginCommand {
         }
         print(&format!("{name}: {action} accepted\n"))
     }
-}
-
-fn print_json(value: &Value) -> anyhow::Result<()> {
-    print(&format!("{}\n", serde_json::to_string_pretty(value)?))
 }
 
 fn table(answer: &Value) -> anyhow::Result<String> {

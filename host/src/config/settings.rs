@@ -171,15 +171,63 @@ pub struct Settings {
     #[arg(long, env = "STOCKADE_PLUGIN_CACHE_DIR", help_heading = "Plugins")]
     pub plugin_cache_dir: Option<PathBuf>,
 
-    /// Address of the HTTP API, which has no authentication yet [default: 127.0.0.1]
+    /// Address of the HTTP API; one that is not loopback needs --http-token-file [default: 127.0.0.1]
     #[arg(long, env = "STOCKADE_HTTP_HOST", help_heading = "HTTP and logs")]
     pub http_host: Option<String>,
     /// Port of the HTTP API, 0 for any free one [default: 8080]
     #[arg(long, env = "STOCKADE_HTTP_PORT", help_heading = "HTTP and logs")]
     pub http_port: Option<u16>,
-    /// Serve /metrics on this port of --http-host as well
+    /// Serve /metrics, /livez and /readyz on this port of --http-host as well
     #[arg(long, env = "STOCKADE_PROMETHEUS_PORT", help_heading = "HTTP and logs")]
     pub prometheus_port: Option<u16>,
+    /// TOML file of bearer tokens and their roles; read again when it changes (ours)
+    #[arg(
+        long,
+        value_name = "FILE",
+        env = "STOCKADE_HTTP_TOKEN_FILE",
+        help_heading = "HTTP and logs"
+    )]
+    pub http_token_file: Option<PathBuf>,
+    /// PEM certificate chain: the HTTP API speaks TLS; read again when it changes (ours)
+    #[arg(
+        long,
+        value_name = "FILE",
+        env = "STOCKADE_HTTP_TLS_CERT",
+        help_heading = "HTTP and logs"
+    )]
+    pub http_tls_cert: Option<PathBuf>,
+    /// PEM private key of --http-tls-cert (ours)
+    #[arg(
+        long,
+        value_name = "FILE",
+        env = "STOCKADE_HTTP_TLS_KEY",
+        help_heading = "HTTP and logs"
+    )]
+    pub http_tls_key: Option<PathBuf>,
+    /// PEM roots: only clients with a certificate of one of them may connect (ours)
+    #[arg(
+        long,
+        value_name = "FILE",
+        env = "STOCKADE_HTTP_CLIENT_CA",
+        help_heading = "HTTP and logs"
+    )]
+    pub http_client_ca: Option<PathBuf>,
+    /// Unix socket on which the server's own user may do everything without a token (ours)
+    #[arg(
+        long,
+        value_name = "PATH",
+        env = "STOCKADE_HTTP_SOCKET",
+        help_heading = "HTTP and logs"
+    )]
+    pub http_socket: Option<PathBuf>,
+    /// Let anybody who reaches the HTTP API do everything, also from other machines (ours)
+    #[arg(
+        long,
+        num_args = 0,
+        default_missing_value = "true",
+        help_heading = "HTTP and logs"
+    )]
+    pub http_insecure: Option<bool>,
     /// error, warn, info, debug or trace [default: info] (ours)
     #[arg(long, env = "STOCKADE_LOG_LEVEL", help_heading = "HTTP and logs")]
     pub log_level: Option<String>,
@@ -237,6 +285,12 @@ impl Settings {
             http_host,
             http_port,
             prometheus_port,
+            http_token_file,
+            http_tls_cert,
+            http_tls_key,
+            http_client_ca,
+            http_socket,
+            http_insecure,
             log_level,
             log_format,
             config,

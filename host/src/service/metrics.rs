@@ -1,6 +1,13 @@
 //! Counters of the request path.
 
-use std::{fmt, sync::Arc, time::Duration};
+use std::{
+    fmt,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 
 use parking_lot::Mutex;
 use prometheus_client::{
@@ -9,6 +16,8 @@ use prometheus_client::{
     registry::Registry,
 };
 use stockade_wire::Operation;
+
+use super::latencies::Latencies;
 
 /// Tenants and models get series of their own up to this many; further ones share `other`.
 const MAX_LABEL_VALUES: usize = 256;
@@ -45,11 +54,6 @@ struct ModelLabels {
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct ReasonLabels {
     reason: &'static str,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct OperationLabels {
-    operation: &'static str,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -92,16 +96,51 @@ pub(crate) struct ServiceMetrics {
     read_chunks: Family<SaltLabels, Counter>,
     allocation_failures: Family<ModelLabels, Counter>,
     read_failures: Family<ModelLabels, Counter>,
-    stored_bytes: Counter,
+    submitted_stores: Counter,
+    finished_stores: Counter,
+    submitted_retrieves: Counter,
+    finished_retrieves: Counter,
+    loaded_chunks: Family<ModelSaltLabels, Counter>,
+    store_throughput: Histogram,
+    load_throughput: Histogram,
+    stored_bytes: Family<SaltLabels, Counter>,
+    retrieved_bytes: Family<SaltLabels, Counter>,
     block_allocations: Counter,
     errors: Family<ErrorLabels, Counter>,
-    seconds: Family<OperationLabels, Histogram>,
+    seconds: Latencies,
+    totals: Totals,
 }
 
-fn latency() -> Histogram {
-    Histogram::new([
-        5e-6, 2e-5, 1e-4, 5e-4, 2e-3, 1e-2, 5e-2, 0.25, 1.0, 5.0, 30.0,
-    ])
+/// Sums over all labels, for those who draw curves.
+#[derive(Default)]
+struct Totals {
+    requested_tokens: AtomicU64,
+    hit_tokens: AtomicU64,
+    stored_bytes: AtomicU64,
+    retrieved_bytes: AtomicU64,
+    errors: AtomicU64,
+}
+
+/// What the server has done since its start.
+#[derive(Debug, Clone, Default)]
+pub struct Activity {
+    /// Tokens in whole chunks that were looked up.
+    pub requested_tokens: u64,
+    /// Those of them that were found.
+    pub hit_tokens: u64,
+    /// Bytes of KV stored.
+    pub stored_bytes: u64,
+    /// Bytes of KV retrieved.
+    pub retrieved_bytes: u64,
+    /// Requests answered with an error or a negative result.
+    pub errors: u64,
+    /// Requests by operation and time.
+    pub requests: Vec<(Operation, super::latencies::Snapshot)>,
+}
+
+/// GB a second, as LMCache counts them; its own bounds are the SDK's defaults, too coarse here.
+fn throughput() -> Histogram {
+    Histogram::new([0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0])
 }
 
 impl ServiceMetrics {
@@ -119,10 +158,19 @@ impl ServiceMetrics {
             read_chunks: Family::default(),
             allocation_failures: Family::default(),
             read_failures: Family::default(),
-            stored_bytes: Counter::default(),
+            submitted_stores: Counter::default(),
+            finished_stores: Counter::default(),
+            submitted_retrieves: Counter::default(),
+            finished_retrieves: Counter::default(),
+            loaded_chunks: Family::default(),
+            store_throughput: throughput(),
+            load_throughput: throughput(),
+            stored_bytes: Family::default(),
+            retrieved_bytes: Family::default(),
             block_allocations: Counter::default(),
             errors: Family::default(),
-            seconds: Family::new_with_constructor(latency),
+            seconds: Latencies::default(),
+            totals: Totals::default(),
         };
         let lmcache = registry.sub_registry_with_prefix("lmcache_mp");
         lmcache.register("lookups_requests", "Lookups", metrics.lookups.clone());
@@ -166,11 +214,51 @@ impl ServiceMetrics {
             "Chunks asked for without a lock on them",
             metrics.read_failures.clone(),
         );
+        lmcache.register(
+            "num_submitted_stores",
+            "Transfers into the pool that began",
+            metrics.submitted_stores.clone(),
+        );
+        lmcache.register(
+            "num_finished_stores",
+            "Transfers into the pool that ended with a commit",
+            metrics.finished_stores.clone(),
+        );
+        lmcache.register(
+            "num_submitted_retrieves",
+            "Transfers out of the pool that began",
+            metrics.submitted_retrieves.clone(),
+        );
+        lmcache.register(
+            "num_finished_retrieves",
+            "Transfers out of the pool that ended with a commit",
+            metrics.finished_retrieves.clone(),
+        );
+        lmcache.register(
+            "num_chunks_loaded",
+            "Chunks that workers got",
+            metrics.loaded_chunks.clone(),
+        );
+        lmcache.register(
+            "l0_l1_store_throughput_GB_per_second",
+            "Bytes of a store over the time from its begin to its commit",
+            metrics.store_throughput.clone(),
+        );
+        lmcache.register(
+            "l0_l1_load_throughput_GB_per_second",
+            "Bytes of a retrieve over the time from its begin to its commit",
+            metrics.load_throughput.clone(),
+        );
         let own = registry.sub_registry_with_prefix("stockade");
         own.register(
             "stored_bytes",
             "Bytes of KV stored",
             metrics.stored_bytes.clone(),
+        );
+        own.register(
+            "retrieved_bytes",
+            "Bytes of KV retrieved",
+            metrics.retrieved_bytes.clone(),
         );
         own.register(
             "block_allocations",
@@ -195,6 +283,12 @@ impl ServiceMetrics {
             model_name: self.models.label(model),
             cache_salt: self.salts.label(salt),
         };
+        self.totals
+            .requested_tokens
+            .fetch_add(requested as u64, Ordering::Relaxed);
+        self.totals
+            .hit_tokens
+            .fetch_add(hit as u64, Ordering::Relaxed);
         self.lookups.get_or_create(&labels).inc();
         self.lookup_requested_tokens
             .get_or_create(&labels)
@@ -213,21 +307,62 @@ impl ServiceMetrics {
             .inc();
     }
 
-    pub(crate) fn stored(&self, salt: &str, chunks: usize, bytes: u64) {
-        self.written_chunks
-            .get_or_create(&SaltLabels {
-                cache_salt: self.salts.label(salt),
-            })
-            .inc_by(chunks as u64);
-        self.stored_bytes.inc_by(bytes);
+    pub(crate) fn store_began(&self) {
+        self.submitted_stores.inc();
     }
 
-    pub(crate) fn retrieved(&self, salt: &str, chunks: usize) {
+    /// A commit made `chunks` readable; `time` since the store began.
+    pub(crate) fn stored(&self, salt: &str, chunks: usize, bytes: u64, time: Duration) {
+        let labels = SaltLabels {
+            cache_salt: self.salts.label(salt),
+        };
+        self.finished_stores.inc();
+        self.written_chunks
+            .get_or_create(&labels)
+            .inc_by(chunks as u64);
+        self.stored_bytes.get_or_create(&labels).inc_by(bytes);
+        self.totals.stored_bytes.fetch_add(bytes, Ordering::Relaxed);
+        observe(&self.store_throughput, bytes, time);
+    }
+
+    /// A worker was given `chunks` to read.
+    pub(crate) fn retrieve_began(&self, model: &str, salt: &str, chunks: usize, bytes: u64) {
+        let labels = SaltLabels {
+            cache_salt: self.salts.label(salt),
+        };
+        self.submitted_retrieves.inc();
         self.read_chunks
-            .get_or_create(&SaltLabels {
-                cache_salt: self.salts.label(salt),
+            .get_or_create(&labels)
+            .inc_by(chunks as u64);
+        self.retrieved_bytes.get_or_create(&labels).inc_by(bytes);
+        self.totals
+            .retrieved_bytes
+            .fetch_add(bytes, Ordering::Relaxed);
+        self.loaded_chunks
+            .get_or_create(&ModelSaltLabels {
+                model_name: self.models.label(model),
+                cache_salt: labels.cache_salt,
             })
             .inc_by(chunks as u64);
+    }
+
+    /// A worker is done with what it was given; `time` since then.
+    pub(crate) fn retrieved(&self, bytes: u64, time: Duration) {
+        self.finished_retrieves.inc();
+        observe(&self.load_throughput, bytes, time);
+    }
+
+    /// Everything so far.
+    pub(crate) fn activity(&self) -> Activity {
+        let read = |total: &AtomicU64| total.load(Ordering::Relaxed);
+        Activity {
+            requested_tokens: read(&self.totals.requested_tokens),
+            hit_tokens: read(&self.totals.hit_tokens),
+            stored_bytes: read(&self.totals.stored_bytes),
+            retrieved_bytes: read(&self.totals.retrieved_bytes),
+            errors: read(&self.totals.errors),
+            requests: self.seconds.snapshot(),
+        }
     }
 
     pub(crate) fn allocation_failed(&self, model: &str, chunks: usize) {
@@ -256,14 +391,19 @@ impl ServiceMetrics {
 
     pub(crate) fn failed(&self, operation: Option<Operation>, reason: &'static str) {
         let operation = operation.map_or("unknown", Operation::name);
+        self.totals.errors.fetch_add(1, Ordering::Relaxed);
         self.errors
             .get_or_create(&ErrorLabels { operation, reason })
             .inc();
     }
 
-    pub(crate) fn answered(&self, operation: &'static str, time: Duration) {
-        self.seconds
-            .get_or_create(&OperationLabels { operation })
-            .observe(time.as_secs_f64());
+    pub(crate) fn answered(&self, operation: Operation, time: Duration) {
+        self.seconds.observe(operation, time);
+    }
+}
+
+fn observe(throughput: &Histogram, bytes: u64, time: Duration) {
+    if !time.is_zero() {
+        throughput.observe(bytes as f64 / 1e9 / time.as_secs_f64());
     }
 }

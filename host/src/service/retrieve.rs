@@ -1,7 +1,7 @@
 //! lookup, prefetch status, prepare_retrieve, commit_retrieve, free_lookup_locks and
 //! end_session. Follows `modules/lookup.py` and `modules/server_transfer.py` of LMCache 0.5.6.
 
-use std::{ops::Range, sync::Arc};
+use std::{ops::Range, sync::Arc, time::Instant};
 
 use bytes::Bytes;
 use stockade_cache::{KeyScope, ObjectKey, Slot};
@@ -115,7 +115,10 @@ impl Service {
                 .read_failed(&worker.model_name, range.hashes.len());
             return Ok(miss());
         };
-        self.metrics.retrieved(&key.cache_salt, slots.len());
+        let bytes = slots.iter().map(|slot| slot.length).sum();
+        self.metrics
+            .retrieve_began(&worker.model_name, &key.cache_salt, slots.len(), bytes);
+        let began = Instant::now();
         if !inline {
             worker.put_read(
                 range.transfer,
@@ -128,11 +131,14 @@ impl Service {
         let data = self.read_inline(&worker, lease, slots.len());
         self.engine.finish_read(worker.owner, lease);
         match data {
-            Ok(data) => Ok(Response::PrepareRetrieve {
-                success: true,
-                data,
-                slots: None,
-            }),
+            Ok(data) => {
+                self.metrics.retrieved(bytes, began.elapsed());
+                Ok(Response::PrepareRetrieve {
+                    success: true,
+                    data,
+                    slots: None,
+                })
+            }
             Err(problem) => {
                 self.refused("prepare_retrieve", "data", &problem);
                 Ok(miss())
@@ -211,6 +217,8 @@ impl Service {
         let Some(pending) = worker.take_read(&range.transfer) else {
             return Ok(Response::Bool(true));
         };
+        let bytes = pending.slots.iter().map(|slot| slot.length).sum();
+        self.metrics.retrieved(bytes, pending.began.elapsed());
         // A lease that ended before its time means that the bytes may have changed under the
         // reader, which must not use them.
         Ok(Response::Bool(

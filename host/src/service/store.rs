@@ -1,7 +1,7 @@
 //! prepare_store and commit_store. Follows `modules/engine_driven_transfer.py` and
 //! `modules/server_transfer.py` of LMCache 0.5.6.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Instant};
 
 use bytes::Bytes;
 use stockade_cache::{ChunkHash, KeyScope, LeaseId, ObjectKey, ReserveError, Slot};
@@ -53,6 +53,7 @@ impl Service {
             Ok(reservation) => {
                 let slots: Arc<[(usize, Slot)]> = reservation.slots.into();
                 if let Some(lease) = reservation.lease {
+                    self.metrics.store_began();
                     let ttl = self.settings.write_ttl;
                     worker.put_store(range.transfer, lease, Arc::clone(&slots), ttl);
                 }
@@ -85,6 +86,7 @@ impl Service {
         let worker = self.worker(instance_id)?;
         let range = self.transfer_range(key, &worker)?;
         let pending = worker.take_store(&range.transfer);
+        let began = pending.as_ref().map_or(Instant::now(), |it| it.began);
         let (lease, slots) = if data.is_empty() {
             match pending {
                 Some(pending) => (pending.lease, pending.slots),
@@ -92,6 +94,9 @@ impl Service {
             }
         } else {
             worker.note_inline();
+            if pending.is_none() {
+                self.metrics.store_began();
+            }
             match self.write_inline(
                 &worker,
                 &range,
@@ -127,6 +132,7 @@ impl Service {
                     &key.cache_salt,
                     slots.len(),
                     slots.iter().map(|(_, slot)| slot.length).sum(),
+                    began.elapsed(),
                 );
                 Ok(Response::Bool(true))
             }

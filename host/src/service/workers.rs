@@ -53,6 +53,8 @@ pub(crate) struct TransferKey {
 pub(crate) struct PendingStore {
     pub(crate) lease: LeaseId,
     pub(crate) slots: Arc<[(usize, Slot)]>,
+    /// When the slots were handed out.
+    pub(crate) began: Instant,
     deadline: Instant,
 }
 
@@ -61,6 +63,8 @@ pub(crate) struct PendingStore {
 pub(crate) struct PendingRead {
     pub(crate) lease: LeaseId,
     pub(crate) slots: Arc<[Slot]>,
+    /// When the slots were handed out.
+    pub(crate) began: Instant,
     deadline: Instant,
 }
 
@@ -140,12 +144,14 @@ impl Worker {
         slots: Arc<[(usize, Slot)]>,
         ttl: Duration,
     ) {
-        let deadline = Instant::now() + ttl;
+        let began = Instant::now();
+        let deadline = began + ttl;
         self.activity.lock().stores.insert(
             key,
             PendingStore {
                 lease,
                 slots,
+                began,
                 deadline,
             },
         );
@@ -166,12 +172,14 @@ impl Worker {
         slots: Arc<[Slot]>,
         ttl: Duration,
     ) {
-        let deadline = Instant::now() + ttl;
+        let began = Instant::now();
+        let deadline = began + ttl;
         self.activity.lock().reads.insert(
             key,
             PendingRead {
                 lease,
                 slots,
+                began,
                 deadline,
             },
         );

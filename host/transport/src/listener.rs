@@ -8,6 +8,7 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::fs::Mode;
@@ -91,6 +92,7 @@ pub struct Listener {
     socket: Socket,
     endpoint: Endpoint,
     options: ListenOptions,
+    turns: Arc<AtomicU64>,
 }
 
 #[derive(Debug)]
@@ -129,6 +131,7 @@ impl Listener {
             socket,
             endpoint,
             options,
+            turns: Arc::default(),
         })
     }
 
@@ -140,6 +143,16 @@ impl Listener {
     /// Its name.
     pub fn name(&self) -> &Arc<str> {
         &self.options.name
+    }
+
+    /// Counts up at least four times a second while connections are accepted, so that
+    /// somebody else can see that they are.
+    pub fn turns(&self) -> Arc<AtomicU64> {
+        Arc::clone(&self.turns)
+    }
+
+    pub(crate) fn count_turn(&self) {
+        self.turns.fetch_add(1, Ordering::Relaxed);
     }
 
     pub(crate) fn mechanism(&self) -> &Mechanism {

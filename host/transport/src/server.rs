@@ -23,6 +23,8 @@ use crate::zmtp::{Frames, Mechanism, Message};
 
 /// First and last wait after an accept that failed for want of something.
 const ACCEPT_BACKOFF: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
+/// Longest time between two turns of an idle accept loop, by which it shows that it runs.
+const ACCEPT_TURN: Duration = Duration::from_millis(250);
 
 /// What a server does with messages.
 ///
@@ -173,7 +175,12 @@ impl<H> Drop for EndOnDrop<'_, H> {
 async fn accept_from<H: Handler>(listener: Listener, shared: Arc<Shared<H>>, tracker: TaskTracker) {
     let mut backoff = ACCEPT_BACKOFF.0;
     loop {
-        match listener.accept().await {
+        listener.count_turn();
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = tokio::time::sleep(ACCEPT_TURN) => continue,
+        };
+        match accepted {
             Ok((stream, origin)) => {
                 backoff = ACCEPT_BACKOFF.0;
                 let Some(admission) = Admission::new(&shared) else {

@@ -3,8 +3,9 @@
 use std::ops::Range;
 
 use super::stage::{Event, Stage};
-use super::{Contents, L1, ObjectId};
+use super::{Contents, L1, Object, ObjectId, ScopeCursor};
 use crate::engine::RemoveReason;
+use crate::key::ObjectKey;
 
 impl L1 {
     /// Clears the objects numbered `range`; see `CacheEngine::clear`. Returns how many
@@ -28,6 +29,21 @@ impl L1 {
             }
         }
         Some((removed, kept))
+    }
+
+    /// Withdraws the readable and unheld ones among `keys`; returns how many there were.
+    pub(crate) fn withdraw_unheld(&mut self, keys: &[ObjectKey]) -> usize {
+        let mut cursor = ScopeCursor::default();
+        let mut withdrawn = 0;
+        for key in keys {
+            if let Some(id) = self.find(&mut cursor, key)
+                && self.objects.get(id).is_some_and(Object::is_evictable)
+            {
+                self.withdraw(id, RemoveReason::Cleared);
+                withdrawn += 1;
+            }
+        }
+        withdrawn
     }
 
     /// Withdraws all objects with bytes at or behind `length`; what is being written there

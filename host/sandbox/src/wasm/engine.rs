@@ -5,7 +5,7 @@ use std::{
     io,
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     thread,
     time::Duration,
@@ -59,10 +59,12 @@ pub(super) fn compatibility(engine: &Engine) -> u64 {
     hasher.finish()
 }
 
-/// Advances the epoch until `stop` is set or nobody holds the engine any more.
+/// Advances the epoch until `stop` is set or nobody holds the engine any more, and counts
+/// `ticks`, by which somebody else can see that it still runs.
 pub(super) fn start_ticker(
     engine: EngineWeak,
     stop: Arc<AtomicBool>,
+    ticks: Arc<AtomicU64>,
 ) -> io::Result<thread::JoinHandle<()>> {
     thread::Builder::new()
         .name("wasm-epoch".to_owned())
@@ -74,6 +76,7 @@ pub(super) fn start_ticker(
                     return;
                 };
                 engine.increment_epoch();
+                ticks.fetch_add(1, Ordering::Relaxed);
             }
         })
 }
