@@ -50,6 +50,13 @@ for kind in ("outside", "shadow", "shm", "read grant", "write grant"):
             file.read()
 
 
+for kind in ("outside", "read grant", "write grant"):
+
+    @attempt(f"change of the mode of {kind}")
+    def _():
+        os.chmod(TARGETS[kind], 0o600)
+
+
 for kind in ("beside the script", "into read grant", "into write grant"):
 
     @attempt(f"write {kind}")

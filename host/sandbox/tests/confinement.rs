@@ -210,6 +210,8 @@ async fn probe(grant: Grant, lacking: &[i64]) {
         let is_root = rustix::process::geteuid().is_root();
         let (files, calls) = (holds(Protection::Landlock), holds(Protection::Seccomp));
         let hidden = holds(Protection::PidNamespace);
+        let is_read_only = holds(Protection::ReadOnlySystem);
+        assert_eq!(is_read_only, hidden, "{granted}");
         let expected = [
             ("secret in the environment", false),
             (
@@ -226,8 +228,11 @@ async fn probe(grant: Grant, lacking: &[i64]) {
             ("read of shm", !files && !hidden),
             ("read of read grant", true),
             ("read of write grant", true),
-            ("write beside the script", !files),
-            ("write into read grant", !files),
+            ("change of the mode of outside", !is_read_only),
+            ("change of the mode of read grant", !is_read_only),
+            ("change of the mode of write grant", true),
+            ("write beside the script", !files && !is_read_only),
+            ("write into read grant", !files && !is_read_only),
             ("write into write grant", true),
             ("temporary file", holds(Protection::PrivateTmp)),
             ("execution of a temporary file", !files && !hidden),

@@ -50,7 +50,9 @@ pub enum Protection {
     PidNamespace,
     /// Its temporary files are its own, bounded and gone with it.
     PrivateTmp,
-    /// It opens, runs and changes only the files that it was granted.
+    /// It changes nothing but its temporary files and what it was granted, modes and owners included.
+    ReadOnlySystem,
+    /// It opens, runs and changes the content of only the files that it was granted.
     Landlock,
     /// It cannot signal processes other than its own.
     SignalScope,
@@ -71,6 +73,7 @@ impl Protection {
         match self {
             Self::PidNamespace => "pid-namespace",
             Self::PrivateTmp => "private-tmp",
+            Self::ReadOnlySystem => "read-only-system",
             Self::Landlock => "landlock",
             Self::SignalScope => "signal-scope",
             Self::Seccomp => "seccomp",

@@ -18,6 +18,7 @@ mod file_rules;
 mod namespace;
 mod private_tmp;
 mod process_tree;
+mod read_only;
 
 use std::{
     ffi::OsString,

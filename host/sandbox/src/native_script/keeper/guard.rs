@@ -20,7 +20,7 @@ use super::{
     signal_descriptor, take_control, wait_readable,
 };
 use crate::native_script::{
-    confinement::{Granted, Protection, Restrictions},
+    confinement::{Granted, Restrictions},
     messages::{Containment, LaunchWord, Order, ProcessEnd, Report},
 };
 
@@ -94,12 +94,10 @@ pub(super) fn run(mut arguments: impl Iterator<Item = OsString>) -> io::Result<(
         Some(confinement) => private_tmp::stand_in(confinement, &mut granted),
         None => None,
     };
-    let tmp = match &stand_in {
-        Some(directory) => Some(directory.path()),
-        None => granted
-            .protections
-            .contains(&Protection::PrivateTmp)
-            .then_some(Path::new("/tmp")),
+    let tmp = match (&stand_in, &namespace) {
+        (Some(directory), _) => Some(directory.path()),
+        (None, Some(namespace)) => namespace.tmp,
+        (None, None) => None,
     };
     let started = start_script(&restrictions, &granted, tmp, arguments);
     let (launch, script) = match started {

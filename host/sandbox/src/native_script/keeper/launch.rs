@@ -112,6 +112,10 @@ fn prepare(restrictions: &Restrictions, granted: &mut Granted) -> io::Result<()>
         if granted.protections.contains(&Protection::PidNamespace) {
             granted.note(Protection::SignalScope, Ok(()));
         }
+        if !granted.protections.contains(&Protection::PidNamespace) {
+            let reason = "no namespace could be made".to_owned();
+            granted.note(Protection::ReadOnlySystem, Err(reason));
+        }
         file_rules::apply(confinement, granted);
         let filter = call_filter::apply(confinement).map_err(|error| error.to_string());
         if !confinement.network {

@@ -1,6 +1,6 @@
 //! A PID namespace of the script's own, with a `/proc` that shows only what is in it.
 
-use std::{fs, io, os::unix::net::UnixStream, process::Stdio};
+use std::{fs, io, os::unix::net::UnixStream, path::Path, process::Stdio};
 
 use nix::sched::CloneFlags;
 use rustix::{
@@ -9,7 +9,7 @@ use rustix::{
     thread::{CapabilitySet, CapabilitySets},
 };
 
-use super::{own_command, private_tmp, wait_readable};
+use super::{own_command, private_tmp, read_only, wait_readable};
 use crate::native_script::{
     confinement::{Confinement, Granted, Protection},
     messages::Containment,
@@ -20,6 +20,8 @@ pub(super) struct Namespace {
     pub(super) init: Pid,
     /// Readable when the last orphan in the namespace ended; open as long as init lives.
     pub(super) signs: UnixStream,
+    /// Where a confined script's temporary files go.
+    pub(super) tmp: Option<&'static Path>,
 }
 
 /// What init writes once `/proc` is mounted, and each time no process of its own is left.
@@ -35,8 +37,8 @@ const INIT_START_LIMIT: std::time::Duration = std::time::Duration::from_secs(10)
 ///
 /// 1. Take the namespaces, with a user namespace first where we lack the privilege.
 /// 2. Keep mounts made from now on to ourselves, while the host's still arrive.
-/// 3. For a confined script: mount its own temporary directories, and take a network
-///    namespace with nothing in it if it shall have no network.
+/// 3. For a confined script: mount its own temporary directories, make what it may not change
+///    read-only, and take a network namespace with nothing in it if it shall have no network.
 /// 4. Start process 1, which mounts the new `/proc`.
 /// 5. Give up what privilege the user namespace gave us.
 ///
@@ -70,6 +72,7 @@ pub(super) fn enter(
     )
     .map_err(|error| context("mount propagation", error.into()))?;
     let processes = confinement.as_ref().map(|it| it.processes);
+    let mut tmp = None;
     if let Some(confinement) = confinement {
         if !confinement.network {
             let outcome = nix::sched::unshare(CloneFlags::CLONE_NEWNET);
@@ -78,12 +81,20 @@ pub(super) fn enter(
                 outcome.map_err(|error| format!("network namespace: {error}")),
             );
         }
-        if let Err(error) = private_tmp::mount(confinement, granted) {
-            let reason = format!("file system for it: {error}");
-            granted.note(Protection::PrivateTmp, Err(reason));
+        match private_tmp::mount(confinement) {
+            Ok(mounted) => tmp = mounted,
+            Err(error) => {
+                let reason = format!("file system for it: {error}");
+                granted.note(Protection::PrivateTmp, Err(reason));
+            }
         }
+        if tmp.is_some() {
+            granted.note(Protection::PrivateTmp, Ok(()));
+        }
+        let outcome = read_only::apply(confinement).map_err(|error| error.to_string());
+        granted.note(Protection::ReadOnlySystem, outcome);
     }
-    let namespace = start_init(processes, granted)?;
+    let namespace = start_init(processes, tmp, granted)?;
     granted.note(Protection::PidNamespace, Ok(()));
     if with_user {
         give_up_privilege().map_err(|error| context("capabilities", error))?;
@@ -149,7 +160,11 @@ fn lend_mount_privilege() -> io::Result<()> {
     Ok(())
 }
 
-fn start_init(processes: Option<u32>, granted: &mut Granted) -> io::Result<Namespace> {
+fn start_init(
+    processes: Option<u32>,
+    tmp: Option<&'static Path>,
+    granted: &mut Granted,
+) -> io::Result<Namespace> {
     let (signs, theirs) = UnixStream::pair()?;
     let child = own_command("init", theirs)
         .args(processes.map(|processes| processes.to_string()))
@@ -171,7 +186,7 @@ fn start_init(processes: Option<u32>, granted: &mut Granted) -> io::Result<Names
         _ => return Err(io::Error::other("/proc cannot be mounted here")),
     }
     signs.set_nonblocking(true)?;
-    Ok(Namespace { init, signs })
+    Ok(Namespace { init, signs, tmp })
 }
 
 fn context(what: &str, error: io::Error) -> io::Error {

@@ -18,11 +18,13 @@ const PLACES: [&str; 3] = ["/tmp", "/var/tmp", "/dev/shm"];
 const INODES_PER_MIB: u32 = 64;
 
 /// Mounts an empty file system over each of [`PLACES`] that holds nothing the script was
-/// granted, and grants that instead. Needs a mount namespace and privilege in it.
+/// granted, and grants that instead. Needs a mount namespace and privilege in it. The first of
+/// them is where its temporary files go.
 ///
 /// # Errors
 /// When a file system cannot be mounted.
-pub(super) fn mount(confinement: &mut Confinement, granted: &mut Granted) -> io::Result<()> {
+pub(super) fn mount(confinement: &mut Confinement) -> io::Result<Option<&'static Path>> {
+    let mut first = None;
     let working_directory = std::env::current_dir();
     for place in PLACES.map(Path::new) {
         let below: Vec<PathBuf> = [
@@ -47,9 +49,7 @@ pub(super) fn mount(confinement: &mut Confinement, granted: &mut Granted) -> io:
         let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
         rustix::mount::mount("stockade", place, "tmpfs", flags, options.as_c_str())?;
         confinement.writable.push(place.to_owned());
-        if place == Path::new(PLACES[0]) {
-            granted.note(Protection::PrivateTmp, Ok(()));
-        }
+        first = first.or(Some(place));
     }
     // The old directory may lie under one of the new file systems, where no path leads to it.
     if working_directory
@@ -58,7 +58,7 @@ pub(super) fn mount(confinement: &mut Confinement, granted: &mut Granted) -> io:
     {
         std::env::set_current_dir("/")?;
     }
-    Ok(())
+    Ok(first)
 }
 
 /// A directory beside everybody's temporary files, where no file system could be mounted over
