@@ -68,7 +68,7 @@ async fn the_file_says_whose_plugins_run_and_with_what() {
     let sha256 = shown["sha256"].as_str().unwrap();
     for line in [
         "stockade_plugin_limit{plugin=\"signed\",limit=\"memory_bytes\"} 9437184".to_owned(),
-        "stockade_plugin_limit_hits{plugin=\"signed\",limit=\"memory_bytes\"} 0".to_owned(),
+        "stockade_plugin_limit_hits_total{plugin=\"signed\",limit=\"memory_bytes\"} 0".to_owned(),
         format!("stockade_plugin_info{{plugin=\"signed\",sha256=\"{sha256}\""),
     ] {
         assert!(metrics.contains(&line), "{line}\n{metrics}");
