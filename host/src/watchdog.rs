@@ -52,6 +52,7 @@ pub struct Watchdog(Arc<Shared>);
 /// The beat of one loop.
 #[derive(Clone)]
 pub struct Heart {
+    #[cfg(debug_assertions)]
     name: Arc<str>,
     beats: Arc<AtomicU64>,
 }
@@ -116,6 +117,7 @@ impl Watchdog {
         let read = Arc::clone(&beats);
         self.watch(name, move || read.load(Ordering::Relaxed));
         Heart {
+            #[cfg(debug_assertions)]
             name: name.into(),
             beats,
         }
