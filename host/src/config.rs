@@ -70,8 +70,10 @@ pub struct Config {
     pub l1_size_bytes: u64,
     /// Alignment of slots in bytes.
     pub l1_align_bytes: u64,
-    /// Leave pages untouched until their first use.
+    /// Let the pool grow with its use.
     pub l1_use_lazy: bool,
+    /// Bytes that a growing pool takes at first.
+    pub l1_init_size_bytes: u64,
     /// Life of a write reservation.
     pub l1_write_ttl: Duration,
     /// Life of an unused read lock.
@@ -277,6 +279,13 @@ impl Config {
             ));
         }
 
+        let init_size_gb = settings.l1_init_size_gb.unwrap_or(20.0);
+        if !init_size_gb.is_finite() || init_size_gb < 0.0 {
+            return Err(format!(
+                "--l1-init-size-gb {init_size_gb}: give a number of GiB, 0 or more"
+            ));
+        }
+
         let chunk_size = settings.chunk_size.unwrap_or(256);
         let chunk_size = NonZeroUsize::new(chunk_size as usize)
             .filter(|&size| size.get() <= 1 << 20)
@@ -393,6 +402,7 @@ impl Config {
             l1_align_bytes,
             l1_use_lazy: settings.l1_use_lazy.unwrap_or(false)
                 && !settings.no_l1_use_lazy.unwrap_or(false),
+            l1_init_size_bytes: ((init_size_gb * GIB) as u64).min(l1_size_bytes),
             l1_write_ttl: Duration::from_secs(
                 settings.l1_write_ttl_seconds.unwrap_or(600).min(1 << 30),
             ),

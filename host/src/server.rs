@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context as _, bail};
 use prometheus_client::registry::Registry;
 use stockade_cache::{
-    Backing, CacheEngine, CacheError, EngineConfig, TokenHasher, remove_dead_segments,
+    Backing, CacheEngine, CacheError, EngineConfig, Prefault, TokenHasher, remove_dead_segments,
 };
 use stockade_sandbox::{
     Compiler, Contract, FIRST_BACKOFF, ModuleForm, NativeConfig, Policy, Supervisor,
@@ -35,6 +35,9 @@ use crate::{
 const MAINTENANCE_INTERVAL: Duration = Duration::from_millis(250);
 /// Least time between two looks at the watermark after stores.
 const EVICTION_SPACING: Duration = Duration::from_millis(5);
+/// Memory that a growing pool takes ahead of its use: seconds of stores, at the speed with
+/// which the kernel gives pages.
+const GROWTH_AHEAD_BYTES: u64 = 1 << 30;
 /// Default names of segments are this and the port.
 const SEGMENT_PREFIX: &str = "stockade-";
 /// What plugins get to end by themselves when the server stops; their own grace may be shorter.
@@ -471,7 +474,12 @@ async fn open_engine(
     engine.eviction_ratio = config.eviction_ratio;
     engine.write_ttl = config.l1_write_ttl;
     engine.read_ttl = config.l1_read_ttl;
-    engine.prefault = !config.l1_use_lazy;
+    if config.l1_use_lazy {
+        engine.prefault = Prefault::AheadOfUse {
+            initial_bytes: config.l1_init_size_bytes,
+            ahead_bytes: GROWTH_AHEAD_BYTES,
+        };
+    }
     match CacheEngine::open(engine) {
         Ok(engine) => Ok(engine),
         // A second server on the same port meets the segment first; the port is what it should change.

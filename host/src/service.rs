@@ -440,6 +440,8 @@ impl Service {
             "memory_total_bytes": engine.capacity_bytes,
             "memory_configured_bytes": engine.capacity_bytes,
             "capacity_bytes_by_backend": {"dram": engine.capacity_bytes},
+            "memory_touched_bytes": engine.touched_bytes,
+            "huge_pages": engine.huge_pages,
             "memory_usage_ratio": engine.usage_ratio,
             "write_ttl_seconds": config.write_ttl.as_secs(),
             "read_ttl_seconds": config.read_ttl.as_secs(),

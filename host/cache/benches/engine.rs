@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
 use stockade_cache::{
     Backing, CacheEngine, CacheSalt, ChunkHash, EngineConfig, KeyScope, ObjectKey, PolicyKind,
-    SlotAllocator, TokenHasher,
+    Prefault, SlotAllocator, TokenHasher,
 };
 
 const PAGE: u64 = 4096;
@@ -40,7 +40,7 @@ fn engine(pages: u64, policy: PolicyKind) -> CacheEngine {
     let name = format!("stockade-bench-{}", std::process::id());
     CacheEngine::open(EngineConfig {
         policy,
-        prefault: false,
+        prefault: Prefault::Nothing,
         trigger_watermark: 1.0,
         eviction_ratio: 0.5,
         ..EngineConfig::new(pages * PAGE, Backing::Shm { name })

@@ -12,7 +12,7 @@ use std::time::Instant;
 
 use rustix::io::Errno;
 
-pub use config::EngineConfig;
+pub use config::{EngineConfig, Prefault};
 pub use observer::{CacheObserver, RemoveReason};
 pub use status::{
     Cleared, Committed, EndedOwner, EngineStatus, PrefixLock, ReadLease, Reservation, SaltUsage,
@@ -25,7 +25,7 @@ use crate::error::{BudgetError, CacheError, LeaseError, ReadError, ReserveError}
 use crate::key::{CacheSalt, ObjectKey};
 use crate::l1::lease::{LeaseId, OwnerId};
 use crate::l1::{L1, L1Settings, Notice, Pinned};
-use crate::shm_pool::prefault::{Prefault, PrefaultThread};
+use crate::shm_pool::prefault::{Goal, PrefaultTarget, PrefaultThread};
 use crate::shm_pool::slot_allocator::SlotAllocator;
 use crate::shm_pool::{ReadFault, SegmentHealth, ShmPool};
 use crate::sync::{Mutex, MutexGuard, RwLock, unlock_fair};
@@ -44,7 +44,7 @@ const BACKGROUND_BATCH: u32 = 256;
 /// [`new_owner`](Self::new_owner); [`EngineStatus::owners`] shows whether that happens.
 pub struct CacheEngine {
     // Declared first: the thread must have ended before the pool goes.
-    _prefault: Option<PrefaultThread>,
+    prefault: Option<PrefaultThread>,
     inner: Arc<Inner>,
 }
 
@@ -107,8 +107,8 @@ impl CacheEngine {
             mending: Mutex::new(()),
             segment_repairs: AtomicU64::new(0),
         });
-        let thread = if prefault {
-            let target: Arc<dyn Prefault> = Arc::clone(&inner) as _;
+        let thread = if prefault != Prefault::Nothing {
+            let target: Arc<dyn PrefaultTarget> = Arc::clone(&inner) as _;
             let thread = PrefaultThread::spawn(target, align).map_err(|source| CacheError::Os {
                 step: "start the thread that prepares the pool",
                 source,
@@ -118,7 +118,7 @@ impl CacheEngine {
             None
         };
         Ok(Self {
-            _prefault: thread,
+            prefault: thread,
             inner,
         })
     }
@@ -390,6 +390,9 @@ impl CacheEngine {
     pub fn maintain(&self) {
         self.inner.check_segment();
         self.inner.pool.report_unlinked_name();
+        if let Some(thread) = &self.prefault {
+            thread.nudge();
+        }
         let Some(_maintaining) = self.inner.maintaining.try_lock() else {
             return;
         };
@@ -414,6 +417,7 @@ impl CacheEngine {
     /// Counts and sums as of now.
     pub fn status(&self) -> EngineStatus {
         let mut status = self.inner.with_l1(|l1, _| l1.status());
+        status.huge_pages = self.inner.pool.huge_pages();
         status.segment_repairs = self.inner.segment_repairs.load(Ordering::Relaxed);
         status.salts.sort_unstable_by(|a, b| {
             let by_bytes = b.bytes.cmp(&a.bytes);
@@ -582,11 +586,16 @@ impl Inner {
     }
 }
 
-impl Prefault for Inner {
-    fn cold_range(&self) -> (u64, u64) {
+impl PrefaultTarget for Inner {
+    fn goal(&self) -> Goal {
         let mut l1 = self.l1.lock();
         let allocator = l1.allocator();
-        (allocator.cold_start(), allocator.capacity())
+        let end = allocator.capacity();
+        let wanted = self.config.prefault.wanted_bytes(allocator.used_bytes());
+        Goal {
+            wanted: wanted.min(end),
+            end,
+        }
     }
 
     fn populate(&self, offset: u64, length: u64) -> Result<(), Errno> {

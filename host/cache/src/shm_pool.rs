@@ -10,6 +10,7 @@ use crate::error::CacheError;
 use segment::Segment;
 
 pub(crate) mod headroom;
+pub(crate) mod huge_pages;
 pub(crate) mod prefault;
 pub(crate) mod segment;
 pub(crate) mod slot_allocator;
@@ -107,6 +108,11 @@ impl ShmPool {
     /// Gives `offset..offset + length` real pages, leaving their content alone.
     pub(crate) fn populate(&self, offset: u64, length: u64) -> rustix::io::Result<()> {
         self.segment.populate(offset, length)
+    }
+
+    /// Whether the kernel gives huge pages, in words.
+    pub(crate) fn huge_pages(&self) -> &'static str {
+        self.segment.huge_pages().name()
     }
 
     /// Looks whether a peer changed the segment's length. Private memory is sealed.

@@ -16,7 +16,7 @@ use std::time::Duration;
 use shuttle::thread;
 use stockade_cache::{
     Backing, Budget, CacheEngine, CacheObserver, CacheSalt, ChunkHash, EngineConfig, KeyScope,
-    LeaseError, ManualClock, ObjectKey, ReadError, RemoveReason,
+    LeaseError, ManualClock, ObjectKey, Prefault, ReadError, RemoveReason,
 };
 
 const PAGE: u64 = 4096;
@@ -79,7 +79,7 @@ impl World {
     fn new(pages: u64) -> Arc<Self> {
         let clock = ManualClock::new();
         let config = EngineConfig {
-            prefault: false,
+            prefault: Prefault::Nothing,
             trigger_watermark: 0.7,
             eviction_ratio: 0.5,
             write_ttl: Duration::from_secs(2),

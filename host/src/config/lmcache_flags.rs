@@ -109,11 +109,6 @@ const FLAGS: &[LmcacheFlag] = &[
     refused("p2p-lookup-timeout", 1, NO_P2P),
     refused("p2p-load-timeout", 1, NO_P2P),
     refused("p2p-transfer-engine", 1, NO_P2P),
-    ignored(
-        "l1-init-size-gb",
-        1,
-        "the segment has its full size from the start and takes memory as pages are touched",
-    ),
     refused(
         "l1-use-hugepages",
         0,

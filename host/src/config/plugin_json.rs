@@ -28,7 +28,10 @@ impl Config {
             "memory_config": {
                 "size_in_bytes": self.l1_size_bytes,
                 "use_lazy": self.l1_use_lazy,
-                "init_size_in_bytes": self.l1_size_bytes,
+                "init_size_in_bytes": match self.l1_use_lazy {
+                    true => self.l1_init_size_bytes,
+                    false => self.l1_size_bytes,
+                },
                 "align_bytes": self.l1_align_bytes,
                 "shm_name": shm_name,
                 "use_hugepages": false,

@@ -95,7 +95,7 @@ pub struct Settings {
     /// Alignment of slots in bytes, a power of two [default: 4096]
     #[arg(long, env = "STOCKADE_L1_ALIGN_BYTES", help_heading = "Memory")]
     pub l1_align_bytes: Option<u64>,
-    /// Touch the pool's pages on first use instead of in the background after the start
+    /// Let the pool grow with its use instead of taking all its memory after the start
     #[arg(
         long,
         num_args = 0,
@@ -104,7 +104,7 @@ pub struct Settings {
         help_heading = "Memory"
     )]
     pub l1_use_lazy: Option<bool>,
-    /// Opposite of --l1-use-lazy, and the default: pages are touched in the background
+    /// Opposite of --l1-use-lazy, and the default: memory is taken in the background
     #[arg(
         long,
         num_args = 0,
@@ -114,6 +114,9 @@ pub struct Settings {
     )]
     #[serde(skip)]
     pub no_l1_use_lazy: Option<bool>,
+    /// GiB that a growing pool takes at first [default: 20]
+    #[arg(long, env = "STOCKADE_L1_INIT_SIZE_GB", help_heading = "Memory")]
+    pub l1_init_size_gb: Option<f64>,
     /// Seconds a reserved slot may wait for its commit [default: 600]
     #[arg(long, env = "STOCKADE_L1_WRITE_TTL_SECONDS", help_heading = "Memory")]
     pub l1_write_ttl_seconds: Option<u64>,
@@ -271,6 +274,7 @@ impl Settings {
             l1_align_bytes,
             l1_use_lazy,
             no_l1_use_lazy,
+            l1_init_size_gb,
             l1_write_ttl_seconds,
             l1_read_ttl_seconds,
             eviction_policy,

@@ -43,8 +43,40 @@ pub struct EngineConfig {
     /// Whether objects that come in through `CacheEngine::write` get a CRC-32C that
     /// `CacheEngine::read` verifies. Objects that workers write themselves have none.
     pub checksum: bool,
-    /// Whether the pool gets real memory in the background after opening.
-    pub prefault: bool,
+    /// Which of the pool gets real memory before it is used.
+    pub prefault: Prefault,
+}
+
+/// Which of the pool gets real memory before it is used. The segment has its full length
+/// from the start whatever this says, so that workers' mappings never change.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Prefault {
+    /// None: whoever writes to a slot first waits for the kernel.
+    Nothing,
+    /// All, in the background from the opening on.
+    Everything,
+    /// The pool grows with its use (`--l1-use-lazy`): some at first, and then always a
+    /// stretch ahead of what is used. Slots that have memory already are handed out first.
+    AheadOfUse {
+        /// Bytes prepared at first (`--l1-init-size-gb`).
+        initial_bytes: u64,
+        /// Bytes prepared beyond those in use.
+        ahead_bytes: u64,
+    },
+}
+
+impl Prefault {
+    /// Up to where a pool should be prepared of which so much is used.
+    pub(super) fn wanted_bytes(self, used_bytes: u64) -> u64 {
+        match self {
+            Self::Nothing => 0,
+            Self::Everything => u64::MAX,
+            Self::AheadOfUse {
+                initial_bytes,
+                ahead_bytes,
+            } => initial_bytes.max(used_bytes.saturating_add(ahead_bytes)),
+        }
+    }
 }
 
 impl EngineConfig {
@@ -61,7 +93,7 @@ impl EngineConfig {
             write_ttl: Duration::from_secs(600),
             read_ttl: Duration::from_secs(300),
             checksum: true,
-            prefault: true,
+            prefault: Prefault::Everything,
         }
     }
 

@@ -104,6 +104,9 @@ pub struct EngineStatus {
     pub largest_free_bytes: u64,
     /// Bytes of the pool that have real memory behind them.
     pub touched_bytes: u64,
+    /// Whether the kernel gives huge pages: `given`, `given on advice` (which is taken when
+    /// the pool is prepared) or `not given`.
+    pub huge_pages: &'static str,
     /// Objects evicted, at the watermark and on demand.
     pub evicted_objects: u64,
     /// Bytes evicted.

@@ -40,6 +40,7 @@ impl L1 {
             allocation_failures: self.counters.allocation_failures,
             expired_write_leases: self.counters.expired_write_leases,
             expired_read_leases: self.counters.expired_read_leases,
+            huge_pages: "",
             segment_repairs: 0,
             dropped_notices: self.notices.dropped(),
             tenants: self.tenants.usage(capacity_bytes),

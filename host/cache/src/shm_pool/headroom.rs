@@ -90,10 +90,13 @@ fn cgroup_headroom(root: &Path, line: &str) -> Option<u64> {
             let usage = number(&group.join(usage_file))?;
             // Page cache counts as usage but is given back under pressure.
             let stat = fs::read_to_string(group.join("memory.stat")).unwrap_or_default();
-            let reclaimable = stat
-                .lines()
-                .find_map(|line| line.strip_prefix("inactive_file "))
-                .and_then(|value| value.trim().parse().ok())
+            let value = |name: &str| {
+                let mut lines = stat.lines();
+                lines.find_map(|line| line.strip_prefix(name)?.trim().parse().ok())
+            };
+            // In version 1 only the `total_` lines count the groups below, as usage does.
+            let reclaimable = value("total_inactive_file ")
+                .or_else(|| value("inactive_file "))
                 .unwrap_or(0);
             Some(limit.saturating_sub(usage.saturating_sub(reclaimable)))
         })
@@ -176,6 +179,40 @@ mod tests {
             available(&proc, &cgroups),
             Some((3 * GIB / 2, "the cgroup's memory limit"))
         );
+    }
+
+    #[test]
+    fn nested_groups_of_version_1_count_like_those_of_version_2() {
+        let dir = tempfile::tempdir().unwrap();
+        let (proc, cgroups) = (dir.path().join("proc"), dir.path().join("cgroup"));
+        let outer = cgroups.join("memory/kubepods");
+        let inner = outer.join("pod1/container");
+        fs::create_dir_all(proc.join("self")).unwrap();
+        fs::create_dir_all(&inner).unwrap();
+        // The hybrid layout: version 2 without controllers beside version 1.
+        fs::write(
+            proc.join("self/cgroup"),
+            "9:name=systemd:/\n4:cpu,memory:/kubepods/pod1/container\n0::/\n",
+        )
+        .unwrap();
+        let group = |path: &Path, limit: u64, usage: u64, stat: &str| {
+            fs::write(path.join("memory.limit_in_bytes"), format!("{limit}\n")).unwrap();
+            fs::write(path.join("memory.usage_in_bytes"), format!("{usage}\n")).unwrap();
+            fs::write(path.join("memory.stat"), stat).unwrap();
+        };
+        let headroom = || available(&proc, &cgroups).map(|(bytes, _)| bytes);
+        assert_eq!(headroom(), None);
+        group(&inner, 6 * GIB, GIB, "inactive_file 0\n");
+        assert_eq!(headroom(), Some(5 * GIB));
+        // The outer group is tighter; what it could give back lies in the group below.
+        let stat = format!("inactive_file 0\ntotal_inactive_file {GIB}\n");
+        group(&outer, 4 * GIB, 3 * GIB, &stat);
+        assert_eq!(headroom(), Some(2 * GIB));
+        group(&outer, 4 * GIB, 6 * GIB, "");
+        assert_eq!(headroom(), Some(0), "over its limit");
+        // No limit is a very large number there.
+        group(&outer, 0x7fff_ffff_ffff_f000, 3 * GIB, "");
+        assert_eq!(headroom(), Some(5 * GIB));
     }
 
     #[test]

@@ -8,17 +8,22 @@ use std::time::{Duration, Instant};
 use parking_lot::{Condvar, Mutex};
 use rustix::io::Errno;
 
+use super::huge_pages::HUGE_PAGE_BYTES;
+
 /// Bytes per step. The kernel holds the segment's write lock for a step, so this bounds
-/// how long a copy into the pool can wait: about a millisecond.
-const STEP_BYTES: u64 = 1 << 20;
+/// how long a copy into the pool can wait: a few milliseconds.
+const STEP_BYTES: u64 = HUGE_PAGE_BYTES;
 
 /// Longest pause between two steps.
 const MAX_PAUSE: Duration = Duration::from_millis(20);
 
+/// Longest wait for the pool to fill, when it is touched only ahead of its use.
+const IDLE_PAUSE: Duration = Duration::from_secs(1);
+
 /// What the thread works on.
-pub(crate) trait Prefault: Send + Sync + 'static {
-    /// Where the untouched part begins and where it ends, in bytes.
-    fn cold_range(&self) -> (u64, u64);
+pub(crate) trait PrefaultTarget: Send + Sync + 'static {
+    /// How far to go.
+    fn goal(&self) -> Goal;
     /// Gives the range real pages.
     fn populate(&self, offset: u64, length: u64) -> Result<(), Errno>;
     /// Notes that everything up to `up_to` has real pages.
@@ -28,10 +33,30 @@ pub(crate) trait Prefault: Send + Sync + 'static {
     fn give_up_cold(&self) -> u64;
 }
 
+/// How far the pool is to be touched, in bytes from its start.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Goal {
+    /// Now.
+    pub(crate) wanted: u64,
+    /// In the end.
+    pub(crate) end: u64,
+}
+
 #[derive(Default)]
 struct StopSignal {
     stopped: Mutex<bool>,
     changed: Condvar,
+}
+
+impl StopSignal {
+    /// Waits at most that long, less when nudged; returns whether to stop.
+    fn wait(&self, pause: Duration) -> bool {
+        let mut stopped = self.stopped.lock();
+        if !*stopped {
+            self.changed.wait_for(&mut stopped, pause);
+        }
+        *stopped
+    }
 }
 
 /// The running thread; dropping this stops it within one step and waits for its end.
@@ -41,7 +66,7 @@ pub(crate) struct PrefaultThread {
 }
 
 impl PrefaultThread {
-    pub(crate) fn spawn(target: Arc<dyn Prefault>, align: u64) -> std::io::Result<Self> {
+    pub(crate) fn spawn(target: Arc<dyn PrefaultTarget>, align: u64) -> std::io::Result<Self> {
         // A step shorter than the alignment would move nothing.
         let step_bytes = STEP_BYTES.max(align);
         let stop = Arc::new(StopSignal::default());
@@ -61,6 +86,11 @@ impl PrefaultThread {
             thread: Some(thread),
         })
     }
+
+    /// Lets a thread that waits for the pool to fill look again.
+    pub(crate) fn nudge(&self) {
+        self.stop.changed.notify_all();
+    }
 }
 
 impl Drop for PrefaultThread {
@@ -73,17 +103,29 @@ impl Drop for PrefaultThread {
     }
 }
 
-fn prefault(target: &dyn Prefault, step_bytes: u64, stop: &StopSignal) {
+fn prefault(target: &dyn PrefaultTarget, step_bytes: u64, stop: &StopSignal) {
     let mut reported_quarters = 0;
+    // From the very start, past what was handed out meanwhile: its owner may not have
+    // touched it yet, and pages that are there already cost next to nothing.
+    let mut start = 0;
     loop {
-        let (start, end) = target.cold_range();
+        let Goal { wanted, end } = target.goal();
         if start >= end {
             break;
+        }
+        if start >= wanted {
+            if stop.wait(IDLE_PAUSE) {
+                break;
+            }
+            continue;
         }
         let began = Instant::now();
         let length = step_bytes.min(end - start);
         match target.populate(start, length) {
-            Ok(()) => target.mark_touched(start + length),
+            Ok(()) => {
+                start += length;
+                target.mark_touched(start);
+            }
             Err(Errno::NOSPC | Errno::NOMEM) => {
                 let left = target.give_up_cold();
                 tracing::warn!(
@@ -98,18 +140,18 @@ fn prefault(target: &dyn Prefault, step_bytes: u64, stop: &StopSignal) {
                 break;
             }
         }
-        let quarters = (start + length) * 4 / end;
+        let quarters = start.saturating_mul(4) / end;
         if quarters > reported_quarters {
             reported_quarters = quarters;
-            tracing::info!(percent = quarters * 25, "preparing the pool's memory");
+            tracing::info!(
+                percent = quarters * 25,
+                prepared_bytes = start,
+                pool_bytes = end,
+                "preparing the pool's memory"
+            );
         }
         // Rest as long as the step took: half a processor at most.
-        let mut stopped = stop.stopped.lock();
-        if !*stopped {
-            stop.changed
-                .wait_for(&mut stopped, began.elapsed().min(MAX_PAUSE));
-        }
-        if *stopped {
+        if stop.wait(began.elapsed().min(MAX_PAUSE)) {
             break;
         }
     }

@@ -7,6 +7,7 @@ use rustix::io::{self, Errno};
 use rustix::shm;
 
 use super::headroom;
+use super::huge_pages::HugePages;
 use crate::error::CacheError;
 
 /// Longest segment name: a file name in `/dev/shm`.
@@ -36,6 +37,7 @@ pub(crate) struct Segment {
     name: Option<String>,
     capacity: u64,
     inode: u64,
+    huge_pages: HugePages,
 }
 
 impl Segment {
@@ -74,6 +76,7 @@ impl Segment {
                 name: Some(name.to_owned()),
                 capacity,
                 inode: stat.st_ino,
+                huge_pages: HugePages::of_shm(),
             };
             // The process's umask may have taken more than the mode says, never less.
             fs::fchmod(&segment.descriptor, Mode::RUSR | Mode::WUSR)
@@ -102,6 +105,7 @@ impl Segment {
             name: None,
             capacity,
             inode: 0,
+            huge_pages: HugePages::of_private_memory(),
         })
     }
 
@@ -206,7 +210,15 @@ impl Segment {
         Ok(())
     }
 
+    /// Gives a range real pages; in huge ones where the kernel gives them.
     pub(crate) fn populate(&self, offset: u64, length: u64) -> io::Result<()> {
+        if self.huge_pages == HugePages::OnAdvice {
+            match self.populate_mapped(offset, length) {
+                // Too old a kernel, or too little address space: ordinary pages do as well.
+                Err(Errno::INVAL | Errno::NOMEM) => {}
+                result => return result,
+            }
+        }
         loop {
             // Without KEEP_SIZE a range beyond the end would grow the segment.
             match fs::fallocate(&self.descriptor, FallocateFlags::KEEP_SIZE, offset, length) {
@@ -214,6 +226,30 @@ impl Segment {
                 result => return result,
             }
         }
+    }
+}
+
+impl Segment {
+    /// Touches a range through a mapping that lives no longer than this call and that this
+    /// process never reads or writes. A range that a peer cut off is an error of the call
+    /// here, not a SIGBUS.
+    fn populate_mapped(&self, offset: u64, length: u64) -> io::Result<()> {
+        let failed = |error: std::io::Error| match error.raw_os_error() {
+            Some(number) => Errno::from_raw_os_error(number),
+            None => Errno::INVAL,
+        };
+        let length = usize::try_from(length).map_err(|_| Errno::NOMEM)?;
+        let mut options = memmap2::MmapOptions::new();
+        let mapping = options.offset(offset).len(length);
+        let mapping = mapping.map_raw(&self.descriptor).map_err(failed)?;
+        mapping
+            .advise(memmap2::Advice::HugePage)
+            .and_then(|()| mapping.advise(memmap2::Advice::PopulateWrite))
+            .map_err(failed)
+    }
+
+    pub(crate) fn huge_pages(&self) -> HugePages {
+        self.huge_pages
     }
 }
 

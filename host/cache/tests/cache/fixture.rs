@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use stockade_cache::{
     Backing, CacheEngine, CacheSalt, ChunkHash, EngineConfig, KeyScope, LeaseId, ManualClock,
-    ObjectKey, OwnerId, PolicyKind, Slot,
+    ObjectKey, OwnerId, PolicyKind, Prefault, Slot,
 };
 
 /// Bytes of one object in most tests; a slot takes a page.
@@ -41,7 +41,7 @@ pub(crate) fn config(pages: u64, backing: Backing) -> EngineConfig {
         // Above any usage, so that tests of demand eviction see nothing else.
         trigger_watermark: 1.0,
         eviction_ratio: 0.0,
-        prefault: false,
+        prefault: Prefault::Nothing,
         ..EngineConfig::new(pages * PAGE, backing)
     }
 }

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use stockade_cache::{Backing, CacheEngine, CacheError, EngineConfig};
+use stockade_cache::{Backing, CacheEngine, CacheError, EngineConfig, Prefault};
 
 use crate::fixture::*;
 
@@ -240,7 +240,7 @@ fn eventually(mut done: impl FnMut() -> bool) {
 fn prefaulting_gives_every_page_real_memory_and_leaves_bytes_alone() {
     let segment = Segment::new();
     let cache = open(EngineConfig {
-        prefault: true,
+        prefault: Prefault::Everything,
         ..segment.config(4096)
     });
     cache.store(&keys(0..3), 0);
@@ -255,10 +255,46 @@ fn prefaulting_gives_every_page_real_memory_and_leaves_bytes_alone() {
 }
 
 #[test]
+fn a_pool_that_grows_takes_memory_ahead_of_its_use_and_changes_no_mapping() {
+    let segment = Segment::new();
+    const MIB: u64 = 1 << 20;
+    let cache = open(EngineConfig {
+        prefault: Prefault::AheadOfUse {
+            initial_bytes: 8 * MIB,
+            ahead_bytes: 4 * MIB,
+        },
+        ..segment.config(64 * MIB / PAGE)
+    });
+    let taken = || fs::metadata(segment.path()).unwrap().blocks() * 512;
+    let length = || fs::metadata(segment.path()).unwrap().len();
+    assert_eq!(length(), 64 * MIB, "workers map the whole from the start");
+    eventually(|| cache.status().touched_bytes >= 8 * MIB);
+    assert_eq!((taken(), length()), (8 * MIB, 64 * MIB));
+    let owner = cache.new_owner();
+    let reserve = |chunks, bytes| {
+        let reservation = cache.reserve(owner, &keys(chunks), bytes).unwrap();
+        cache.maintain();
+        reservation.slots[0].1.offset
+    };
+    assert!(
+        reserve(0..1, 3 * MIB) < 8 * MIB,
+        "what has memory goes first"
+    );
+    assert_eq!(taken(), 8 * MIB, "there is enough ahead");
+    reserve(1..2, 20 * MIB);
+    eventually(|| cache.status().touched_bytes >= 27 * MIB);
+    assert!((27 * MIB..=30 * MIB).contains(&taken()), "{}", taken());
+    assert_eq!(length(), 64 * MIB);
+    reserve(2..3, 38 * MIB);
+    eventually(|| cache.status().touched_bytes == 64 * MIB);
+    cache.check_invariants().unwrap();
+}
+
+#[test]
 fn dropping_the_engine_stops_prefaulting_at_once() {
     let segment = Segment::new();
     let engine = CacheEngine::open(EngineConfig {
-        prefault: true,
+        prefault: Prefault::Everything,
         ..segment.config(1 << 20)
     });
     // 4 GiB take seconds to touch; skip where the machine cannot hold them.
