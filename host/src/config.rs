@@ -74,6 +74,8 @@ pub struct Config {
     pub l1_use_lazy: bool,
     /// Bytes that a growing pool takes at first.
     pub l1_init_size_bytes: u64,
+    /// Whether objects that come inline get a checksum.
+    pub l1_checksum: bool,
     /// Life of a write reservation.
     pub l1_write_ttl: Duration,
     /// Life of an unused read lock.
@@ -403,6 +405,7 @@ impl Config {
             l1_use_lazy: settings.l1_use_lazy.unwrap_or(false)
                 && !settings.no_l1_use_lazy.unwrap_or(false),
             l1_init_size_bytes: ((init_size_gb * GIB) as u64).min(l1_size_bytes),
+            l1_checksum: !settings.no_l1_checksum.unwrap_or(false),
             l1_write_ttl: Duration::from_secs(
                 settings.l1_write_ttl_seconds.unwrap_or(600).min(1 << 30),
             ),

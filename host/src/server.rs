@@ -474,6 +474,7 @@ async fn open_engine(
     engine.eviction_ratio = config.eviction_ratio;
     engine.write_ttl = config.l1_write_ttl;
     engine.read_ttl = config.l1_read_ttl;
+    engine.checksum = config.l1_checksum;
     if config.l1_use_lazy {
         engine.prefault = Prefault::AheadOfUse {
             initial_bytes: config.l1_init_size_bytes,

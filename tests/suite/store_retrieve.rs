@@ -1,7 +1,10 @@
 //! KV in, KV out: what is found, what is not, and that it is the same bytes.
 
+use std::os::unix::fs::FileExt as _;
+
 use rmpv::Value;
-use stockade_tests::{Client, Key, Server, Worker, lookup, lookup_free, tokens, wait_for};
+use stockade_tests::{Client, Key, Server, Worker, field, lookup, lookup_free, tokens, wait_for};
+use stockade_wire::{Dtype, pickle};
 
 const CHUNK: usize = 16;
 
@@ -388,4 +391,51 @@ async fn objects_of_another_layout_are_not_found() {
         ..key
     };
     assert_eq!(lookup_free(&mut worker.client, &back).await, 1);
+}
+
+/// Stores two chunks inline, overwrites a byte of the first in the segment, and retrieves
+/// both inline; returns whether that succeeded.
+async fn retrieve_scribbled(server: &Server) -> bool {
+    let mut worker = Worker::register(server, 1, "m").await;
+    let key = Key::new("m", &tokens(32, 3), Some(0), "w");
+    let bytes = vec![7; 2048];
+    let tensor = (Dtype::Float16, &[2, 2, 16, 16][..], &bytes[..]);
+    let data = Value::Binary(pickle::write_tensors(&[tensor, tensor]).unwrap());
+    let stored = worker.client.call(17, &[key.value(), 1.into(), data]).await;
+    assert_eq!(stored.value(), true.into());
+    std::fs::OpenOptions::new()
+        .write(true)
+        .open(&worker.segment)
+        .unwrap()
+        .write_all_at(&[8], 100)
+        .unwrap();
+    let again = Key {
+        request_id: "r".to_owned(),
+        ..key
+    };
+    assert_eq!(lookup(&mut worker.client, &again).await, 2);
+    let reply = worker.client.call(18, &[again.value(), 1.into()]).await;
+    field(&reply.value(), "success").as_bool().unwrap()
+}
+
+#[tokio::test]
+async fn an_object_that_a_worker_scribbled_over_is_a_miss_quarantined_and_counted() {
+    let server = Server::start(&[]);
+    assert!(!retrieve_scribbled(&server).await);
+    let status = server.json("/status").await;
+    assert_eq!(
+        status["storage_manager"]["l1_manager"]["corrupt_objects"],
+        1
+    );
+    let (_, metrics) = server.http("GET", "/metrics", "").await;
+    assert!(
+        metrics.contains("stockade_corrupt_objects_total 1"),
+        "{metrics}"
+    );
+    let mut client = Client::connect(&server.url).await;
+    let key = Key::new("m", &tokens(32, 3), None, "s");
+    assert_eq!(lookup_free(&mut client, &key).await, 0);
+
+    let trusting = Server::start(&["--no-l1-checksum"]);
+    assert!(retrieve_scribbled(&trusting).await);
 }

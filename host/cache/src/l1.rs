@@ -28,7 +28,7 @@ use scope_table::{ScopeId, ScopeTable};
 use slab::Slab;
 use stage::{Event, Outcome, Stage};
 use tally::Tally;
-use tenants::{TenantId, Tenants};
+use tenants::{Place, TenantId, Tenants};
 
 use crate::engine::EndedOwner;
 use crate::error::LeaseError;
@@ -59,6 +59,8 @@ struct Object {
     scope: ScopeId,
     /// Whom it counts for, and whose policy ranks it.
     tenant: TenantId,
+    /// Where that policy has it.
+    place: Place,
     chunk_hash: ChunkHash,
     /// Hash of the whole key: its place in the index, and its name in ghost lists.
     hash: u64,
@@ -397,7 +399,7 @@ impl L1 {
             && object.is_evictable()
         {
             // It may have been parked while it was held.
-            self.tenants.unpark(object.tenant, id);
+            self.tenants.restore(object.tenant, object.place);
         }
     }
 }

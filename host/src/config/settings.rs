@@ -117,6 +117,14 @@ pub struct Settings {
     /// GiB that a growing pool takes at first [default: 20]
     #[arg(long, env = "STOCKADE_L1_INIT_SIZE_GB", help_heading = "Memory")]
     pub l1_init_size_gb: Option<f64>,
+    /// Do not check that objects that came inline leave as they came (ours)
+    #[arg(
+        long,
+        num_args = 0,
+        default_missing_value = "true",
+        help_heading = "Memory"
+    )]
+    pub no_l1_checksum: Option<bool>,
     /// Seconds a reserved slot may wait for its commit [default: 600]
     #[arg(long, env = "STOCKADE_L1_WRITE_TTL_SECONDS", help_heading = "Memory")]
     pub l1_write_ttl_seconds: Option<u64>,
@@ -275,6 +283,7 @@ impl Settings {
             l1_use_lazy,
             no_l1_use_lazy,
             l1_init_size_gb,
+            no_l1_checksum,
             l1_write_ttl_seconds,
             l1_read_ttl_seconds,
             eviction_policy,

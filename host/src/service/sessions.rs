@@ -230,3 +230,47 @@ fn end_all(sessions: Vec<Arc<Mutex<Session>>>, engine: &CacheEngine) {
         engine.end_owner(session.lock().owner);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+    use std::num::NonZeroUsize;
+
+    use stockade_cache::{Backing, EngineConfig, Prefault};
+
+    use super::*;
+
+    #[test]
+    fn a_requests_tokens_are_hashed_once_and_more_of_them_only_as_they_come() {
+        let config = EngineConfig {
+            prefault: Prefault::Nothing,
+            ..EngineConfig::new(4096, Backing::Private)
+        };
+        let engine = CacheEngine::open(config).unwrap();
+        let hasher = TokenHasher::new(NonZeroUsize::new(4).unwrap());
+        let sessions = Sessions::default();
+        let session = sessions.get_or_create(&RequestId::from("r"), &engine);
+        let mut session = session.lock();
+        let tokens = |count: u32| (0..count).collect::<TokenIds>();
+        let fresh = |tokens: &TokenIds| {
+            let mut hashes = Vec::new();
+            hasher.chunk_hashes(tokens.as_be_bytes(), &mut hashes, usize::MAX);
+            hashes
+        };
+        assert_eq!(
+            session.chunk_hashes(&hasher, &tokens(17), 4),
+            fresh(&tokens(17))
+        );
+        // A mark that hashing would wipe out.
+        let marked = ChunkHash([9; 32]);
+        session.hashes[0] = marked;
+        assert_eq!(session.chunk_hashes(&hasher, &tokens(17), 4)[0], marked);
+        assert_eq!(session.chunk_hashes(&hasher, &tokens(9), 2)[0], marked);
+        let more = session.chunk_hashes(&hasher, &tokens(25), 6).to_vec();
+        assert_eq!((more[0], more[5]), (marked, fresh(&tokens(25))[5]));
+        // Other tokens are hashed anew.
+        let others: TokenIds = (1..18).collect();
+        assert_eq!(session.chunk_hashes(&hasher, &others, 4), fresh(&others));
+    }
+}

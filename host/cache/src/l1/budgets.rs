@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use super::L1;
 use super::stage::Stage;
+use super::tenants::NOWHERE;
 use crate::engine::{Budget, Tenant, TenantUsage};
 use crate::error::BudgetError;
 use crate::key::CacheSalt;
@@ -62,8 +63,9 @@ impl L1 {
             self.tenants.subtract(object);
             object.tenant = to;
             self.tenants.add(object);
+            let place = std::mem::replace(&mut object.place, NOWHERE);
             if object.stage == Stage::Readable {
-                self.tenants.remove_entry(from, id);
+                self.tenants.unrank(from, place);
                 self.rank(id);
             }
         }

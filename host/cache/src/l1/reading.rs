@@ -36,7 +36,7 @@ impl L1 {
                 if let Some(&object) = objects.get(row * chunks + chunk) {
                     self.lock(object, u64::from(readers));
                     if let Some(found) = self.objects.get(object) {
-                        self.tenants.touch(found.tenant, object);
+                        self.tenants.touch(found.tenant, found.place);
                     }
                 }
             }
@@ -245,7 +245,7 @@ impl L1 {
                 && let Some(object) = self.objects.get(id)
                 && object.is_readable()
             {
-                self.tenants.session_ended(object.tenant, id);
+                self.tenants.session_ended(object.tenant, object.place);
             }
         }
     }

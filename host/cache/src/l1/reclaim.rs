@@ -100,9 +100,8 @@ impl L1 {
                 let Some(id) = self.tenants.take_of(tenant) else {
                     break;
                 };
-                match self.claim_victim(tenant, id) {
-                    Some(_) => round.freed_bytes += self.evict_taken(id),
-                    None => self.tenants.park(tenant, id),
+                if self.claim_victim(tenant, id).is_some() {
+                    round.freed_bytes += self.evict_taken(id);
                 }
             }
         }
@@ -115,25 +114,30 @@ impl L1 {
         let Some((tenant, id)) = self.tenants.take(search) else {
             return Step::Exhausted;
         };
-        let footprint = self.objects.get(id).map_or(0, |object| object.footprint);
-        if !self.is_evictable(id) {
-            self.tenants.park(tenant, id);
+        let Some(object) = self.objects.get(id) else {
+            return Step::PassedOver;
+        };
+        let (place, footprint) = (object.place, object.footprint);
+        if !object.is_evictable() {
+            self.tenants.park(tenant, place);
             return Step::PassedOver;
         }
         if !self.tenants.may_take(search, tenant, footprint) {
-            self.tenants.pass_over(search, tenant, id);
+            self.tenants.pass_over(search, tenant, place);
             return Step::PassedOver;
         }
-        self.tenants.take_bytes(tenant, footprint);
+        self.tenants.accept(search, tenant, footprint);
         Step::Victim(id)
     }
 
-    /// Marks an object as taken if it may go; returns its place.
+    /// Marks an object just taken as going and returns its place in the pool; if it cannot
+    /// go now, parks it.
     fn claim_victim(&mut self, tenant: TenantId, id: ObjectId) -> Option<(u64, u64)> {
-        let object = self
-            .objects
-            .get(id)
-            .filter(|object| object.is_evictable())?;
+        let object = self.objects.get(id)?;
+        if !object.is_evictable() {
+            self.tenants.park(tenant, object.place);
+            return None;
+        }
         self.tenants.take_bytes(tenant, object.footprint);
         Some((object.offset, object.footprint))
     }
@@ -209,12 +213,9 @@ impl L1 {
             let Some(id) = next else {
                 return Err(Shortage::Cap { tenant, cap_bytes });
             };
-            match self.claim_victim(tenant, id) {
-                Some((offset, footprint)) => {
-                    self.allocator.free(offset, footprint);
-                    victims.push(id);
-                }
-                None => self.tenants.park(tenant, id),
+            if let Some((offset, footprint)) = self.claim_victim(tenant, id) {
+                self.allocator.free(offset, footprint);
+                victims.push(id);
             }
         }
         Ok(())
@@ -296,7 +297,7 @@ impl L1 {
         let is_back = self.allocator.claim(object.offset, object.footprint);
         if is_back {
             self.tenants.untake(object.tenant, object.footprint);
-            self.tenants.unpark(object.tenant, id);
+            self.tenants.restore(object.tenant, object.place);
         }
         is_back
     }
@@ -395,10 +396,6 @@ impl L1 {
         runs
     }
 
-    fn is_evictable(&self, id: ObjectId) -> bool {
-        self.objects.get(id).is_some_and(Object::is_evictable)
-    }
-
     /// Evicts an object that was taken; returns the bytes that are free now.
     fn evict_taken(&mut self, id: ObjectId) -> u64 {
         match self.drop_taken(id) {
@@ -420,7 +417,8 @@ impl L1 {
     /// Evicts an object but for its range, which may have a new user already.
     fn drop_evicted(&mut self, id: ObjectId) -> Option<(u64, u64)> {
         let object = self.objects.get(id)?;
-        self.tenants.evicted(object.tenant, id, object.footprint);
+        self.tenants
+            .evicted(object.tenant, object.place, object.footprint);
         self.notice_removal(id, RemoveReason::Evicted);
         let (_, freed) = self.transition(id, Event::Withdraw);
         let (offset, footprint) = freed?;

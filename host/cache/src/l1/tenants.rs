@@ -6,18 +6,25 @@
 //! is the one most above its share whatever the pool's size. A tenant at its floor gives
 //! only for its own stores.
 
-use std::collections::HashMap;
+use std::collections::{BinaryHeap, HashMap};
 use std::sync::Arc;
 
 use super::slab::Slab;
 use super::{Object, ObjectId};
 use crate::engine::{Budget, EVERYBODY_ELSE, MAX_TENANTS, Tenant, TenantUsage};
 use crate::error::BudgetError;
-use crate::eviction::{EntryFacts, EvictionPolicy, PolicyKind};
+use crate::eviction::{EntryFacts, EntryId, EvictionPolicy, PolicyKind};
 use crate::key::CacheSalt;
 
 /// Number of a tenant.
 pub(super) type TenantId = u32;
+
+/// Number of an object in the policy of its tenant. Policies keep tables over these, so each
+/// tenant has numbers of its own: tables over all objects for every tenant would be too much.
+pub(super) type Place = EntryId;
+
+/// The place of an object that no policy ranks.
+pub(super) const NOWHERE: Place = Place::MAX;
 
 /// Name of the tenant of the empty salt, when that has a budget of its own; as in the paths
 /// of LMCache's `/quota`.
@@ -30,6 +37,9 @@ struct Entry {
     name: Arc<str>,
     budget: Budget,
     policy: Box<dyn EvictionPolicy>,
+    /// The object at each place.
+    ranked: Vec<ObjectId>,
+    free_places: Vec<Place>,
     /// Bytes of all its slots.
     used_bytes: u64,
     objects: u64,
@@ -46,12 +56,35 @@ impl Entry {
             name,
             budget,
             policy: kind.build(),
+            ranked: Vec::new(),
+            free_places: Vec::new(),
             used_bytes: 0,
             objects: 0,
             evictable_bytes: 0,
             taken_bytes: 0,
             evicted_bytes: 0,
         }
+    }
+
+    fn place(&mut self, id: ObjectId) -> Place {
+        match self.free_places.pop() {
+            Some(place) => {
+                if let Some(slot) = self.ranked.get_mut(place as usize) {
+                    *slot = id;
+                }
+                place
+            }
+            None => {
+                self.ranked.push(id);
+                // There are less than u32::MAX objects.
+                (self.ranked.len() - 1) as Place
+            }
+        }
+    }
+
+    fn take(&mut self) -> Option<ObjectId> {
+        let place = self.policy.take()?;
+        self.ranked.get(place as usize).copied()
     }
 
     /// Bytes left if all that was taken goes.
@@ -71,21 +104,31 @@ impl Entry {
     }
 }
 
-/// A search for victims on behalf of some tenants, or of nobody at the watermark.
+/// A search for victims on behalf of some tenants, or of nobody at the watermark. It is over
+/// before anything else changes what tenants use.
 #[derive(Debug, Default)]
 pub(super) struct Search {
     /// They may lose keys below their floors, because they want the room themselves.
     asking: Vec<TenantId>,
-    /// Tenants that have nothing to give.
-    spent: Vec<TenantId>,
+    /// Those that may give, the one most above its share on top; made at the first victim.
+    givers: Option<BinaryHeap<Giver>>,
 }
+
+/// Ordered by how far above its share it is; among equals those that ask give first.
+type Giver = (u128, bool, TenantId);
 
 impl Search {
     pub(super) fn on_behalf_of(asking: impl IntoIterator<Item = TenantId>) -> Self {
         Self {
             asking: asking.into_iter().collect(),
-            spent: Vec::new(),
+            givers: None,
         }
+    }
+
+    fn giver(&self, id: TenantId, entry: &Entry) -> Option<Giver> {
+        let is_asking = self.asking.contains(&id);
+        let may_give = (entry.spare_bytes() > 0 || is_asking) && !entry.policy.is_empty();
+        may_give.then(|| (entry.level(), is_asking, id))
     }
 }
 
@@ -259,62 +302,84 @@ impl Tenants {
         }
     }
 
-    pub(super) fn insert_entry(&mut self, tenant: TenantId, id: ObjectId, facts: EntryFacts) {
+    /// Gives a readable object a place in its tenant's order.
+    pub(super) fn rank(&mut self, tenant: TenantId, id: ObjectId, facts: EntryFacts) -> Place {
+        let Some(entry) = self.entries.get_mut(tenant) else {
+            return NOWHERE;
+        };
+        let place = entry.place(id);
+        entry.policy.insert(place, facts);
+        place
+    }
+
+    pub(super) fn touch(&mut self, tenant: TenantId, place: Place) {
         if let Some(entry) = self.entries.get_mut(tenant) {
-            entry.policy.insert(id, facts);
+            entry.policy.touch(place);
         }
     }
 
-    pub(super) fn touch(&mut self, tenant: TenantId, id: ObjectId) {
+    pub(super) fn session_ended(&mut self, tenant: TenantId, place: Place) {
         if let Some(entry) = self.entries.get_mut(tenant) {
-            entry.policy.touch(id);
+            entry.policy.session_ended(place);
         }
     }
 
-    pub(super) fn session_ended(&mut self, tenant: TenantId, id: ObjectId) {
+    /// Puts a taken or parked object back into the order.
+    pub(super) fn restore(&mut self, tenant: TenantId, place: Place) {
         if let Some(entry) = self.entries.get_mut(tenant) {
-            entry.policy.session_ended(id);
+            entry.policy.restore(place);
         }
     }
 
-    /// Puts a parked object back into the order.
-    pub(super) fn unpark(&mut self, tenant: TenantId, id: ObjectId) {
-        if let Some(entry) = self.entries.get_mut(tenant) {
-            entry.policy.restore(id);
+    /// The object leaves the order for another reason than to make room.
+    pub(super) fn unrank(&mut self, tenant: TenantId, place: Place) {
+        if let Some(entry) = self.entries.get_mut(tenant)
+            && place != NOWHERE
+        {
+            entry.policy.remove(place);
+            entry.free_places.push(place);
         }
     }
 
-    pub(super) fn remove_entry(&mut self, tenant: TenantId, id: ObjectId) {
-        if let Some(entry) = self.entries.get_mut(tenant) {
-            entry.policy.remove(id);
-        }
-    }
-
-    /// Takes the next object of the tenant most above its share; which may be in use. The
-    /// caller answers with `take_bytes`, `park`, or `pass_over`.
+    /// Takes the next object of the tenant most above its share; it may be in use. The
+    /// caller answers with `accept`, `park` or `pass_over`.
     pub(super) fn take(&mut self, search: &mut Search) -> Option<(TenantId, ObjectId)> {
-        loop {
-            let tenant = self.fullest(search)?;
-            if let Some(id) = self.entries.get_mut(tenant)?.policy.take() {
-                return Some((tenant, id));
+        let mut givers = match search.givers.take() {
+            Some(givers) => givers,
+            None => {
+                let entries = self.entries.iter();
+                entries
+                    .filter_map(|(id, entry)| search.giver(id, entry))
+                    .collect()
             }
-            search.spent.push(tenant);
+        };
+        let mut taken = None;
+        while let Some(&(_, _, tenant)) = givers.peek() {
+            taken = self.take_of(tenant).map(|id| (tenant, id));
+            if taken.is_some() {
+                break;
+            }
+            givers.pop();
+        }
+        search.givers = Some(givers);
+        taken
+    }
+
+    /// The object just taken by the search will go, unless it is untaken.
+    pub(super) fn accept(&mut self, search: &mut Search, tenant: TenantId, bytes: u64) {
+        self.take_bytes(tenant, bytes);
+        if let Some(entry) = self.entries.get(tenant) {
+            let lower = search.giver(tenant, entry);
+            if let Some(givers) = &mut search.givers {
+                givers.pop();
+                givers.extend(lower);
+            }
         }
     }
 
     /// Takes the next object of one tenant.
     pub(super) fn take_of(&mut self, tenant: TenantId) -> Option<ObjectId> {
-        self.entries.get_mut(tenant)?.policy.take()
-    }
-
-    fn fullest(&self, search: &Search) -> Option<TenantId> {
-        let candidates = self.entries.iter().filter(|(id, entry)| {
-            let may_give = entry.spare_bytes() > 0 || search.asking.contains(id);
-            may_give && !entry.policy.is_empty() && !search.spent.contains(id)
-        });
-        // Among equals those that ask give first.
-        let rank = |&(id, entry): &(TenantId, &Entry)| (entry.level(), search.asking.contains(&id));
-        candidates.max_by_key(rank).map(|(id, _)| id)
+        self.entries.get_mut(tenant)?.take()
     }
 
     /// Whether the search may take that many bytes from the tenant.
@@ -327,19 +392,22 @@ impl Tenants {
     }
 
     /// The object just taken is in use.
-    pub(super) fn park(&mut self, tenant: TenantId, id: ObjectId) {
+    pub(super) fn park(&mut self, tenant: TenantId, place: Place) {
         if let Some(entry) = self.entries.get_mut(tenant) {
-            entry.policy.park(id);
+            entry.policy.park(place);
         }
     }
 
-    /// The object just taken must stay: without it its tenant would be below its floor.
-    pub(super) fn pass_over(&mut self, search: &mut Search, tenant: TenantId, id: ObjectId) {
-        self.unpark(tenant, id);
-        search.spent.push(tenant);
+    /// The object just taken by the search must stay: without it its tenant would be below
+    /// its floor.
+    pub(super) fn pass_over(&mut self, search: &mut Search, tenant: TenantId, place: Place) {
+        self.restore(tenant, place);
+        if let Some(givers) = &mut search.givers {
+            givers.pop();
+        }
     }
 
-    /// The object just taken will go, unless [`untake`](Self::untake) says otherwise.
+    /// An object just taken will go, unless [`untake`](Self::untake) says otherwise.
     pub(super) fn take_bytes(&mut self, tenant: TenantId, bytes: u64) {
         if let Some(entry) = self.entries.get_mut(tenant) {
             entry.taken_bytes += bytes;
@@ -354,9 +422,12 @@ impl Tenants {
     }
 
     /// An object goes to make room; taken or in the order.
-    pub(super) fn evicted(&mut self, tenant: TenantId, id: ObjectId, bytes: u64) {
-        if let Some(entry) = self.entries.get_mut(tenant) {
-            entry.policy.evicted(id);
+    pub(super) fn evicted(&mut self, tenant: TenantId, place: Place, bytes: u64) {
+        if let Some(entry) = self.entries.get_mut(tenant)
+            && place != NOWHERE
+        {
+            entry.policy.evicted(place);
+            entry.free_places.push(place);
             entry.evicted_bytes += bytes;
         }
     }

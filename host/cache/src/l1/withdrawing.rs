@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use super::stage::{Event, Stage};
+use super::tenants::NOWHERE;
 use super::{Contents, L1, Object, ObjectId, ScopeCursor};
 use crate::engine::RemoveReason;
 use crate::key::ObjectKey;
@@ -74,8 +75,9 @@ impl L1 {
 
     /// Takes a readable object out of sight for another reason than its rank.
     fn withdraw(&mut self, id: ObjectId, reason: RemoveReason) {
-        if let Some(object) = self.objects.get(id) {
-            self.tenants.remove_entry(object.tenant, id);
+        if let Some(object) = self.objects.get_mut(id) {
+            let place = std::mem::replace(&mut object.place, NOWHERE);
+            self.tenants.unrank(object.tenant, place);
         }
         self.notice_removal(id, reason);
         self.apply(id, Event::Withdraw);

@@ -9,7 +9,7 @@ use hashbrown::HashTable;
 use super::lease::{Ending, Holding, Lease, LeaseId, OwnerId, WriteLease};
 use super::reclaim::Shortage;
 use super::stage::{Event, Outcome, Stage};
-use super::tenants::{Search, TenantId};
+use super::tenants::{NOWHERE, Search, TenantId};
 use super::{Contents, EndedLease, L1, Notice, Object, ObjectId, Pinned, ScopeCursor};
 use crate::engine::{Committed, Reservation};
 use crate::error::{LeaseError, ReserveError};
@@ -185,6 +185,7 @@ impl L1 {
         let object = Object {
             scope,
             tenant: self.scopes.tenant_of(scope),
+            place: NOWHERE,
             chunk_hash: key.chunk_hash,
             hash,
             offset: slot.offset,
@@ -292,13 +293,13 @@ impl L1 {
 
     /// Gives a readable object a place in its tenant's order.
     pub(super) fn rank(&mut self, id: ObjectId) {
-        if let Some(object) = self.objects.get(id) {
+        if let Some(object) = self.objects.get_mut(id) {
             let facts = EntryFacts {
                 fingerprint: object.hash,
                 salt: self.scopes.salt_of(object.scope),
                 weight: object.footprint,
             };
-            self.tenants.insert_entry(object.tenant, id, facts);
+            object.place = self.tenants.rank(object.tenant, id, facts);
         }
     }
 
