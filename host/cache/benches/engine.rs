@@ -1,6 +1,7 @@
 //! What the data path costs: hashing, lookups, reservations, eviction, copies.
 //!
-//! `cargo bench -p stockade-cache` runs all; a name after `--` picks some.
+//! `cargo bench -p stockade-cache` runs all; a name after `--` picks some. Times are processor
+//! time of the measuring thread, so that other work on the machine counts for little.
 #![allow(
     missing_docs,
     clippy::unwrap_used,
@@ -11,15 +12,56 @@
 use std::hint::black_box;
 use std::num::NonZeroUsize;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
+use criterion::measurement::{Measurement, ValueFormatter, WallTime};
+use criterion::{BatchSize, Throughput, criterion_group, criterion_main};
+use rustix::time::{ClockId, clock_gettime};
 use stockade_cache::{
     Backing, CacheEngine, CacheSalt, ChunkHash, EngineConfig, KeyScope, ObjectKey, PolicyKind,
     Prefault, SlotAllocator, TokenHasher,
 };
 
 const PAGE: u64 = 4096;
+
+type Criterion = criterion::Criterion<CpuTime>;
+
+/// Processor time of this thread.
+struct CpuTime;
+
+fn now() -> Duration {
+    let time = clock_gettime(ClockId::ThreadCPUTime);
+    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
+}
+
+impl Measurement for CpuTime {
+    type Intermediate = Duration;
+    type Value = Duration;
+
+    fn start(&self) -> Duration {
+        now()
+    }
+
+    fn end(&self, start: Duration) -> Duration {
+        now() - start
+    }
+
+    fn add(&self, a: &Duration, b: &Duration) -> Duration {
+        *a + *b
+    }
+
+    fn zero(&self) -> Duration {
+        Duration::ZERO
+    }
+
+    fn to_f64(&self, value: &Duration) -> f64 {
+        value.as_nanos() as f64
+    }
+
+    fn formatter(&self) -> &dyn ValueFormatter {
+        WallTime.formatter()
+    }
+}
 
 /// Keys as the hasher makes them: spread evenly, in no order.
 fn keys(first: u64, count: u64) -> Vec<ObjectKey> {
@@ -114,9 +156,9 @@ fn lookups(c: &mut Criterion) {
                     let mut spent = Duration::ZERO;
                     for _ in 0..rounds {
                         turn = (turn + 1) % prefixes.len();
-                        let start = Instant::now();
+                        let start = now();
                         let found = engine.lock_prefix(owner, &prefixes[turn], 1);
-                        spent += start.elapsed();
+                        spent += (now() - start);
                         assert_eq!(found.hit_chunks, 512);
                         engine.release_prefix(owner, found.lease.unwrap(), 0..512, 1);
                     }
@@ -129,9 +171,9 @@ fn lookups(c: &mut Criterion) {
                     for _ in 0..rounds {
                         turn = (turn + 1) % prefixes.len();
                         let found = engine.lock_prefix(owner, &prefixes[turn], 1);
-                        let start = Instant::now();
+                        let start = now();
                         engine.release_prefix(owner, found.lease.unwrap(), 0..512, 1);
-                        spent += start.elapsed();
+                        spent += (now() - start);
                     }
                     spent
                 });
@@ -182,9 +224,9 @@ fn eviction(c: &mut Criterion) {
                     // One pass evicts many victims; the time is scaled to `rounds` of them.
                     let engine = engine(objects, *policy);
                     fill(&engine, objects);
-                    let start = Instant::now();
+                    let start = now();
                     engine.maintain();
-                    let spent = start.elapsed();
+                    let spent = (now() - start);
                     let victims = engine.status().evicted_objects;
                     assert_eq!(victims, objects / 2);
                     spent.mul_f64(rounds as f64 / victims as f64)
@@ -269,7 +311,8 @@ fn copies(c: &mut Criterion) {
 
 criterion_group! {
     name = benches;
-    config = Criterion::default()
+    config = criterion::Criterion::default()
+        .with_measurement(CpuTime)
         .warm_up_time(Duration::from_millis(200))
         .measurement_time(Duration::from_millis(700))
         .without_plots();

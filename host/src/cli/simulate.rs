@@ -95,6 +95,7 @@ impl SimulateCommand {
     /// # Errors
     /// When a trace cannot be read, a flag makes no sense, or a file cannot be written.
     pub fn run(self) -> anyhow::Result<()> {
+        self.check()?;
         let trace = self.requests()?;
         ensure!(
             !trace.is_empty(),
@@ -118,14 +119,7 @@ impl SimulateCommand {
 
     fn requests(&self) -> anyhow::Result<Trace> {
         match self.generate {
-            Some(workload) => {
-                ensure!(
-                    self.requests <= MAX_GENERATED,
-                    "--requests {}: give at most {MAX_GENERATED}",
-                    self.requests
-                );
-                Ok(workload.generate(self.seed, self.requests))
-            }
+            Some(workload) => Ok(workload.generate(self.seed, self.requests)),
             None => trace_file::read(&self.trace, self.model.as_deref(), self.kv_bytes_per_chunk),
         }
     }
@@ -141,8 +135,8 @@ impl SimulateCommand {
         }
     }
 
-    /// The pools to try, policy by policy.
-    fn pools(&self, footprint: u64) -> anyhow::Result<Vec<SimulatedPool>> {
+    /// Checks the flags, before anything takes time.
+    fn check(&self) -> anyhow::Result<()> {
         for (flag, share) in [
             (
                 "eviction-trigger-watermark",
@@ -160,16 +154,26 @@ impl SimulateCommand {
             align.is_power_of_two() && align <= 1 << 30,
             "--l1-align-bytes {align}: give a power of two up to 1073741824"
         );
-        let mut sizes = Vec::new();
         for &gb in &self.size_gb {
             ensure!(
                 gb.is_finite() && gb > 0.0 && gb <= f64::from(1 << 24),
                 "--size-gb {gb}: give numbers of GiB above 0"
             );
-            sizes.push((gb * GIB) as u64);
         }
+        ensure!(
+            self.requests <= MAX_GENERATED,
+            "--requests {}: give at most {MAX_GENERATED}",
+            self.requests
+        );
+        Ok(())
+    }
+
+    /// The pools to try, policy by policy.
+    fn pools(&self, footprint: u64) -> Vec<SimulatedPool> {
+        let mut sizes = Vec::new();
+        sizes.extend(self.size_gb.iter().map(|&gb| (gb * GIB) as u64));
         if sizes.is_empty() {
-            sizes.extend(DEFAULT_PARTS.map(|part| (footprint / part).max(align)));
+            sizes.extend(DEFAULT_PARTS.map(|part| (footprint / part).max(self.l1_align_bytes)));
         }
         sizes.sort_unstable();
         sizes.dedup();
@@ -182,18 +186,18 @@ impl SimulateCommand {
         };
         let pools = policies.iter().flat_map(|&policy| {
             sizes.iter().map(move |&size| SimulatedPool {
-                align_bytes: align,
+                align_bytes: self.l1_align_bytes,
                 trigger_watermark: self.eviction_trigger_watermark,
                 eviction_ratio: self.eviction_ratio,
                 ..SimulatedPool::new(size, policy)
             })
         });
-        Ok(pools.collect())
+        pools.collect()
     }
 
     /// Tries all pools, as many at once as there are processors.
     fn simulate(&self, trace: &Trace, footprint: u64) -> anyhow::Result<Vec<Run>> {
-        let pools = self.pools(footprint)?;
+        let pools = self.pools(footprint);
         let (next, served) = (AtomicUsize::new(0), AtomicUsize::new(0));
         let workers = std::thread::available_parallelism().map_or(1, usize::from);
         let (sender, receiver) = mpsc::channel();
