@@ -158,7 +158,7 @@ fn lookups(c: &mut Criterion) {
                         turn = (turn + 1) % prefixes.len();
                         let start = now();
                         let found = engine.lock_prefix(owner, &prefixes[turn], 1);
-                        spent += (now() - start);
+                        spent += now() - start;
                         assert_eq!(found.hit_chunks, 512);
                         engine.release_prefix(owner, found.lease.unwrap(), 0..512, 1);
                     }
@@ -173,7 +173,7 @@ fn lookups(c: &mut Criterion) {
                         let found = engine.lock_prefix(owner, &prefixes[turn], 1);
                         let start = now();
                         engine.release_prefix(owner, found.lease.unwrap(), 0..512, 1);
-                        spent += (now() - start);
+                        spent += now() - start;
                     }
                     spent
                 });
@@ -226,7 +226,7 @@ fn eviction(c: &mut Criterion) {
                     fill(&engine, objects);
                     let start = now();
                     engine.maintain();
-                    let spent = (now() - start);
+                    let spent = now() - start;
                     let victims = engine.status().evicted_objects;
                     assert_eq!(victims, objects / 2);
                     spent.mul_f64(rounds as f64 / victims as f64)

@@ -159,9 +159,9 @@ impl L1 {
         footprint: u64,
     ) -> Result<Vec<u64>, Shortage> {
         let mut search = Search::on_behalf_of(wants.iter().map(|&(tenant, _)| tenant));
-        let reclaimable = self.tenants.reclaimable_bytes(&search);
-        let could_be_free = self.allocator.free_bytes().saturating_add(reclaimable);
-        if (count as u64).saturating_mul(footprint) > could_be_free {
+        let needed = (count as u64).saturating_mul(footprint);
+        let free = self.allocator.free_bytes();
+        if needed > free && needed - free > self.tenants.reclaimable_bytes(&search) {
             return Err(Shortage::Pool);
         }
         let mut victims = Vec::new();
