@@ -1,4 +1,4 @@
-//! Made-up requests with the shape of real ones, the same for the same seed everywhere.
+//! Made-up requests with the shape of real ones, the same for the same seed.
 
 use std::str::FromStr;
 use std::sync::Arc;
@@ -65,7 +65,7 @@ impl Workload {
     }
 }
 
-/// SplitMix64: the same numbers on every machine and in every release.
+/// SplitMix64, so that no new release of a crate changes the numbers of a seed.
 struct Random(u64);
 
 impl Random {
