@@ -328,11 +328,11 @@ impl L1 {
             Outcome::Gone => None,
         };
         if let Some(after) = after {
+            let could_go = object.is_evictable();
             self.tally.subtract(object);
-            self.tenants.subtract(object);
             object.stage = after;
             self.tally.add(object);
-            self.tenants.add(object);
+            self.tenants.recount_evictable(object, could_go);
         }
         let was_indexed = before != Stage::Withdrawn;
         if was_indexed && matches!(after, None | Some(Stage::Withdrawn)) {
@@ -367,11 +367,11 @@ impl L1 {
     /// Changes an object's holds and keeps the tally in step.
     fn change_hold(&mut self, id: ObjectId, change: impl FnOnce(&mut Object)) {
         if let Some(object) = self.objects.get_mut(id) {
+            let could_go = object.is_evictable();
             self.tally.subtract(object);
-            self.tenants.subtract(object);
             change(object);
             self.tally.add(object);
-            self.tenants.add(object);
+            self.tenants.recount_evictable(object, could_go);
         }
     }
 

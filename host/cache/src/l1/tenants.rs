@@ -302,6 +302,20 @@ impl Tenants {
         }
     }
 
+    /// Counts anew whether an object can go, which it could or could not before.
+    pub(super) fn recount_evictable(&mut self, object: &Object, could_go: bool) {
+        let can_go = object.is_evictable();
+        if can_go == could_go {
+            return;
+        }
+        if let Some(entry) = self.entries.get_mut(object.tenant) {
+            match can_go {
+                true => entry.evictable_bytes += object.footprint,
+                false => entry.evictable_bytes -= object.footprint,
+            }
+        }
+    }
+
     /// Gives a readable object a place in its tenant's order.
     pub(super) fn rank(&mut self, tenant: TenantId, id: ObjectId, facts: EntryFacts) -> Place {
         let Some(entry) = self.entries.get_mut(tenant) else {
