@@ -110,7 +110,16 @@ async fn a_limit_that_is_not_applied_is_found() {
             tokio::spawn(async move {
                 let mut applied = held();
                 lift(&mut applied);
-                (what, proofs(&held(), &applied, Some(what)).await)
+                // Beside builds and other tests, an attack may get too little of a processor to
+                // take more than it should.
+                let mut found = Vec::new();
+                for _attempt in 0..5 {
+                    found = proofs(&held(), &applied, Some(what)).await;
+                    if failed(&found).contains(&what) {
+                        break;
+                    }
+                }
+                (what, found)
             })
         });
         for run in runs.collect::<Vec<_>>() {

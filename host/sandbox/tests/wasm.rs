@@ -29,7 +29,7 @@ use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 /// What a condition gets on a loaded machine before the test fails.
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// What the product promises for a kill.
 const KILL_LIMIT: Duration = Duration::from_secs(1);
@@ -448,13 +448,16 @@ async fn a_quota_is_kept() {
     };
     let looping = sandbox.spawn_with(&module, &limits, Sink::new(0));
     let started = Instant::now();
-    let window = Duration::from_secs(2);
-    tokio::time::sleep(window).await;
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    // A machine that is busy gives it nothing for longer than that.
+    while looping.run.usage().cpu_time <= Duration::from_millis(20) {
+        assert!(started.elapsed() < PATIENCE, "it never runs");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
     let (used, elapsed) = (looping.run.usage().cpu_time, started.elapsed());
     // A tenth, and what a guest may run ahead by; what it gets on a busy machine is less.
     let allowed = elapsed / 10 + Duration::from_millis(50);
     assert!(used <= allowed, "{used:?} in {elapsed:?}");
-    assert!(used > Duration::from_millis(20), "{used:?} in {elapsed:?}");
     assert!(looping.kill().await < KILL_LIMIT);
 }
 
@@ -970,7 +973,7 @@ async fn processor_time_goes_by_weight() {
     };
     let (light, heavy) = (spin(100), spin(400));
     let taken = |guest: &Guest| guest.run.usage().cpu_time;
-    let deadline = Instant::now() + 3 * PATIENCE;
+    let deadline = Instant::now() + PATIENCE;
     while taken(&light) + taken(&heavy) < Duration::from_millis(800) {
         assert!(Instant::now() < deadline, "the machine has no time");
         tokio::time::sleep(Duration::from_millis(20)).await;
