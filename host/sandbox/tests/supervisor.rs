@@ -1045,6 +1045,12 @@ async fn python_scripts_run_in_the_sandbox_unchanged() {
     config.python = Some(python.into());
     // What runs in the sandbox is no process.
     let supervisor = start(config);
+    // Compiling Python takes its time where the compiler itself is not optimised.
+    let deadline = Instant::now() + 10 * PATIENCE;
+    while supervisor.status("probe").unwrap().state == PluginState::Discovered {
+        assert!(Instant::now() < deadline, "Python was not compiled in time");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
     let status = until_state(&supervisor, "probe", PluginState::Failed).await;
     assert_eq!(status.containment, Some("sandbox"));
     assert_eq!(status.last_end.as_deref(), Some("exited with code 3"));

@@ -344,6 +344,16 @@ fn python_prefixes(program: &Path) -> Vec<PathBuf> {
         if is_python && prefix != Path::new("/") {
             prefixes.push(prefix.to_owned());
         }
+        // A copied interpreter says here where the one is that it was copied from.
+        let settings = std::fs::read_to_string(prefix.join("pyvenv.cfg")).unwrap_or_default();
+        let home = settings
+            .lines()
+            .find_map(|line| line.strip_prefix("home = "));
+        let base = home.and_then(|home| Path::new(home.trim()).parent());
+        prefixes.extend(
+            base.filter(|base| *base != Path::new("/"))
+                .map(Path::to_owned),
+        );
     }
     prefixes
 }
@@ -411,9 +421,11 @@ mod tests {
         std::fs::create_dir_all(venv.join("bin")).unwrap();
         std::fs::write(venv.join("bin/python3"), "").unwrap();
         assert!(python_prefixes(&venv.join("bin/python3")).is_empty());
-        std::fs::write(venv.join("pyvenv.cfg"), "").unwrap();
+        let settings = "home = /opt/python/bin\nversion = 3.12.1\n";
+        std::fs::write(venv.join("pyvenv.cfg"), settings).unwrap();
         let prefixes = python_prefixes(&venv.join("bin/python3"));
         assert!(prefixes.contains(&venv), "{prefixes:?}");
+        assert!(prefixes.contains(&"/opt/python".into()), "{prefixes:?}");
     }
 
     #[test]
