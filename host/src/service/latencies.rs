@@ -200,7 +200,7 @@ mod tests {
         let mut text = String::new();
         prometheus_client::encoding::text::encode(&mut text, &registry).unwrap();
         for line in [
-            "t_seconds_bucket{le=\"5e-6\",operation=\"ping\"} 0",
+            "t_seconds_bucket{le=\"0.000005\",operation=\"ping\"} 0",
             "t_seconds_bucket{le=\"+Inf\",operation=\"ping\"} 2",
             "t_seconds_count{operation=\"ping\"} 2",
         ] {
