@@ -142,7 +142,7 @@ struct Labels {
 impl EncodeMetric for Latencies {
     fn encode(&self, mut encoder: MetricEncoder<'_>) -> Result<(), fmt::Error> {
         for (operation, snapshot) in self.snapshot() {
-            let bounds = BOUNDS.iter().copied().chain([f64::MAX]);
+            let bounds = BOUNDS.iter().copied().chain([f64::INFINITY]);
             let buckets: Vec<_> = bounds.zip(snapshot.buckets).collect();
             let labels = Labels {
                 operation: operation.name(),
