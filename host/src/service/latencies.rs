@@ -142,7 +142,7 @@ struct Labels {
 impl EncodeMetric for Latencies {
     fn encode(&self, mut encoder: MetricEncoder<'_>) -> Result<(), fmt::Error> {
         for (operation, snapshot) in self.snapshot() {
-            let bounds = BOUNDS.iter().copied().chain([f64::MAX]);
+            let bounds = BOUNDS.iter().copied().chain([f64::INFINITY]);
             let buckets: Vec<_> = bounds.zip(snapshot.buckets).collect();
             let labels = Labels {
                 operation: operation.name(),
@@ -200,7 +200,7 @@ mod tests {
         let mut text = String::new();
         prometheus_client::encoding::text::encode(&mut text, &registry).unwrap();
         for line in [
-            "t_seconds_bucket{le=\"5e-6\",operation=\"ping\"} 0",
+            "t_seconds_bucket{le=\"0.000005\",operation=\"ping\"} 0",
             "t_seconds_bucket{le=\"+Inf\",operation=\"ping\"} 2",
             "t_seconds_count{operation=\"ping\"} 2",
         ] {

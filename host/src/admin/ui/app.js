@@ -56,9 +56,13 @@ async function call(path, options = {}) {
   return response.json();
 }
 
-function complain(text) {
-  at("problem").hidden = !text;
-  at("problem").textContent = text || "";
+// A poll that goes well takes back what a poll complained of, not what a click did.
+function complain(text, source) {
+  const problem = at("problem");
+  if (!text && problem.dataset.source !== source) return;
+  problem.hidden = !text;
+  problem.textContent = text || "";
+  problem.dataset.source = source;
 }
 
 // ---- numbers ---------------------------------------------------------------------------
@@ -191,9 +195,9 @@ async function act(name, action, button) {
   button.disabled = true;
   try {
     await call(`/v1/plugins/${encodeURIComponent(name)}/${action}`, { method: "POST" });
-    complain("");
+    complain("", "click");
   } catch (error) {
-    complain(`${name} could not be asked to ${action}: ${error.message}`);
+    complain(`${name} could not be asked to ${action}: ${error.message}`, "click");
   }
   button.disabled = false;
   refresh();
@@ -233,7 +237,7 @@ async function follow(name) {
       if (isAtEnd) log.scrollTop = log.scrollHeight;
     }
   } catch (error) {
-    if (error.name !== "AbortError") complain(`the log of ${name} ended: ${error.message}`);
+    if (error.name !== "AbortError") complain(`the log of ${name} ended: ${error.message}`, "click");
   }
 }
 at("log-close").addEventListener("click", () => {
@@ -285,11 +289,11 @@ async function refresh() {
   try {
     const [stats, past] = await Promise.all([call("/v1/stats"), call("/v1/history")]);
     draw(stats, past.points);
-    complain("");
+    complain("", "poll");
   } catch (error) {
     at("health").textContent = "no answer";
     at("health").className = "badge bad";
-    complain(error.message);
+    complain(error.message, "poll");
   }
 }
 
