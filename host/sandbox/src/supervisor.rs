@@ -877,9 +877,12 @@ struct Running {
     usage: Option<WasmRun>,
 }
 
+/// What a reload leads to: the new version and its run, or why the old one goes on.
+type Reloaded = Result<(Arc<Generation>, Running), String>;
+
 /// A reload under way, and who waits for it.
 struct Reload {
-    outcome: Pin<Box<dyn Future<Output = Result<(Arc<Generation>, Running), String>> + Send>>,
+    outcome: Pin<Box<dyn Future<Output = Reloaded> + Send>>,
     reply: oneshot::Sender<Result<(), String>>,
 }
 

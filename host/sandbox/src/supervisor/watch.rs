@@ -24,10 +24,7 @@ type Look = HashMap<PathBuf, (PluginKind, Stamp)>;
 
 /// Watches until the supervisor is gone.
 pub(super) async fn run(plugins: Weak<Plugins>, workshop: Arc<Workshop>) {
-    let mut seen = match look(&workshop).await {
-        Ok(seen) => seen,
-        Err(_) => Look::new(),
-    };
+    let mut seen = look(&workshop).await.unwrap_or_default();
     let mut settled = seen.clone();
     let mut complaint = None;
     loop {
