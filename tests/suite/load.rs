@@ -36,7 +36,7 @@ fn every_workload_runs_without_an_error_and_takes_turns() {
             ["store", "retrieve", "chat"].contains(&row["workload"].as_str().unwrap());
         assert_eq!(row["gib_per_second"].is_f64(), moves_bytes, "{row}");
         let is_first = row["url"] == server.url.as_str();
-        assert_eq!(row["p50_ratio"].is_f64(), is_first, "{row}");
+        assert_eq!(row["p50_speedup"].is_f64(), is_first, "{row}");
     }
 }
 
@@ -50,7 +50,7 @@ fn the_echo_is_measured_beside_the_server() {
     let rows: Vec<Value> = serde_json::from_slice(&output.stdout).unwrap();
     let problem = String::from_utf8_lossy(&output.stderr);
     assert_eq!(rows.len(), 3, "an echo cannot ping: {problem}");
-    assert!(rows[0]["rate_ratio"].as_f64().unwrap() > 0.0);
+    assert!(rows[0]["rate_speedup"].as_f64().unwrap() > 0.0);
 }
 
 #[test]

@@ -472,7 +472,7 @@ async fn temporary_files_go_with_the_script() {
             let place = place.unwrap();
             let script = place.path().join("a.sh");
             let body = format!(
-                "t=${{TMPDIR:?}}/{name}; mkdir $t && touch $t/file && ln -s / $t/link && echo $TMPDIR\n"
+                "t=${{TMPDIR:?}}/{name}; mkdir $t && touch $t/file && ln -s / $t/link && [ $XDG_CACHE_HOME = $TMPDIR ] && echo $TMPDIR\n"
             );
             fs::write(&script, body).unwrap();
             let mut config = config();

@@ -22,7 +22,7 @@ pub struct BenchCommand {
     /// Server to load, `tcp://HOST:PORT` or `ipc:///PATH`; stores need it on this machine
     #[arg(long, value_name = "URL", default_value = "tcp://127.0.0.1:5555")]
     url: String,
-    /// A second server that takes turns with the first; ratios are the first against it
+    /// A second server that takes turns with the first; X says how many times the first is faster
     #[arg(long, value_name = "URL", conflicts_with = "compare_echo")]
     compare: Option<String>,
     /// Take turns with a bare ZeroMQ echo instead, for noop and chunk-size
@@ -87,10 +87,10 @@ struct Row {
     refused: u64,
     errors: u64,
     first_error: Option<String>,
-    /// This server's median over the compared one's; below 1 is faster.
-    p50_ratio: Option<f64>,
-    /// This server's rate over the compared one's; above 1 is faster.
-    rate_ratio: Option<f64>,
+    /// The compared server's median over this one's; above 1 this one is faster.
+    p50_speedup: Option<f64>,
+    /// This server's rate over the compared one's; above 1 this one is faster.
+    rate_speedup: Option<f64>,
 }
 
 /// One measurement: a workload at one size.
@@ -252,8 +252,8 @@ impl BenchCommand {
             && first.rounds > 0
             && second.rounds > 0
         {
-            first.p50_ratio = Some(first.p50_us / second.p50_us);
-            first.rate_ratio = Some(first.rounds_per_second / second.rounds_per_second);
+            first.p50_speedup = Some(second.p50_us / first.p50_us);
+            first.rate_speedup = Some(first.rounds_per_second / second.rounds_per_second);
         }
         Ok(rows)
     }
@@ -281,8 +281,8 @@ impl BenchCommand {
             refused: samples.refused,
             errors: samples.errors,
             first_error: samples.first_error.clone(),
-            p50_ratio: None,
-            rate_ratio: None,
+            p50_speedup: None,
+            rate_speedup: None,
         }
     }
 }
@@ -302,8 +302,8 @@ fn table(rows: &[Row]) -> String {
         "GIB/S",
         "REFUSED",
         "ERRORS",
-        "P50 RATIO",
-        "RATE RATIO",
+        "P50 X",
+        "RATE X",
     ]);
     let optional = |value: Option<f64>| value.map_or("-".to_owned(), |value| format!("{value:.2}"));
     for row in rows {
@@ -320,8 +320,8 @@ fn table(rows: &[Row]) -> String {
             optional(row.gib_per_second),
             row.refused.to_string(),
             row.errors.to_string(),
-            optional(row.p50_ratio),
-            optional(row.rate_ratio),
+            optional(row.p50_speedup),
+            optional(row.rate_speedup),
         ]);
     }
     format!("{}\n", table.trim_fmt())

@@ -458,6 +458,10 @@ fn start_script(
     let mut own = own_command("launch", theirs);
     if let Some(tmp) = tmp {
         own.env("TMPDIR", tmp);
+        // Libraries that cache below HOME, which is not theirs to write, would fail instead.
+        if std::env::var_os("XDG_CACHE_HOME").is_none() {
+            own.env("XDG_CACHE_HOME", tmp);
+        }
     }
     let child = own
         .arg(serde_json::to_string(restrictions)?)

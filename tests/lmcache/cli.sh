@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # LMCache's own command line and frontend against this server, unmodified. Prints a transcript.
 #
-#   tests/interop/lmcache_cli.sh VENV [STOCKADE]
+#   tests/lmcache/cli.sh VENV [STOCKADE]
 #
 # VENV is a virtual environment with lmcache==0.5.6; STOCKADE a built binary.
 set -uo pipefail

@@ -2,7 +2,7 @@
 """Runs real plugins for LMCache under a Stockade server, as they are: those of LMCache's source
 distribution and the heartbeat of `lmcache_frontend`, both from PyPI, in a throw-away environment.
 
-    tests/lmcache_plugins.py [--server FILE] [--lmcache SITE_PACKAGES]
+    tests/lmcache/plugins.py [--server FILE] [--lmcache SITE_PACKAGES]
 
 Needs a package index. Plugins that import `lmcache` itself, and with it torch, run only where
 --lmcache names a directory that has both installed.
@@ -26,7 +26,7 @@ import urllib.request
 import venv
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 VERSION = "0.5.6"
 PATIENCE_SECONDS = 120
 
