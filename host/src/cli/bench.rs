@@ -291,19 +291,8 @@ fn table(rows: &[Row]) -> String {
     let mut table = Table::new();
     table.load_style(NOTHING);
     table.set_header([
-        "WORKLOAD",
-        "TOKENS",
-        "CLIENTS",
-        "SERVER",
-        "ROUNDS/S",
-        "P50 US",
-        "P99 US",
-        "P99.9 US",
-        "GIB/S",
-        "REFUSED",
-        "ERRORS",
-        "P50 X",
-        "RATE X",
+        "WORKLOAD", "TOKENS", "CLIENTS", "SERVER", "ROUNDS/S", "P50 US", "P99 US", "P99.9 US",
+        "GIB/S", "REFUSED", "ERRORS", "P50 X", "RATE X",
     ]);
     let optional = |value: Option<f64>| value.map_or("-".to_owned(), |value| format!("{value:.2}"));
     for row in rows {

@@ -55,7 +55,7 @@ impl Default for WasmLimits {
             cpu_percent: 50,
             cpu_burst: Duration::from_millis(50),
             cpu_weight: 100,
-            start_time: Duration::from_secs(10),
+            start_time: Duration::from_secs(60),
             run_time: None,
             host_call_time: Duration::from_secs(10),
             environment_bytes: 256 << 10,
