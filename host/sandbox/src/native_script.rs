@@ -193,14 +193,13 @@ impl NativeScript {
                 command.program.display()
             );
         }
-        let home = variables.get(std::ffi::OsStr::new("HOME"));
         let restrictions = Restrictions::of(
             self.config.policy,
             self.config.limits.clone(),
             &self.manifest,
             &std::path::absolute(&self.path).unwrap_or_else(|_| self.path.clone()),
             &command,
-            home.map(OsString::as_os_str),
+            &variables,
         )?;
         let (keeper, pipe) = self.start(&restrictions, &command, &variables).await?;
         tracing::info!(

@@ -6,7 +6,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    ffi::OsStr,
+    ffi::{OsStr, OsString},
     fmt,
     path::{Path, PathBuf},
     str::FromStr,
@@ -230,7 +230,7 @@ impl Restrictions {
         manifest: &Manifest,
         script: &Path,
         command: &CommandLine,
-        home: Option<&OsStr>,
+        variables: &BTreeMap<OsString, OsString>,
     ) -> Result<Self, ScriptError> {
         let process = &manifest.process;
         let bytes = |mib: u32| u64::from(mib) << 20;
@@ -246,7 +246,7 @@ impl Restrictions {
         let confinement = match policy {
             NativePolicy::Allow => None,
             NativePolicy::Confined | NativePolicy::Deny => {
-                Some(Confinement::of(manifest, script, command, home)?)
+                Some(Confinement::of(manifest, script, command, variables)?)
             }
         };
         Ok(Self {
@@ -266,12 +266,18 @@ impl Confinement {
         manifest: &Manifest,
         script: &Path,
         command: &CommandLine,
-        home: Option<&OsStr>,
+        variables: &BTreeMap<OsString, OsString>,
     ) -> Result<Self, ScriptError> {
+        let variable = |name: &str| variables.get(OsStr::new(name)).map(OsString::as_os_str);
         let mut executable: Vec<PathBuf> = SYSTEM.iter().map(PathBuf::from).collect();
-        executable.push(own_directory(script, home));
+        executable.push(own_directory(script, variable("HOME")));
         executable.push(command.program.clone());
         executable.extend(python_prefixes(&command.program));
+        // Bash plugins start Python too, whichever one the server would.
+        if let Some(python) = variable("PATH").and_then(python_of) {
+            executable.extend(python_prefixes(&python));
+            executable.push(python);
+        }
         let mut readable: Vec<PathBuf> = SYSTEM_DATA.iter().map(PathBuf::from).collect();
         readable.extend(python_entries(Path::new("/etc")));
         let mut writable = Vec::new();
@@ -323,6 +329,13 @@ pub(crate) fn own_directory(script: &Path, home: Option<&OsStr>) -> PathBuf {
         true => script.to_owned(),
         false => directory.to_owned(),
     }
+}
+
+/// The first `python3` of a `PATH`.
+fn python_of(path: &OsStr) -> Option<PathBuf> {
+    std::env::split_paths(path)
+        .map(|directory| directory.join("python3"))
+        .find(|python| python.is_absolute() && python.is_file())
 }
 
 /// The Python installations that `program` belongs to: its own virtual environment, the one
