@@ -10,8 +10,8 @@ say "server and keeper"
 cargo build --workspace --bins --locked
 
 # Where npm is, Python plugins are tried in the sandbox too; the tests say when they were not.
-if [ -z "${STOCKADE_PYTHON_WASM-}" ] && python=$(plugin-sdk/python-wasm.sh); then
-  export STOCKADE_PYTHON_WASM=$python
+if [ -z "${STOCKADE_TEST_PYTHON_WASM-}" ] && python=$(plugin-sdk/python-wasm.sh); then
+  export STOCKADE_TEST_PYTHON_WASM=$python
 fi
 
 say "crates"

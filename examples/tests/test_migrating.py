@@ -3,7 +3,7 @@
 """Runs every program of docs/plugins/migrating.md beside one server, and compares what they say.
 
 It needs a built server; without compilers for the sandbox, or a Python for it
-(STOCKADE_PYTHON_WASM), the programs that need them are left out, and it says so.
+(STOCKADE_TEST_PYTHON_WASM), the programs that need them are left out, and it says so.
 """
 
 import os
@@ -122,9 +122,9 @@ class Migrating(unittest.TestCase):
         self.check(self.run_beside_a_server(names, []), names)
 
     def test_the_python_program_runs_in_the_sandbox_too(self):
-        python = os.environ.get("STOCKADE_PYTHON_WASM")
+        python = os.environ.get("STOCKADE_TEST_PYTHON_WASM")
         if server() is None or not python:
-            self.skipTest("STOCKADE_PYTHON_WASM names no python.wasm, or there is no built server")
+            self.skipTest("STOCKADE_TEST_PYTHON_WASM names no python.wasm, or there is no built server")
         for path in self.plugins.iterdir():
             if path.name != "watch_wasi.py":
                 path.unlink()

