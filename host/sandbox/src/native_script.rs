@@ -185,7 +185,7 @@ impl NativeScript {
         stop: impl Future<Output = Duration>,
     ) -> Result<ScriptEnd, ScriptError> {
         let variables = environment::build(&self.config.passed_on, contract)?;
-        let command = self.resolve(&variables).await?;
+        let (variables, command, restrictions) = self.prepare(variables).await?;
         if let Some(missing) = &command.missing {
             tracing::warn!(
                 plugin = self.name,
@@ -193,14 +193,6 @@ impl NativeScript {
                 command.program.display()
             );
         }
-        let restrictions = Restrictions::of(
-            self.config.policy,
-            self.config.limits.clone(),
-            &self.manifest,
-            &std::path::absolute(&self.path).unwrap_or_else(|_| self.path.clone()),
-            &command,
-            &variables,
-        )?;
         let (keeper, pipe) = self.start(&restrictions, &command, &variables).await?;
         tracing::info!(
             plugin = self.name,
@@ -219,22 +211,29 @@ impl NativeScript {
         end
     }
 
-    /// The command line, found on a thread that may wait for a slow file system.
-    async fn resolve(
+    /// The command line and what it may touch, found on a thread that may wait for a slow file
+    /// system.
+    async fn prepare(
         &self,
-        variables: &BTreeMap<OsString, OsString>,
-    ) -> Result<CommandLine, ScriptError> {
+        variables: BTreeMap<OsString, OsString>,
+    ) -> Result<(BTreeMap<OsString, OsString>, CommandLine, Restrictions), ScriptError> {
         let unreadable = |cause| ScriptError::Unreadable {
             path: self.path.clone(),
             cause,
         };
         // The keeper may start elsewhere, where a relative path would mean another file.
         let path = std::path::absolute(&self.path).map_err(unreadable)?;
-        let search_path = variables
-            .get(std::ffi::OsStr::new("PATH"))
-            .cloned()
-            .unwrap_or_default();
-        tokio::task::spawn_blocking(move || interpreter::resolve(&path, &search_path))
+        let (policy, limits) = (self.config.policy, self.config.limits.clone());
+        let manifest = self.manifest.clone();
+        let prepared = tokio::task::spawn_blocking(move || {
+            let search_path = variables.get(std::ffi::OsStr::new("PATH"));
+            let search_path = search_path.map(OsString::as_os_str).unwrap_or_default();
+            let command = interpreter::resolve(&path, search_path)?;
+            let restrictions =
+                Restrictions::of(policy, limits, &manifest, &path, &command, &variables)?;
+            Ok((variables, command, restrictions))
+        });
+        prepared
             .await
             .map_err(|_| unreadable(io::Error::other("the reader was cancelled")))?
     }

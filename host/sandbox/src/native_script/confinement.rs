@@ -14,7 +14,11 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use super::{error::ScriptError, interpreter::CommandLine, messages::ProcessLimits};
+use super::{
+    error::ScriptError,
+    interpreter::{CommandLine, find_program},
+    messages::ProcessLimits,
+};
 use crate::{grants::Access, manifest::Manifest};
 
 /// How far the operator trusts scripts (`--native-plugins`).
@@ -274,7 +278,8 @@ impl Confinement {
         executable.push(command.program.clone());
         executable.extend(python_prefixes(&command.program));
         // Bash plugins start Python too, whichever one the server would.
-        if let Some(python) = variable("PATH").and_then(python_of) {
+        let search_path = variable("PATH").unwrap_or_default();
+        if let Some(python) = find_program("python3", search_path) {
             executable.extend(python_prefixes(&python));
             executable.push(python);
         }
@@ -329,13 +334,6 @@ pub(crate) fn own_directory(script: &Path, home: Option<&OsStr>) -> PathBuf {
         true => script.to_owned(),
         false => directory.to_owned(),
     }
-}
-
-/// The first `python3` of a `PATH`.
-fn python_of(path: &OsStr) -> Option<PathBuf> {
-    std::env::split_paths(path)
-        .map(|directory| directory.join("python3"))
-        .find(|python| python.is_absolute() && python.is_file())
 }
 
 /// The Python installations that `program` belongs to: its own virtual environment, the one

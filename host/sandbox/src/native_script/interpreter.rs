@@ -202,7 +202,7 @@ fn split_quoted(text: &str) -> Option<Vec<String>> {
 }
 
 /// A path as it is, a bare name along `search_path`; only executable files count.
-fn find_program(name: &str, search_path: &OsStr) -> Option<PathBuf> {
+pub(super) fn find_program(name: &str, search_path: &OsStr) -> Option<PathBuf> {
     let is_executable = |path: &Path| {
         std::fs::metadata(path).is_ok_and(|metadata| metadata.is_file())
             && rustix::fs::access(path, rustix::fs::Access::EXEC_OK).is_ok()
