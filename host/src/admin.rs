@@ -34,7 +34,7 @@ use self::{
     api::{Api, Describe, Method},
     problem::Problem,
 };
-use crate::{service::Service, telemetry::Log, watchdog::Watchdog};
+use crate::{budgets::TenantBudgets, service::Service, telemetry::Log, watchdog::Watchdog};
 
 pub use access::Tokens;
 pub(crate) use history::{INTERVAL as HISTORY_INTERVAL, sample};
@@ -48,6 +48,8 @@ const MAX_BODY_BYTES: usize = 64 << 10;
 pub struct Admin {
     /// The request path.
     pub service: Arc<Service>,
+    /// What tenants may use, and what of that HTTP set.
+    pub budgets: TenantBudgets,
     /// The plugins.
     pub supervisor: Arc<Supervisor>,
     /// Counters of the transport.
@@ -76,6 +78,8 @@ pub struct Admin {
 pub struct AdminParts {
     /// The request path.
     pub service: Arc<Service>,
+    /// What tenants may use, and what of that HTTP set.
+    pub budgets: TenantBudgets,
     /// The plugins.
     pub supervisor: Arc<Supervisor>,
     /// Counters of the transport.
@@ -104,6 +108,7 @@ impl Admin {
     pub fn new(parts: AdminParts) -> Arc<Self> {
         Arc::new(Self {
             service: parts.service,
+            budgets: parts.budgets,
             supervisor: parts.supervisor,
             transport: parts.transport,
             registry: parts.registry.into(),
@@ -376,10 +381,10 @@ pub fn router(admin: &Arc<Admin>) -> Router {
         .add(
             (Put, "/quota/{cache_salt}"),
             Operate,
-            "Limits a salt, until the server ends",
+            "Limits a salt; the answer says whether that survives a restart",
             Describe {
                 body: &[("limit_gb*", "number", "GiB, 0 for nothing at all")],
-                problems: &[(400, "bad-limit")],
+                problems: &[(400, "bad-limit"), (500, "state-not-written")],
                 ..Describe::default()
             },
             tenants::put_quota,
@@ -388,7 +393,10 @@ pub fn router(admin: &Arc<Admin>) -> Router {
             (Delete, "/quota/{cache_salt}"),
             Operate,
             "Takes a salt's limit away",
-            plain(),
+            Describe {
+                problems: &[(500, "state-not-written")],
+                ..Describe::default()
+            },
             tenants::delete_quota,
         )
         .add(
@@ -407,6 +415,29 @@ pub fn router(admin: &Arc<Admin>) -> Router {
                 ..Describe::default()
             },
             tenants::show,
+        )
+        .add(
+            (Put, "/v1/tenants/{name}"),
+            Operate,
+            "Changes a tenant's budget; the answer says whether that survives a restart",
+            Describe {
+                body: &[
+                    ("floor_bytes", "integer", "no other tenant pushes it below"),
+                    ("weight", "integer", "its part of what the floors leave"),
+                    (
+                        "cap_bytes",
+                        "integer",
+                        "it never goes beyond; null for no cap",
+                    ),
+                ],
+                problems: &[
+                    (400, "bad-limit"),
+                    (404, "tenant-not-found"),
+                    (500, "state-not-written"),
+                ],
+                ..Describe::default()
+            },
+            tenants::put,
         )
         .add(
             (Get, "/v1/openapi.json"),

@@ -66,6 +66,8 @@ pub struct Config {
     pub max_connections: usize,
     /// Time in which every request is answered.
     pub request_deadline: Duration,
+    /// Where what outlives a restart is kept; `None` to keep nothing.
+    pub state_dir: Option<PathBuf>,
     /// Size of the pool in bytes.
     pub l1_size_bytes: u64,
     /// Alignment of slots in bytes.
@@ -400,6 +402,7 @@ impl Config {
             max_message_bytes: (max_message_mib as usize) << 20,
             max_connections: max_connections as usize,
             request_deadline: seconds("request-deadline-seconds", deadline)?,
+            state_dir: settings.state_dir,
             l1_size_bytes,
             l1_align_bytes,
             l1_use_lazy: settings.l1_use_lazy.unwrap_or(false)

@@ -11,7 +11,9 @@ pub mod config;
 pub mod telemetry;
 pub mod watchdog;
 
+pub mod budgets;
 pub mod server;
+pub mod state_dir;
 
 pub mod service;
 

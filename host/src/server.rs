@@ -25,8 +25,10 @@ use tokio::{
 
 use crate::{
     admin::{self, Admin, AdminParts, Socket, Tls, Tokens},
+    budgets::TenantBudgets,
     config::Config,
     service::{Service, ServiceHandler, ServiceSettings},
+    state_dir::StateDir,
     telemetry::Log,
     watchdog::{BEAT, Heart, Watchdog},
 };
@@ -54,6 +56,7 @@ pub struct Server {
     tls: Option<Arc<Tls>>,
     log: Log,
     engine: Arc<CacheEngine>,
+    budgets: TenantBudgets,
     supervisor: Supervisor,
     port: u16,
     http_addr: SocketAddr,
@@ -75,6 +78,10 @@ impl Server {
             Some(files) => Some(Arc::new(Tls::read(files.clone())?)),
             None => None,
         };
+        let state = match &config.state_dir {
+            Some(path) => Some(StateDir::open(path).context("--state-dir cannot be used")?),
+            None => None,
+        };
         let supervisor = Supervisor::discover(supervisor_config(&config)?)?;
         let endpoint = tcp_endpoint(&config.host, config.port)?;
         let (main, further) = config
@@ -90,6 +97,8 @@ impl Server {
             port => port,
         };
         let engine = Arc::new(open_engine(&config, port, &endpoint).await?);
+        let budgets = TenantBudgets::restore(state.as_ref(), config.tenants.clone(), &engine)
+            .context("--state-dir cannot be used")?;
         if bound.is_none() {
             bind_zmq(&mut bound, &endpoint, &main).await?;
         }
@@ -131,6 +140,7 @@ impl Server {
             tls,
             log,
             engine,
+            budgets,
             supervisor,
             port,
             http_addr,
@@ -199,6 +209,7 @@ impl Server {
         let (stop, stopped) = watch::channel(false);
         let admin = Admin::new(AdminParts {
             service: Arc::clone(&service),
+            budgets: self.budgets,
             supervisor: Arc::clone(&supervisor),
             transport: transport.stats(),
             registry,

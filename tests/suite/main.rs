@@ -19,4 +19,5 @@ mod plugins;
 mod replay;
 mod simulate;
 mod start_up;
+mod state;
 mod store_retrieve;

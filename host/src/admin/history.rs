@@ -167,7 +167,7 @@ pub(super) async fn stats(State(admin): Shared) -> Json<Value> {
         "sessions": sessions,
         "workers": admin.service.worker_count(),
         "connections": admin.transport.connections_open(),
-        "tenants": engine.tenants.iter().map(tenant_json).collect::<Vec<_>>(),
+        "tenants": engine.tenants.iter().map(|it| tenant_json(&admin, it)).collect::<Vec<_>>(),
         "plugins": plugins,
         "now": last,
     }))

@@ -1,10 +1,12 @@
 //! Tenants: LMCache's `/quota` and our `/v1/tenants`. LMCache counts GiB and calls them GB.
 
+use std::{num::NonZeroU32, sync::Arc};
+
 use axum::{
     Extension, Json,
     extract::{Path, State},
 };
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
 use serde_json::{Map, Value, json};
 use stockade_cache::{Budget, CacheSalt, TenantUsage};
 
@@ -14,6 +16,7 @@ use super::{
     problem::Problem,
     take,
 };
+use crate::budgets::{self, SetError};
 
 /// LMCache's name for the empty salt in a path.
 const DEFAULT_SALT: &str = "_default";
@@ -40,8 +43,26 @@ fn gb(bytes: u64) -> f64 {
 
 /// The tenant whose salt this is, unless it is everybody's.
 fn tenant_of(admin: &Admin, salt: &CacheSalt) -> Option<TenantUsage> {
-    let all = admin.service.engine().budgets();
-    all.into_iter().find(|it| it.tenant.salts.contains(salt))
+    budgets::tenant_of(admin.service.engine(), salt)
+}
+
+/// Does what may wait for a disk, and says what went wrong.
+async fn off_the_runtime<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, SetError> + Send + 'static,
+) -> Result<T, Problem> {
+    let done = tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|error| Problem::internal("quota-failed", error.to_string()))?;
+    done.map_err(|error| match error {
+        SetError::Budget(error) => Problem::bad_request("bad-limit", error.to_string()),
+        SetError::State(cause) => {
+            tracing::error!("a budget could not be kept: {cause}");
+            Problem::internal(
+                "state-not-written",
+                "the budget is as before, because it could not be kept: the server's log says why",
+            )
+        }
+    })
 }
 
 fn usage_of(admin: &Admin, salt: &CacheSalt) -> u64 {
@@ -93,21 +114,25 @@ pub(super) async fn put_quota(
                 ),
             )
         })?;
-    let mut budget = tenant_of(&admin, &salt).map_or_else(Budget::default, |it| it.tenant.budget);
-    budget.cap_bytes = Some((limit_gb * GIB) as u64);
-    let (engine, set) = (std::sync::Arc::clone(&admin), salt.clone());
-    tokio::task::spawn_blocking(move || engine.service.engine().set_budget(&set, budget))
-        .await
-        .map_err(|error| Problem::internal("quota-failed", error.to_string()))?
-        .map_err(|error| Problem::bad_request("bad-limit", error.to_string()))?;
+    let (state, of) = (Arc::clone(&admin), salt.clone());
+    let cap_bytes = Some((limit_gb * GIB) as u64);
+    off_the_runtime(move || {
+        let engine = state.service.engine();
+        let set = |budget: &mut Budget| budget.cap_bytes = cap_bytes;
+        state.budgets.change(engine, &of, set)
+    })
+    .await?;
     tracing::info!(
         "{} set the limit of {:?} to {limit_gb} GiB",
         caller.name,
         salt.as_str()
     );
-    Ok(Json(
-        json!({"cache_salt": shown(&salt), "limit_gb": limit_gb, "status": "ok"}),
-    ))
+    Ok(Json(json!({
+        "cache_salt": shown(&salt),
+        "limit_gb": limit_gb,
+        "status": "ok",
+        "survives_restart": admin.budgets.survives_restart(),
+    })))
 }
 
 pub(super) async fn get_quota(
@@ -132,31 +157,16 @@ pub(super) async fn delete_quota(
     Path(salt): Path<String>,
 ) -> Result<Json<Value>, Problem> {
     let salt = parse_salt(&salt)?;
-    let (engine, removed) = (std::sync::Arc::clone(&admin), salt.clone());
-    let removed = tokio::task::spawn_blocking(move || remove_cap(&engine, &removed))
-        .await
-        .map_err(|error| Problem::internal("quota-failed", error.to_string()))??;
+    let (state, of) = (Arc::clone(&admin), salt.clone());
+    let removed =
+        off_the_runtime(move || state.budgets.remove_cap(state.service.engine(), &of)).await?;
     tracing::info!("{} removed the limit of {:?}", caller.name, salt.as_str());
     let status = if removed { "removed" } else { "not_found" };
-    Ok(Json(json!({"cache_salt": shown(&salt), "status": status})))
-}
-
-/// Removes a cap. A tenant with a floor or a weight of its own keeps those.
-fn remove_cap(admin: &Admin, salt: &CacheSalt) -> Result<bool, Problem> {
-    let Some(mut budget) = tenant_of(admin, salt).map(|it| it.tenant.budget) else {
-        return Ok(false);
-    };
-    if budget.cap_bytes.take().is_none() {
-        return Ok(false);
-    }
-    let engine = admin.service.engine();
-    if budget == Budget::default() {
-        return Ok(engine.remove_budget(salt));
-    }
-    engine
-        .set_budget(salt, budget)
-        .map_err(|error| Problem::bad_request("bad-limit", error.to_string()))?;
-    Ok(true)
+    Ok(Json(json!({
+        "cache_salt": shown(&salt),
+        "status": status,
+        "survives_restart": admin.budgets.survives_restart(),
+    })))
 }
 
 pub(super) async fn list_quotas(State(admin): Shared) -> Json<Value> {
@@ -178,7 +188,7 @@ pub(super) async fn list_quotas(State(admin): Shared) -> Json<Value> {
     Json(json!({"users": users}))
 }
 
-pub(super) fn tenant_json(usage: &TenantUsage) -> Value {
+pub(super) fn tenant_json(admin: &Admin, usage: &TenantUsage) -> Value {
     let budget = &usage.tenant.budget;
     json!({
         "name": &*usage.tenant.name,
@@ -186,6 +196,7 @@ pub(super) fn tenant_json(usage: &TenantUsage) -> Value {
         "floor_bytes": budget.floor_bytes,
         "weight": budget.weight,
         "cap_bytes": budget.cap_bytes,
+        "set_over_http": admin.budgets.is_set_over_http(&usage.tenant.name),
         "used_bytes": usage.used_bytes,
         "share_bytes": usage.share_bytes,
         "objects": usage.objects,
@@ -204,9 +215,12 @@ pub(super) async fn list(
         .budgets()
         .iter()
         .filter(|usage| caller.may_see_tenant(&usage.tenant.name).is_ok())
-        .map(tenant_json)
+        .map(|usage| tenant_json(&admin, usage))
         .collect();
-    Json(json!({"tenants": tenants}))
+    Json(json!({
+        "tenants": tenants,
+        "survives_restart": admin.budgets.survives_restart(),
+    }))
 }
 
 pub(super) async fn show(
@@ -215,12 +229,67 @@ pub(super) async fn show(
     Path(name): Path<String>,
 ) -> Result<Json<Value>, Problem> {
     caller.may_see_tenant(&name)?;
-    let all = admin.service.engine().budgets();
-    let found = all.iter().find(|usage| *usage.tenant.name == *name);
-    found.map(|usage| Json(tenant_json(usage))).ok_or_else(|| {
-        Problem::not_found(
-            "tenant-not-found",
-            format!("there is no tenant {name:?}: GET /v1/tenants lists those that are"),
-        )
+    named(&admin, &name).map(|usage| Json(tenant_json(&admin, &usage)))
+}
+
+fn named(admin: &Admin, name: &str) -> Result<TenantUsage, Problem> {
+    let mut all = admin.service.engine().budgets().into_iter();
+    all.find(|usage| *usage.tenant.name == *name)
+        .ok_or_else(|| {
+            Problem::not_found(
+                "tenant-not-found",
+                format!("there is no tenant {name:?}: GET /v1/tenants lists those that are"),
+            )
+        })
+}
+
+/// Body of `PUT /v1/tenants/{name}`; what it leaves out stays as it is.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct BudgetRequest {
+    floor_bytes: Option<u64>,
+    weight: Option<NonZeroU32>,
+    #[serde(default, deserialize_with = "given")]
+    cap_bytes: Option<Option<u64>>,
+}
+
+/// Tells `null` from what was left out.
+fn given<'de, D: Deserializer<'de>>(value: D) -> Result<Option<Option<u64>>, D::Error> {
+    Option::deserialize(value).map(Some)
+}
+
+pub(super) async fn put(
+    State(admin): Shared,
+    Extension(caller): Extension<Caller>,
+    Path(name): Path<String>,
+    take::Json(request): take::Json<BudgetRequest>,
+) -> Result<Json<Value>, Problem> {
+    let tenant = named(&admin, &name)?.tenant;
+    let Some(salt) = tenant.salts.into_iter().next() else {
+        return Err(Problem::bad_request(
+            "bad-limit",
+            format!(
+                "{name:?} has all salts that are nobody else's, and what those may use the file says: give a salt a budget of its own with PUT /quota/{{cache_salt}}"
+            ),
+        ));
+    };
+    let state = Arc::clone(&admin);
+    let budget = off_the_runtime(move || {
+        state
+            .budgets
+            .change(state.service.engine(), &salt, |budget| {
+                budget.floor_bytes = request.floor_bytes.unwrap_or(budget.floor_bytes);
+                budget.weight = request.weight.unwrap_or(budget.weight);
+                budget.cap_bytes = request.cap_bytes.unwrap_or(budget.cap_bytes);
+            })
     })
+    .await?;
+    tracing::info!("{} set the budget of tenant {name:?}", caller.name);
+    Ok(Json(json!({
+        "name": name,
+        "floor_bytes": budget.floor_bytes,
+        "weight": budget.weight,
+        "cap_bytes": budget.cap_bytes,
+        "survives_restart": admin.budgets.survives_restart(),
+    })))
 }

@@ -1,6 +1,6 @@
 //! `stockade tenant`: who uses how much, and limits.
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use clap::{Args, Subcommand};
 use comfy_table::{Table, presets::NOTHING};
 use serde_json::{Value, json};
@@ -25,7 +25,7 @@ enum Action {
         /// Name as `list` shows it
         name: String,
     },
-    /// Limit a cache salt to so many GiB, until the server ends
+    /// Limit a cache salt to so many GiB; survives a restart of a server with --state-dir
     Limit {
         /// The salt; `_default` for requests without one
         cache_salt: String,
@@ -37,6 +37,40 @@ enum Action {
         /// The salt; `_default` for requests without one
         cache_salt: String,
     },
+    /// Change a tenant's floor, weight or cap; what is not named stays as it is
+    Budget {
+        /// Name as `list` shows it
+        name: String,
+        /// GiB that no other tenant can push it below
+        #[arg(long, value_name = "GIB", value_parser = gib)]
+        floor_gb: Option<u64>,
+        /// Its part of what the floors leave, relative to the other weights
+        #[arg(long)]
+        weight: Option<std::num::NonZeroU32>,
+        /// GiB that it never goes beyond
+        #[arg(long, value_name = "GIB", value_parser = gib, conflicts_with = "no_cap")]
+        cap_gb: Option<u64>,
+        /// Take its cap away
+        #[arg(long)]
+        no_cap: bool,
+    },
+}
+
+/// GiB as bytes.
+fn gib(text: &str) -> Result<u64, String> {
+    let gib: Option<f64> = text.trim().parse().ok();
+    match gib.filter(|gib| (0.0..=f64::from(1 << 23)).contains(gib)) {
+        Some(gib) => Ok((gib * f64::from(1 << 30)) as u64),
+        None => Err("give GiB, 0 or more".to_owned()),
+    }
+}
+
+/// How long what was set holds, as the end of a sentence.
+fn how_long(answer: &Value) -> &'static str {
+    match answer["survives_restart"].as_bool() {
+        Some(true) => "also after a restart",
+        _ => "until the server ends (it has no --state-dir)",
+    }
 }
 
 impl TenantCommand {
@@ -53,6 +87,25 @@ impl TenantCommand {
                 remote.put(&format!("/quota/{cache_salt}"), &json!({"limit_gb": gib}))?
             }
             Action::Unlimit { cache_salt } => remote.delete(&format!("/quota/{cache_salt}"))?,
+            Action::Budget {
+                name,
+                floor_gb,
+                weight,
+                cap_gb,
+                no_cap,
+            } => {
+                let mut body = serde_json::Map::new();
+                body.extend(floor_gb.map(|bytes| ("floor_bytes".to_owned(), bytes.into())));
+                body.extend(weight.map(|weight| ("weight".to_owned(), weight.get().into())));
+                body.extend(cap_gb.map(|bytes| ("cap_bytes".to_owned(), bytes.into())));
+                if *no_cap {
+                    body.insert("cap_bytes".to_owned(), Value::Null);
+                }
+                if body.is_empty() {
+                    bail!("nothing to change: give --floor-gb, --weight, --cap-gb or --no-cap");
+                }
+                remote.put(&format!("/v1/tenants/{name}"), &Value::Object(body))?
+            }
         };
         if remote.is_json() {
             return print_json(&answer);
@@ -64,16 +117,24 @@ impl TenantCommand {
                     .context("the answer has no tenants")?,
             )),
             Action::Show { .. } => print_json(&answer),
-            Action::Limit { cache_salt, gib } => {
-                print(&format!("{cache_salt}: at most {gib} GiB\n"))
-            }
-            Action::Unlimit { cache_salt } => print(&format!(
-                "{cache_salt}: {}\n",
-                match answer["status"].as_str() {
-                    Some("removed") => "no limit any more",
-                    _ => "had no limit",
-                }
+            Action::Limit { cache_salt, gib } => print(&format!(
+                "{cache_salt}: at most {gib} GiB, {}\n",
+                how_long(&answer)
             )),
+            Action::Unlimit { cache_salt } => print(&match answer["status"].as_str() {
+                Some("removed") => format!("{cache_salt}: no limit, {}\n", how_long(&answer)),
+                _ => format!("{cache_salt}: had no limit\n"),
+            }),
+            Action::Budget { name, .. } => {
+                let size = |field: &str| answer[field].as_f64().map_or("none".to_owned(), bytes);
+                print(&format!(
+                    "{name}: floor {}, weight {}, cap {}, {}\n",
+                    size("floor_bytes"),
+                    answer["weight"],
+                    size("cap_bytes"),
+                    how_long(&answer),
+                ))
+            }
         }
     }
 }

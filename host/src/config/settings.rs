@@ -89,6 +89,16 @@ pub struct Settings {
     )]
     pub request_deadline_seconds: Option<f64>,
 
+    /// Directory for what outlives a restart: budgets set over HTTP, plugins' state. Made if its
+    /// parent exists; without it such things live until the server ends (ours)
+    #[arg(
+        long,
+        value_name = "DIR",
+        env = "STOCKADE_STATE_DIR",
+        help_heading = "Server"
+    )]
+    pub state_dir: Option<PathBuf>,
+
     /// Size of the pool in GiB; required
     #[arg(long, env = "STOCKADE_L1_SIZE_GB", help_heading = "Memory")]
     pub l1_size_gb: Option<f64>,
@@ -278,6 +288,7 @@ impl Settings {
             max_message_mib,
             max_connections,
             request_deadline_seconds,
+            state_dir,
             l1_size_gb,
             l1_align_bytes,
             l1_use_lazy,
