@@ -13,7 +13,7 @@ use stockade_cache::{
     Backing, CacheEngine, CacheError, EngineConfig, Prefault, TokenHasher, remove_dead_segments,
 };
 use stockade_sandbox::{
-    Compiler, Contract, FIRST_BACKOFF, ModuleForm, NativeConfig, Policy, Supervisor,
+    Compiler, Contract, FIRST_BACKOFF, ModuleForm, NativeConfig, Network, Policy, Supervisor,
     SupervisorConfig, WasmConfig,
 };
 use stockade_transport::{Endpoint, ListenOptions, Listener};
@@ -409,11 +409,19 @@ pub(crate) fn wasm_config(
 ) -> anyhow::Result<WasmConfig> {
     // What /proc/self/exe points to would be followed anew at each start; this is read once.
     let program = std::env::current_exe().context("the path of this program could not be read")?;
+    let mut network = Network::default();
+    if let Some(path) = &policy.http_ca_file {
+        let named = || format!("[plugins] http_ca_file {}", path.display());
+        let pem = std::fs::read(path).with_context(named)?;
+        let read = network.with_roots(&pem).map_err(anyhow::Error::msg);
+        network = read.with_context(named)?;
+    }
     Ok(WasmConfig {
         cache_dir: cache_dir.map_or_else(default_cache_dir, std::path::Path::to_owned),
         compiler: Compiler::Child { program },
         compile_limits: policy.compile_limits(),
         form: ModuleForm::default(),
+        network: Arc::new(network),
     })
 }
 

@@ -221,6 +221,7 @@ async fn main() {
         compiler: Compiler::InProcess,
         compile_limits: CompileLimits::default(),
         form: ModuleForm::default(),
+        network: Arc::default(),
     })
     .expect("a runtime");
     let prepare = |name: &str, bytes: &[u8]| runtime.prepare(name, bytes).expect(name);

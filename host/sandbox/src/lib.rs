@@ -12,7 +12,10 @@ pub mod manifest;
 pub mod policy;
 pub mod provenance;
 
+mod token_bucket;
+
 mod native_script;
+pub mod outbound;
 mod python;
 pub mod wasm;
 
@@ -21,7 +24,7 @@ pub mod supervisor;
 
 pub mod prove;
 
-pub use grants::{Access, Directories, Directory};
+pub use grants::{Access, Directories, Directory, HttpGrant};
 pub use limit::{Limit, LimitHits, LimitUse};
 pub use loader::{Found, LoadError, PluginKind};
 pub use log_stream::{LogCounts, LogLimits, LogLine, LogStream, OutputStream};
@@ -30,6 +33,7 @@ pub use native_script::{
     Containment, Granted, KEEPER_ARGUMENT, NativeConfig, NativePolicy, NativeScript, ProcessEnd,
     ProcessLimits, Protection, ScriptEnd, ScriptError, ScriptOutput, keeper_main, passed_on,
 };
+pub use outbound::{Network, Outbound, OutboundLimits};
 pub use policy::{Origin, Policy};
 pub use provenance::{PublicKey, SecretKey, Sha256Digest};
 pub use supervisor::{

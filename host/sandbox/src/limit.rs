@@ -47,13 +47,19 @@ pub enum Limit {
     CompileTime,
     /// Memory of the compiler, in bytes.
     CompileMemory,
+    /// Hosts that it may send HTTP requests to; a hit is a request that was denied.
+    HttpHosts,
     /// Outbound HTTP requests a second.
     HttpRequests,
+    /// Wall time of one outbound HTTP request, in milliseconds.
+    HttpTime,
+    /// Body of an outbound HTTP request and of its response, in bytes.
+    HttpBody,
 }
 
 impl Limit {
     /// All of them, in the order they are shown.
-    pub const ALL: [Self; 23] = [
+    pub const ALL: [Self; 26] = [
         Self::Memory,
         Self::Memories,
         Self::TableElements,
@@ -76,7 +82,10 @@ impl Limit {
         Self::Names,
         Self::CompileTime,
         Self::CompileMemory,
+        Self::HttpHosts,
         Self::HttpRequests,
+        Self::HttpTime,
+        Self::HttpBody,
     ];
 
     /// The name in the API and in metrics; its end is the unit.
@@ -105,7 +114,10 @@ impl Limit {
             Self::Names => "module_names",
             Self::CompileTime => "compile_ms",
             Self::CompileMemory => "compile_memory_bytes",
+            Self::HttpHosts => "http_hosts",
             Self::HttpRequests => "http_requests_per_second",
+            Self::HttpTime => "http_request_ms",
+            Self::HttpBody => "http_body_bytes",
         }
     }
 }

@@ -9,12 +9,15 @@ use std::{
     collections::VecDeque,
     fmt::Write as _,
     sync::Arc,
-    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use parking_lot::Mutex;
 
-use crate::limit::{Limit, LimitUse};
+use crate::{
+    limit::{Limit, LimitUse},
+    token_bucket::TokenBucket,
+};
 
 /// Longest line that is kept, in bytes.
 pub const MAX_LINE_BYTES: usize = 8 * 1024;
@@ -85,53 +88,6 @@ pub struct LogCounts {
     pub bytes: u64,
     /// How often the plugin had to wait because it printed too many bytes.
     pub waits: u64,
-}
-
-#[derive(Debug)]
-struct TokenBucket {
-    per_second: f64,
-    tokens: f64,
-    filled: Instant,
-}
-
-impl TokenBucket {
-    fn new(per_second: u32) -> Self {
-        let per_second = f64::from(per_second.max(1));
-        Self {
-            per_second,
-            tokens: per_second * 2.0,
-            filled: Instant::now(),
-        }
-    }
-
-    /// Sets another rate; what was saved up stays, as far as the new rate allows.
-    fn set(&mut self, per_second: u32) {
-        self.refill();
-        self.per_second = f64::from(per_second.max(1));
-        self.tokens = self.tokens.min(self.per_second * 2.0);
-    }
-
-    /// What was taken of late, a second: the rate when nothing is left, 0 after a pause.
-    fn rate(&mut self) -> u64 {
-        self.refill();
-        ((self.per_second * 2.0 - self.tokens) / 2.0).max(0.0) as u64
-    }
-
-    fn refill(&mut self) {
-        let now = Instant::now();
-        let gained = now.saturating_duration_since(self.filled).as_secs_f64() * self.per_second;
-        self.tokens = (self.tokens + gained).min(self.per_second * 2.0);
-        self.filled = now;
-    }
-
-    fn take_one(&mut self) -> bool {
-        self.refill();
-        let has_one = self.tokens >= 1.0;
-        if has_one {
-            self.tokens -= 1.0;
-        }
-        has_one
-    }
 }
 
 #[derive(Debug, Default)]

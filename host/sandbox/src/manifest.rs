@@ -10,7 +10,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    grants::{self, Directories},
+    grants::{self, Directories, HttpGrant},
     log_stream::LogLimits,
     native_script::Protection,
 };
@@ -46,6 +46,8 @@ pub struct Manifest {
     /// Directories that it may use, by the name a sandboxed plugin knows them under; a script
     /// knows them by the host's.
     pub directories: Directories,
+    /// Hosts that a sandboxed plugin may send HTTP requests to; scripts have `process.network`.
+    pub http: Vec<HttpGrant>,
     /// What it may use.
     pub limits: Limits,
     /// Whether a Python script runs in the sandbox where the server has a Python for that.
@@ -110,6 +112,12 @@ pub struct Limits {
     pub open_files: u32,
     /// MiB that may lie in a sandboxed plugin's writable directories.
     pub directory_mib: u32,
+    /// Milliseconds that one HTTP request of a sandboxed plugin may take.
+    pub http_timeout_ms: u32,
+    /// KiB of the body of such a request, and of its response.
+    pub http_body_kib: u32,
+    /// Such requests a second.
+    pub http_per_second: u32,
 }
 
 impl Default for Manifest {
@@ -120,6 +128,7 @@ impl Default for Manifest {
             stop_grace_seconds: 5,
             env: Vec::new(),
             directories: Directories::default(),
+            http: Vec::new(),
             limits: Limits::default(),
             sandbox: true,
             process: ProcessGrants::default(),
@@ -161,6 +170,9 @@ impl Default for Limits {
             environment_kib: 256,
             open_files: 32,
             directory_mib: 64,
+            http_timeout_ms: 10_000,
+            http_body_kib: 1024,
+            http_per_second: 10,
         }
     }
 }
@@ -251,6 +263,7 @@ impl Manifest {
             }
         }
         grants::check_directories(&self.directories)?;
+        grants::check_http(&self.http)?;
         self.limits
             .check()
             .map_err(|reason| format!("limits.{reason}"))
@@ -287,6 +300,10 @@ impl Limits {
             ("environment_kib", self.environment_kib, 1..=16_384),
             ("open_files", self.open_files, 0..=200),
             ("directory_mib", self.directory_mib, 0..=1_048_576),
+            ("http_timeout_ms", self.http_timeout_ms, 1..=600_000),
+            // Both bodies are held in memory.
+            ("http_body_kib", self.http_body_kib, 1..=65_536),
+            ("http_per_second", self.http_per_second, 1..=10_000),
         ];
         for (field, value, range) in ranges {
             if !range.contains(&value) {
@@ -377,6 +394,10 @@ mod tests {
             ("restart = 'sometimes'", "sometimes"),
             ("[process]\nrequired = ['magic']", "magic"),
             ("[process]\nprocesses = 0", "process.processes"),
+            ("[[http]]\nhost = 'a.example'", "port"),
+            ("[[http]]\nhost = '*'\nport = 1", "http[0].host"),
+            ("[[http]]\nhost = 'a'\nport = 70000", "70000"),
+            ("[limits]\nhttp_body_kib = 0", "limits.http_body_kib"),
         ] {
             let error = manifest(text).unwrap_err().to_string();
             assert!(

@@ -2,12 +2,12 @@
 //!
 //! A manifest asks; the policy narrows what it asks for and never widens it.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
 use serde::Deserialize;
 
 use crate::{
-    grants::Access,
+    grants::{self, Access, HttpGrant},
     manifest::{Limits, Manifest, ProcessGrants},
     native_script::Protection,
     provenance::{self, PublicKey, Sha256Digest},
@@ -30,6 +30,8 @@ pub struct Policy {
     pub compile_seconds: Option<u32>,
     /// Most MiB that compiling one module may map.
     pub compile_memory_mib: Option<u32>,
+    /// Certificates in PEM form that plugins' HTTPS requests trust beside Mozilla's.
+    pub http_ca_file: Option<PathBuf>,
     /// What single plugins are narrowed to, by name; `*` holds for all.
     #[serde(flatten)]
     pub plugins: BTreeMap<String, Narrowing>,
@@ -49,6 +51,8 @@ pub struct Narrowing {
     pub env: Option<Vec<String>>,
     /// The directories that are left, by the guest's name, and what may be done there at most.
     pub directories: Option<BTreeMap<String, Access>>,
+    /// The hosts and ports that are left, each with the methods that are.
+    pub http: Option<Vec<HttpGrant>>,
     /// The most that each limit may be.
     pub limits: BTreeMap<String, u32>,
     /// What is left to a script.
@@ -151,6 +155,8 @@ impl Policy {
             }
         }
         for (name, narrowing) in &self.plugins {
+            grants::check_http(narrowing.http.as_deref().unwrap_or_default())
+                .map_err(|reason| format!("[plugins.{name}] {reason}"))?;
             Limits::default()
                 .at_most(&narrowing.limits)
                 .map_err(|reason| format!("[plugins.{name}.limits] {reason}"))?;
@@ -191,6 +197,9 @@ impl Policy {
                         most.map_or(directory.access, |most| directory.access.min(*most));
                     most.is_some()
                 });
+            }
+            if let Some(allowed) = &narrowing.http {
+                manifest.http = grants::narrow_http(&manifest.http, allowed);
             }
             narrowing.process.narrow(&mut manifest.process);
             manifest.limits = manifest
@@ -319,6 +328,15 @@ mod tests {
         assert_eq!((left.limits.memory_mib, left.limits.cpu_percent), (100, 5));
         // No limit at all is more than any limit.
         assert_eq!(left.limits.run_seconds, 60);
+        let asks = "[[http]]\nhost = 'a.example'\nport = 443\nmethods = ['GET', 'POST']\n[[http]]\nhost = 'b.example'\nport = 443";
+        let left = narrowed(
+            "[[it.http]]\nhost = 'a.example'\nport = 443\nmethods = ['POST', 'PUT']",
+            asks,
+        );
+        assert_eq!(left.http.len(), 1);
+        assert_eq!(left.http[0].methods, ["POST"]);
+        assert_eq!(narrowed("[it]\nhttp = []", asks).http, []);
+        assert_eq!(narrowed("['*']\nhttp = []", asks).http, []);
         assert!(!narrowed("[it]\nenabled = false", "").enabled);
     }
 
@@ -338,6 +356,10 @@ mod tests {
             ("[it]\nmemory = 1", "memory"),
             ("[it.limits]\nmemory = 1", "memory"),
             ("[it.limits]\nmemory_mib = 0", "memory_mib"),
+            (
+                "[[it.http]]\nhost = '*'\nport = 443",
+                "[plugins.it] http[0].host",
+            ),
             ("[it]\nsha256 = 'xyz'", "SHA-256"),
         ] {
             let reason = refused(text);

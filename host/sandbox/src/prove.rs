@@ -133,6 +133,7 @@ pub async fn prove(
         compiler,
         compile_limits: applied.compile,
         form: applied.form,
+        network: Arc::default(),
     })?;
     let arena = Arena {
         runtime: Arc::new(runtime),

@@ -34,6 +34,7 @@ use crate::{
     native_script::{
         Granted, NativeConfig, NativePolicy, NativeScript, ProcessEnd, ScriptOutput, passed_on,
     },
+    outbound::OutboundLimits,
     policy::{Origin, Policy},
     provenance::Sha256Digest,
     python::{self, PythonError, PythonScript},
@@ -1303,6 +1304,12 @@ pub fn wasm_limits(manifest: &Manifest) -> WasmLimits {
         environment_bytes: u64::from(limits.environment_kib) << 10,
         open_files: limits.open_files,
         directory_bytes: u64::from(limits.directory_mib) << 20,
+        outbound: OutboundLimits {
+            grants: manifest.http.clone(),
+            timeout: Duration::from_millis(limits.http_timeout_ms.into()),
+            body_bytes: u64::from(limits.http_body_kib) << 10,
+            per_second: limits.http_per_second,
+        },
     }
 }
 

@@ -52,12 +52,16 @@ pub use self::{
     inspect::{ModuleFacts, ModuleForm, inspect},
     launch::{Access, Directory, Launch, WasmLimits},
 };
-use crate::limit::{Limit, LimitHits, LimitUse};
+use crate::{
+    limit::{Limit, LimitHits, LimitUse},
+    outbound::{LOOKUPS_AT_ONCE, Network, Outbound, OutboundUse},
+};
 
 /// The thread of the guests takes what the rest of the machine leaves.
 const GUEST_NICE: i32 = 19;
 
-/// Threads on which guests' file calls wait for the system; they start when they are needed.
+/// Threads on which guests' file calls wait for the system, beside those of look-ups; they start
+/// when they are needed.
 const FILE_THREADS: usize = 4;
 
 /// Maps that one guest takes at most: its memory's two guards, content and rest, its stack's
@@ -109,6 +113,8 @@ pub struct WasmConfig {
     pub compile_limits: CompileLimits,
     /// What a module may be made of.
     pub form: ModuleForm,
+    /// What the HTTP requests of all guests share.
+    pub network: Arc<Network>,
 }
 
 /// Who compiles modules.
@@ -160,6 +166,8 @@ pub struct WasmUsage {
     pub directory_bytes: u64,
     /// Arguments and environment, in bytes.
     pub environment_bytes: u64,
+    /// HTTP requests.
+    pub outbound: OutboundUse,
     /// How often each limit was hit.
     pub hits: LimitHits,
     /// Wall time since the start.
@@ -216,6 +224,26 @@ impl WasmUsage {
                 Limit::DirectoryBytes,
                 limits.directory_bytes,
                 Some(self.directory_bytes),
+            ),
+            (
+                Limit::HttpHosts,
+                count(limits.outbound.grants.len()),
+                Some(self.outbound.hosts),
+            ),
+            (
+                Limit::HttpRequests,
+                limits.outbound.per_second.into(),
+                Some(self.outbound.per_second),
+            ),
+            (
+                Limit::HttpTime,
+                milliseconds(limits.outbound.timeout),
+                Some(milliseconds(self.outbound.longest)),
+            ),
+            (
+                Limit::HttpBody,
+                limits.outbound.body_bytes,
+                Some(self.outbound.largest_body),
             ),
         ];
         rows.into_iter()
@@ -281,6 +309,7 @@ impl fmt::Debug for WasmModule {
 pub struct WasmRun {
     ended: watch::Receiver<Option<WasmEnd>>,
     meter: Arc<Meter>,
+    outbound: Arc<Outbound>,
     began: std::time::Instant,
     _kill: Arc<DropGuard>,
 }
@@ -305,6 +334,8 @@ impl WasmRun {
     pub fn usage(&self) -> WasmUsage {
         let read = |number: &AtomicU64| number.load(Ordering::Relaxed);
         let meter = &self.meter;
+        let mut hits = meter.hits();
+        hits.add_all(&self.outbound.hits());
         WasmUsage {
             memory_bytes: read(&meter.memory),
             peak_memory_bytes: read(&meter.memory_peak),
@@ -315,7 +346,8 @@ impl WasmRun {
             peak_open_files: read(&meter.open_files_peak),
             directory_bytes: read(&meter.directory_bytes),
             environment_bytes: read(&meter.environment_bytes),
-            hits: meter.hits(),
+            outbound: self.outbound.usage(),
+            hits,
             wall_time: self.began.elapsed(),
         }
     }
@@ -333,6 +365,7 @@ pub struct WasmRuntime {
     compiler: Compiler,
     compile_limits: CompileLimits,
     form: ModuleForm,
+    network: Arc<Network>,
     compatibility: u64,
     /// One compilation at a time: each may take gigabytes.
     compiling: Mutex<()>,
@@ -381,6 +414,7 @@ impl WasmRuntime {
             compiler: config.compiler,
             compile_limits: config.compile_limits,
             form: config.form,
+            network: config.network,
             compiling: Mutex::new(()),
             guests,
             room: Arc::new(Room::new()),
@@ -454,10 +488,17 @@ impl WasmRuntime {
         // A child of its own, so that dropping the handle kills this run and no other.
         let kill = kill.child_token();
         let meter = Arc::new(Meter::default());
+        let name = arguments.first().map_or(&*module.name, String::as_str);
+        let outbound = Arc::new(Outbound::new(
+            Arc::clone(&self.network),
+            name.into(),
+            limits.outbound.clone(),
+        ));
         let (end, ended) = watch::channel(None);
         let run = WasmRun {
             ended,
             meter: Arc::clone(&meter),
+            outbound: Arc::clone(&outbound),
             began: std::time::Instant::now(),
             _kill: Arc::new(kill.clone().drop_guard()),
         };
@@ -481,6 +522,7 @@ impl WasmRuntime {
                 output,
                 limits: limits.clone(),
                 meter: Arc::clone(&meter),
+                outbound,
             },
         );
         let guest = Metered::new(guest, &limits, Arc::clone(&meter));
@@ -700,10 +742,10 @@ fn start_guest_thread(
     // With these intervals timers and wake-ups are looked at after every turn of a guest,
     // not after 61.
     let guests = runtime::Builder::new_current_thread()
-        .enable_time()
+        .enable_all()
         .event_interval(1)
         .global_queue_interval(1)
-        .max_blocking_threads(FILE_THREADS)
+        .max_blocking_threads(FILE_THREADS + LOOKUPS_AT_ONCE)
         .build()?;
     let handle = guests.handle().clone();
     let (started, start) = mpsc::channel();

@@ -78,6 +78,7 @@ impl Den {
                 compiler: Compiler::InProcess,
                 compile_limits: CompileLimits::default(),
                 form: ModuleForm::default(),
+                network: Default::default(),
             },
             policy: Policy::default(),
             watch: false,

@@ -149,6 +149,7 @@ fn start(cache_dir: &Path, compiler: Compiler) -> Result<WasmRuntime, WasmError>
         compiler,
         compile_limits: CompileLimits::default(),
         form: ModuleForm::default(),
+        network: Arc::default(),
     })
 }
 
@@ -919,6 +920,7 @@ async fn compile_bombs_are_defused() {
                 memory_bytes,
             },
             form: ModuleForm::default(),
+            network: Arc::default(),
         })
         .unwrap()
     };

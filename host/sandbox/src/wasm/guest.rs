@@ -22,7 +22,10 @@ use super::{
     filesystem::{self, Files, HostCallTimeout, OpenDirectory},
     streams,
 };
-use crate::limit::{Limit, LimitHits};
+use crate::{
+    limit::{Limit, LimitHits},
+    outbound::Outbound,
+};
 
 /// What one host call may make the host read of the guest's memory, in bytes.
 const HOSTCALL_FUEL: usize = 1 << 20;
@@ -90,6 +93,12 @@ pub(super) enum Code {
 pub(super) struct GuestState {
     pub(super) wasi: WasiP1Ctx,
     pub(super) files: Files,
+    /// The way to the hosts that were granted.
+    #[expect(
+        dead_code,
+        reason = "the host call that sends requests comes with the plugin API"
+    )]
+    pub(super) outbound: Arc<Outbound>,
     limiter: Limiter,
 }
 
@@ -108,6 +117,7 @@ pub(super) struct Invocation {
     pub(super) output: Arc<dyn GuestOutput>,
     pub(super) limits: WasmLimits,
     pub(super) meter: Arc<Meter>,
+    pub(super) outbound: Arc<Outbound>,
 }
 
 /// Holds a guest to its memory, over all its memories and tables.
@@ -372,6 +382,7 @@ fn new_store(
     let state = GuestState {
         wasi,
         files,
+        outbound: invocation.outbound,
         limiter,
     };
     let mut store = Store::new(engine, state);

@@ -6,6 +6,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::GuestOutput;
 pub use crate::grants::Access;
+use crate::outbound::OutboundLimits;
 
 /// A directory as a guest gets it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -44,6 +45,8 @@ pub struct WasmLimits {
     pub open_files: u32,
     /// What may lie in the writable directories, in bytes.
     pub directory_bytes: u64,
+    /// Where it may send HTTP requests, and how many of which size.
+    pub outbound: OutboundLimits,
 }
 
 impl Default for WasmLimits {
@@ -61,6 +64,7 @@ impl Default for WasmLimits {
             environment_bytes: 256 << 10,
             open_files: 32,
             directory_bytes: 64 << 20,
+            outbound: OutboundLimits::default(),
         }
     }
 }

@@ -116,6 +116,7 @@ fn manifest_json(manifest: &Manifest) -> Value {
     json!({
         "env": manifest.env,
         "directories": directories,
+        "http": manifest.http.iter().map(ToString::to_string).collect::<Vec<_>>(),
         "limits": manifest.limits,
     })
 }
