@@ -2,8 +2,8 @@
 # build.sh [DIRECTORY...]        (no argument: every plugin below examples/ and plugins/)
 #
 # Builds plugins for the sandbox with the compilers that toolchain.sh set up: a directory with a
-# Cargo.toml or a go.mod becomes target/plugins/<directory, with - as _>.wasm. One that has not changed
-# since is left alone. A plugin whose compiler is missing or that does not build is named, the others
+# Cargo.toml or a go.mod becomes target/plugins/<directory, with - as _>.wasm, and a manifest of that
+# name in it goes along. A plugin that has not changed since is left alone. A plugin whose compiler is missing or that does not build is named, the others
 # are built, and the exit status is 1. The server's own build folder is not touched.
 #
 # Environment: STOCKADE_TOOLCHAIN_DIR, as for toolchain.sh.
@@ -33,7 +33,19 @@ build_rust() {                          # DIRECTORY ARTEFACT
   return 1
 }
 
-build_go() { (cd "$1" && "$BIN/wasm-go" build -trimpath -ldflags='-s -w' -o "$2.new" .); }
+build_go() {                            # DIRECTORY ARTEFACT
+  local mode=default
+  # What registers itself with the SDK is a reactor.
+  if grep -qs '"stockade.dev/plugin/reactor"' "$1"/*.go; then mode=c-shared; fi
+  (cd "$1" && "$BIN/wasm-go" build -buildmode=$mode -trimpath -ldflags='-s -w' -o "$2.new" .)
+}
+
+manifest() {                            # DIRECTORY ARTEFACT: the manifest beside the artefact is the directory's
+  local beside=${2%.wasm}.plugin.toml source
+  source=$1/${beside##*/}
+  if [ ! -f "$source" ]; then rm -f "$beside"; return; fi
+  if ! cmp -s "$source" "$beside"; then cp "$source" "$beside.new" && mv -f "$beside.new" "$beside"; fi
+}
 
 build() {                               # DIRECTORY
   local directory=$1 language compiler artefact start=$SECONDS
@@ -43,6 +55,7 @@ build() {                               # DIRECTORY
     say "${directory#"$ROOT"/}: skipped, it needs 'plugin-sdk/toolchain.sh $language'"
     return 1
   fi
+  manifest "$directory" "$artefact"
   if up_to_date "$artefact" "$directory" "$compiler"; then return; fi
   if ! case $language in rust) build_rust "$directory" "$artefact" ;; go) build_go "$directory" "$artefact" ;; esac; then
     rm -f "$artefact.new"
@@ -76,7 +89,7 @@ else
     for directory in "${directories[@]}"; do
       if [ "$artefact" = "$(artefact_of "$directory")" ]; then known=1; fi
     done
-    if [ $known = 0 ]; then rm -f "$artefact"; fi
+    if [ $known = 0 ]; then rm -f "$artefact" "${artefact%.wasm}.plugin.toml"; fi
   done
 fi
 

@@ -21,14 +21,20 @@ cargo test --workspace --exclude stockade-tests --doc --locked
 say "example plugins: Python and Bash"
 python3 -m unittest discover -s examples/tests
 
-say "example plugins: Rust"
-(cd examples/mp-plugin-rust && cargo test --locked --target-dir ../../target/guests-native)
+say "the SDK, example plugins and shipped plugins: Rust, natively"
+for plugin in plugin-sdk/rust examples/*/ plugins/*/; do
+  if [[ -f $plugin/Cargo.toml ]]; then
+    (cd "$plugin" && cargo test --locked --target-dir "$OLDPWD/target/guests-native")
+  fi
+done
 
-say "example plugins: Go"
+say "the SDK, example plugins and shipped plugins: Go, natively"
 if command -v go > /dev/null 2>&1; then
-  (cd examples/mp-heartbeat-go && go test ./...)
+  for plugin in plugin-sdk/go examples/*/ plugins/*/; do
+    if [[ -f $plugin/go.mod ]]; then (cd "$plugin" && go vet ./... && go test ./...); fi
+  done
 else
-  echo "there is no go, so the Go example's own tests are left out"
+  echo "there is no go, so tests in Go are left out"
 fi
 
 say "the dashboard in Chromium"

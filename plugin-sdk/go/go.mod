@@ -1,0 +1,3 @@
+module stockade.dev/plugin
+
+go 1.24
