@@ -176,9 +176,13 @@ async fn what_fails_is_started_again_and_what_is_done_stays_done() {
     assert_eq!(logs["lines"].as_array().unwrap().len(), 2);
 }
 
-#[test]
-fn refused_modules_are_named_and_the_server_goes_on() {
+#[tokio::test]
+async fn what_cannot_be_run_is_named_and_costs_only_itself() {
     let plugins = directory(&[
+        ("fine.sh", "echo fine\nsleep 1000\n"),
+        ("bad_manifest.sh", "echo never\n"),
+        ("bad_manifest.plugin.toml", "[limits]\nmemory_mb = 1\n"),
+        ("bad_pin.sh", "echo never\n"),
         (
             "needs_more.wat",
             "(module (import \"env\" \"foo\" (func)) (func (export \"_start\")))",
@@ -186,19 +190,46 @@ fn refused_modules_are_named_and_the_server_goes_on() {
         ("no_start.wat", "(module)"),
         ("nonsense.wasm", "this is no module"),
     ]);
+    let path = |name: &str| plugins.path().join(name);
+    let large = std::fs::File::create(path("too_large.wasm")).unwrap();
+    large.set_len((16 << 20) + 1).unwrap();
+    std::os::unix::fs::symlink("/proc/self/mem", path("unreadable.wasm")).unwrap();
+    let config = path("stockade.toml");
+    let pin = format!("[plugins.bad_pin]\nsha256 = '{}'\n", "0".repeat(64));
+    std::fs::write(&config, pin).unwrap();
     let mut server = Server::start(&[
+        "--config",
+        config.to_str().unwrap(),
         "--runtime-plugin-locations",
         plugins.path().to_str().unwrap(),
     ]);
-    for (name, reason) in [
+    let refused = [
+        ("bad_manifest", "bad_manifest.plugin.toml"),
+        ("bad_manifest", "memory_mb"),
+        ("bad_pin", "pins sha256 to 0000"),
         ("needs_more", "env"),
         ("no_start", "_start"),
-        ("nonsense", ""),
-    ] {
+        ("nonsense", "not a WebAssembly module"),
+        ("too_large", "16777217 bytes, more than the 16777216"),
+        ("unreadable", "unreadable.wasm cannot be read"),
+    ];
+    for (name, reason) in refused {
         let line = server.wait_for_line(&format!("plugin `{name}` is refused"));
         assert!(line.contains(reason), "{line}");
+        assert!(line.contains("ERROR"), "{line}");
+        let shown = server.json(&format!("/v1/plugins/{name}")).await;
+        assert_eq!(shown["state"], "refused", "{shown}");
+        let end = shown["last_end"].as_str().unwrap();
+        assert!(end.contains(reason), "{shown}");
     }
-    assert!(server.is_running());
+    server.wait_for_line("[fine] fine");
+    let listed = server.json("/v1/plugins").await;
+    assert_eq!(listed["plugins"].as_array().unwrap().len(), 8, "{listed}");
+    let (_, metrics) = server.http("GET", "/metrics", "").await;
+    let hit = "stockade_plugin_limit_hits_total{plugin=\"too_large\",limit=\"module_bytes\"} 1";
+    assert!(metrics.contains(hit), "{metrics}");
+    let states = metrics.matches("state=\"refused\"} 1").count();
+    assert_eq!(states, 7, "{metrics}");
 }
 
 #[test]

@@ -26,7 +26,7 @@ pub mod prove;
 
 pub use grants::{Access, Directories, Directory, HttpGrant};
 pub use limit::{Limit, LimitHits, LimitUse};
-pub use loader::{Found, LoadError, PluginKind};
+pub use loader::{Found, LoadError, PluginKind, Refusal};
 pub use log_stream::{LogCounts, LogLimits, LogLine, LogStream, OutputStream};
 pub use manifest::{Limits, Manifest, ManifestError, ProcessGrants, Restart};
 pub use native_script::{

@@ -3,7 +3,7 @@
 use std::{
     collections::{HashMap, HashSet},
     ffi::OsString,
-    fs,
+    fmt, fs,
     io::{self, Read as _},
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
@@ -11,7 +11,8 @@ use std::{
 };
 
 use crate::{
-    manifest::{Manifest, ManifestError},
+    limit::Limit,
+    manifest::Manifest,
     policy::{Origin, PluginFiles, Policy},
     provenance::{MAX_SIGNATURE_BYTES, SIGNATURE_SUFFIX, Sha256Digest},
 };
@@ -54,7 +55,31 @@ impl PluginKind {
     }
 }
 
-/// A plugin that was found and can be read.
+/// Why a plugin cannot be run, and the limit that says so, if one does.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refusal {
+    /// One sentence that names the file or field, and the way out.
+    pub reason: String,
+    /// What it was over.
+    pub limit: Option<Limit>,
+}
+
+impl From<String> for Refusal {
+    fn from(reason: String) -> Self {
+        Self {
+            reason,
+            limit: None,
+        }
+    }
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(&self.reason)
+    }
+}
+
+/// A plugin that was found, whether it can be run or not.
 #[derive(Debug, Clone)]
 pub struct Found {
     /// Its name in logs: the file's stem, the whole file name when stems collide, and with
@@ -64,14 +89,16 @@ pub struct Found {
     pub kind: PluginKind,
     /// The file, as reached through its location.
     pub path: PathBuf,
-    /// Its bytes: what is hashed, checked and, of a module, run is this, not the file.
+    /// Its bytes: what is hashed, checked and, of a module, run is this, not the file. None of a
+    /// file that cannot be read.
     pub bytes: Arc<[u8]>,
-    /// The digest of the bytes.
-    pub sha256: Sha256Digest,
-    /// What its manifest asks for and the server's policy leaves of that.
+    /// The digest of the bytes; `None` where they could not be read.
+    pub sha256: Option<Sha256Digest>,
+    /// What its manifest asks for and the server's policy leaves of that; of a manifest that
+    /// cannot be used, the defaults.
     pub manifest: Manifest,
     /// How much is known of where it comes from, or why it must not run.
-    pub origin: Result<Origin, String>,
+    pub origin: Result<Origin, Refusal>,
 }
 
 /// What tells that a plugin's files changed without reading them: of the plugin, its manifest
@@ -81,13 +108,14 @@ pub type Stamp = [Option<FileStamp>; 3];
 /// Of one file: inode, size, and the times of its last change in nanoseconds.
 pub type FileStamp = (u64, u64, i128, i128);
 
-/// Why the plugins cannot be loaded; the server does not start then.
+/// Why locations cannot be searched; the server does not start then. A file that was found and
+/// cannot be used is no such error: it is refused, and costs only itself.
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
-    /// A location or a file below it cannot be read.
-    #[error("plugin location {} cannot be read: {cause}; correct --runtime-plugin-locations or the file's permissions", path.display())]
+    /// A location or a directory below it cannot be read.
+    #[error("plugin location {} cannot be read: {cause}; correct --runtime-plugin-locations or the permissions", path.display())]
     Unreadable {
-        /// The location or file.
+        /// The location or directory.
         path: PathBuf,
         /// What the system said.
         cause: io::Error,
@@ -98,32 +126,20 @@ pub enum LoadError {
         /// The location.
         path: PathBuf,
     },
-    /// A file is too large to be a plugin.
-    #[error("plugin {} has {bytes} bytes, more than the {limit} allowed", path.display())]
-    TooLarge {
-        /// The file.
-        path: PathBuf,
-        /// Its size in bytes.
-        bytes: u64,
-        /// The most it may have.
-        limit: u64,
-    },
     /// The search went out of bounds.
     #[error("plugin location {} has more than {MAX_ENTRIES} entries, {MAX_PLUGINS} plugins or {MAX_DEPTH} levels: name the plugins' own directory", path.display())]
     TooMany {
         /// The location.
         path: PathBuf,
     },
-    /// A manifest cannot be used.
-    #[error(transparent)]
-    Manifest(#[from] ManifestError),
 }
 
 /// Finds the plugins of `locations`, files or directories searched recursively, and reads them.
 ///
 /// The order is that of the locations, and by path below each; a file reached twice is
 /// taken once. Follows LMCache's `v1/plugin/runtime_plugin_launcher.py`, except that a
-/// location that does not exist is an error.
+/// location that does not exist is an error. A plugin that cannot be read, or whose manifest
+/// cannot be used, is found with the reason.
 ///
 /// # Errors
 /// [`LoadError`], which names the path and the way out.
@@ -136,7 +152,8 @@ pub fn find(locations: &[PathBuf], policy: &Policy) -> Result<Vec<Found>, LoadEr
     let mut names: HashSet<String> = HashSet::new();
     let mut found = Vec::with_capacity(files.len());
     for (path, kind) in files {
-        if !Manifest::beside(&path)?.enabled {
+        // It takes no name from others when it is left alone.
+        if Manifest::beside(&path).is_ok_and(|manifest| !manifest.enabled) {
             continue;
         }
         let base = match stems.get(&stem(&path)) {
@@ -144,7 +161,7 @@ pub fn find(locations: &[PathBuf], policy: &Policy) -> Result<Vec<Found>, LoadEr
             _ => file_name(&path),
         };
         let name = free_name(&base, |name| !names.contains(name));
-        let plugin = read(name.as_str().into(), &path, kind, policy)?;
+        let plugin = read(name.as_str().into(), &path, kind, policy);
         names.insert(name);
         if plugin.manifest.enabled {
             found.push(plugin);
@@ -173,39 +190,46 @@ pub(crate) fn search(locations: &[PathBuf]) -> Result<Vec<(PathBuf, PluginKind)>
     Ok(search.files)
 }
 
-/// Reads one plugin with its manifest and signature, and checks them against the policy.
-///
-/// # Errors
-/// [`LoadError`]; a plugin that the policy refuses is no error, but [`Found::origin`] is.
-pub fn read(
-    name: Arc<str>,
-    path: &Path,
-    kind: PluginKind,
-    policy: &Policy,
-) -> Result<Found, LoadError> {
-    let (mut manifest, manifest_bytes) = Manifest::read(path)?;
-    let bytes = read_bounded(path, MAX_MODULE_BYTES)?;
-    let signature = read_signature(path)?;
-    let narrowed = policy.narrow(&name, &mut manifest);
-    let origin = narrowed.and_then(|()| {
-        policy.origin(
-            &name,
-            PluginFiles {
-                plugin: &bytes,
-                manifest: manifest_bytes.as_deref(),
-                signature: signature.as_deref(),
-            },
-        )
-    });
-    Ok(Found {
+/// Reads one plugin with its manifest and signature, and checks them against the policy; what
+/// keeps it from being run is in [`Found::origin`].
+pub fn read(name: Arc<str>, path: &Path, kind: PluginKind, policy: &Policy) -> Found {
+    let mut found = Found {
         name,
         kind,
         path: path.to_owned(),
-        sha256: Sha256Digest::of(&bytes),
-        bytes,
-        manifest,
-        origin,
-    })
+        bytes: Arc::default(),
+        sha256: None,
+        manifest: Manifest::default(),
+        origin: Ok(Origin::Unchecked),
+    };
+    found.origin = found.fill(policy);
+    found
+}
+
+impl Found {
+    fn fill(&mut self, policy: &Policy) -> Result<Origin, Refusal> {
+        let read = Manifest::read(&self.path);
+        let (manifest, manifest_bytes) = match read {
+            Ok((manifest, bytes)) => (Ok(manifest), bytes),
+            Err(error) => (Err(error.to_string()), None),
+        };
+        if let Ok(manifest) = &manifest {
+            self.manifest = manifest.clone();
+        }
+        // Also of one whose own manifest says nothing: the server's file can switch it off.
+        let narrowed = policy.narrow(&self.name, &mut self.manifest);
+        manifest?;
+        narrowed?;
+        self.bytes = read_bounded(&self.path, MAX_MODULE_BYTES, Some(Limit::ModuleBytes))?;
+        self.sha256 = Some(Sha256Digest::of(&self.bytes));
+        let signature = read_signature(&self.path)?;
+        let files = PluginFiles {
+            plugin: &self.bytes,
+            manifest: manifest_bytes.as_deref(),
+            signature: signature.as_deref(),
+        };
+        Ok(policy.origin(&self.name, files)?)
+    }
 }
 
 /// A name for a plugin that came while the server ran.
@@ -245,16 +269,15 @@ pub fn signature_path(path: &Path) -> PathBuf {
     name.into()
 }
 
-fn read_signature(path: &Path) -> Result<Option<String>, LoadError> {
+fn read_signature(path: &Path) -> Result<Option<String>, Refusal> {
     let path = signature_path(path);
-    match read_bounded(&path, MAX_SIGNATURE_BYTES) {
-        // What is not text is no signature, and says so when it is verified.
-        Ok(bytes) => Ok(Some(String::from_utf8_lossy(&bytes).into_owned())),
-        Err(LoadError::Unreadable { cause, .. }) if cause.kind() == io::ErrorKind::NotFound => {
-            Ok(None)
-        }
-        Err(error) => Err(error),
+    // What is there and cannot be read says so below.
+    if fs::symlink_metadata(&path).is_err_and(|it| it.kind() == io::ErrorKind::NotFound) {
+        return Ok(None);
     }
+    let bytes = read_bounded(&path, MAX_SIGNATURE_BYTES, None)?;
+    // What is not text is no signature, and says so when it is verified.
+    Ok(Some(String::from_utf8_lossy(&bytes).into_owned()))
 }
 
 fn free_name(base: &str, is_free: impl Fn(&str) -> bool) -> String {
@@ -340,17 +363,25 @@ fn unreadable(path: &Path, cause: io::Error) -> LoadError {
     }
 }
 
-fn read_bounded(path: &Path, limit: u64) -> Result<Arc<[u8]>, LoadError> {
-    let file = fs::File::open(path).map_err(|cause| unreadable(path, cause))?;
+fn read_bounded(path: &Path, most: u64, limit: Option<Limit>) -> Result<Arc<[u8]>, Refusal> {
+    let unreadable = |cause: io::Error| {
+        Refusal::from(format!(
+            "{} cannot be read: {cause}; correct its permissions, or take it away",
+            path.display()
+        ))
+    };
+    let file = fs::File::open(path).map_err(unreadable)?;
     let mut bytes = Vec::new();
-    file.take(limit + 1)
+    file.take(most + 1)
         .read_to_end(&mut bytes)
-        .map_err(|cause| unreadable(path, cause))?;
-    if bytes.len() as u64 > limit {
+        .map_err(unreadable)?;
+    if bytes.len() as u64 > most {
         let bytes = fs::metadata(path).map_or(bytes.len() as u64, |metadata| metadata.len());
-        return Err(LoadError::TooLarge {
-            path: path.to_owned(),
-            bytes,
+        return Err(Refusal {
+            reason: format!(
+                "{} has {bytes} bytes, more than the {most} allowed",
+                path.display()
+            ),
             limit,
         });
     }
@@ -463,30 +494,64 @@ mod tests {
         assert!(matches!(find(&[pipe]), Err(LoadError::NoPlugin { .. })));
     }
 
+    /// The only plugin of `tree`, and why it is refused.
+    fn refused(tree: &tempfile::TempDir) -> (Found, Refusal) {
+        let mut found = find(&[tree.path().to_owned()]).unwrap();
+        assert_eq!(found.len(), 1, "{found:?}");
+        let found = found.remove(0);
+        let refusal = found.origin.clone().unwrap_err();
+        (found, refusal)
+    }
+
     #[test]
-    fn an_unreadable_or_oversized_module_is_an_error_that_names_it() {
+    fn an_oversized_module_is_refused_by_its_name_and_limit() {
         let tree = tree(&["sub/big.wasm"]);
         let path = tree.path().join("sub/big.wasm");
         fs::File::create(&path)
             .unwrap()
             .set_len(MAX_MODULE_BYTES + 1)
             .unwrap();
-        let error = find(&[tree.path().to_owned()]).unwrap_err().to_string();
+        let (found, refusal) = refused(&tree);
+        assert_eq!((&*found.name, found.sha256), ("big", None));
+        assert_eq!(refusal.limit, Some(Limit::ModuleBytes));
+        let reason = refusal.reason;
         assert!(
-            error.contains("sub/big.wasm") && error.contains("16777217"),
-            "{error}"
+            reason.contains("sub/big.wasm") && reason.contains("16777217"),
+            "{reason}"
         );
     }
 
     #[test]
-    fn a_manifest_can_switch_a_plugin_off_and_a_bad_one_is_an_error() {
+    fn files_that_cannot_be_read_are_refused_by_their_names() {
+        // Regular files that open and then give no byte, to root neither.
+        let unreadable = |path: PathBuf| std::os::unix::fs::symlink("/proc/self/mem", path);
+        for file in ["a.py", "a.plugin.toml", "a.py.sig"] {
+            let tree = match file {
+                "a.py" => tree(&[]),
+                _ => tree(&["a.py"]),
+            };
+            unreadable(tree.path().join(file)).unwrap();
+            let (_, refusal) = refused(&tree);
+            assert!(refusal.reason.contains(file), "{file}: {refusal}");
+            assert!(refusal.reason.contains("cannot be read"), "{refusal}");
+        }
+    }
+
+    #[test]
+    fn a_manifest_can_switch_a_plugin_off_and_a_bad_one_refuses_it() {
         let tree = tree(&["a.py", "b.py"]);
         fs::write(tree.path().join("a.plugin.toml"), "enabled = false").unwrap();
         assert_eq!(names(&[tree.path().to_owned()]), ["b"]);
         fs::write(tree.path().join("b.plugin.toml"), "nonsense = 1").unwrap();
-        assert!(matches!(
-            find(&[tree.path().to_owned()]),
-            Err(LoadError::Manifest(_))
-        ));
+        let (_, refusal) = refused(&tree);
+        let reason = refusal.reason;
+        assert!(
+            reason.contains("b.plugin.toml") && reason.contains("nonsense"),
+            "{reason}"
+        );
+        // The server's file can still switch it off.
+        let policy: Policy = toml::from_str("[b]\nenabled = false").unwrap();
+        let left = super::find(&[tree.path().to_owned()], &policy).unwrap();
+        assert!(left.is_empty(), "{left:?}");
     }
 }

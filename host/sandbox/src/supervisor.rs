@@ -27,8 +27,8 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    limit::{Limit, LimitHits, LimitUse},
-    loader::{self, Found, LoadError, PluginKind},
+    limit::{LimitHits, LimitUse},
+    loader::{self, Found, LoadError, PluginKind, Refusal},
     log_stream::{LogCounts, LogLine, LogStream, OutputStream},
     manifest::{Manifest, Restart},
     native_script::{
@@ -148,8 +148,8 @@ pub struct PluginStatus {
     pub path: PathBuf,
     /// Where it is in its life.
     pub state: PluginState,
-    /// Of the bytes that run, or are refused.
-    pub sha256: Sha256Digest,
+    /// Of the bytes that run, or are refused; `None` where they could not be read.
+    pub sha256: Option<Sha256Digest>,
     /// How much is known of where those bytes come from; `None` when they are refused for it.
     pub origin: Option<Origin>,
     /// Restarts since the server's start.
@@ -247,7 +247,7 @@ struct Plugin {
 
 struct Shared {
     state: PluginState,
-    sha256: Sha256Digest,
+    sha256: Option<Sha256Digest>,
     origin: Option<Origin>,
     /// What its manifest asks for, as far as it is granted.
     manifest: Manifest,
@@ -641,7 +641,7 @@ struct Generation {
     runner: Runner,
     manifest: Manifest,
     variables: Vec<(String, String)>,
-    sha256: Sha256Digest,
+    sha256: Option<Sha256Digest>,
     origin: Origin,
     module_bytes: u64,
 }
@@ -654,21 +654,6 @@ enum Runner {
         script: Option<PythonScript>,
     },
     Script(Arc<NativeScript>),
-}
-
-/// Why a plugin cannot be run, and the limit that says so, if one does.
-struct Refusal {
-    reason: String,
-    limit: Option<Limit>,
-}
-
-impl From<String> for Refusal {
-    fn from(reason: String) -> Self {
-        Self {
-            reason,
-            limit: None,
-        }
-    }
 }
 
 impl From<WasmError> for Refusal {
@@ -698,8 +683,7 @@ impl Workshop {
         let reading = tokio::task::spawn_blocking(move || {
             loader::read(name, &path, kind, &workshop.config.policy)
         });
-        let found = reading.await.map_err(|error| error.to_string())?;
-        found.map_err(|error| error.to_string())
+        reading.await.map_err(|error| error.to_string())
     }
 
     /// Compiles and checks, off the async threads. What runs are the bytes of `found`, which
@@ -810,7 +794,8 @@ impl Workshop {
 fn sealed_copy(cache_dir: &Path, found: &Found) -> std::io::Result<PathBuf> {
     use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
     let file_name = found.path.file_name().unwrap_or_default();
-    let directory = cache_dir.join("scripts").join(found.sha256.to_string());
+    let sha256 = Sha256Digest::of(&found.bytes);
+    let directory = cache_dir.join("scripts").join(sha256.to_string());
     fs::DirBuilder::new()
         .recursive(true)
         .mode(0o700)
@@ -955,6 +940,8 @@ impl Life {
                 let mut shared = self.plugin.shared.lock();
                 shared.sha256 = found.sha256;
                 shared.origin = found.origin.as_ref().ok().copied();
+                shared.manifest = found.manifest.clone();
+                shared.module_bytes = found.bytes.len() as u64;
             }
         };
         self.plugin.adopt(&generation, None);
@@ -1198,6 +1185,7 @@ impl Life {
         let noted = match &outcome {
             Ok(()) => {
                 let sha256 = self.plugin.shared.lock().sha256;
+                let sha256 = sha256.map_or_else(String::new, |it| it.to_string());
                 tracing::info!(
                     plugin = &**name,
                     "plugin `{name}` was reloaded, sha256 {sha256}"

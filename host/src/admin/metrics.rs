@@ -444,7 +444,8 @@ fn read_plugins(admin: &Admin, registry: &mut Registry) {
                 state: status.state.name(),
             })
             .set(1);
-        let sha256 = status.sha256.to_string();
+        // Empty where the file could not be read.
+        let sha256 = status.sha256.map_or_else(String::new, |it| it.to_string());
         let origin = status.origin;
         info.get_or_create(&PluginInfoLabels {
             plugin: status.name.to_string(),

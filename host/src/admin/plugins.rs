@@ -29,7 +29,7 @@ pub(super) fn plugin_json(status: &PluginStatus) -> Value {
         "kind": status.kind.name(),
         "path": status.path.to_string_lossy(),
         "state": status.state.name(),
-        "sha256": status.sha256.to_string(),
+        "sha256": status.sha256.map(|digest| digest.to_string()),
         "origin": status.origin.map(|origin| origin.to_string()),
         "restarts": status.restarts,
         "last_end": status.last_end,

@@ -100,13 +100,9 @@ async fn changed(
             loader::read(name, &path, kind, &workshop.config.policy)
         })
     };
-    let found = match reading.await {
-        Ok(Ok(found)) => found,
-        Ok(Err(error)) => {
-            tracing::warn!(plugin = &*name, "plugin `{name}` stays as it is: {error}");
-            return;
-        }
-        Err(_) => return,
+    // The other outcome is the end of the server.
+    let Ok(found) = reading.await else {
+        return;
     };
     match known {
         Some(_) if !found.manifest.enabled => plugins.remove(&path),

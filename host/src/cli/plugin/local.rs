@@ -37,6 +37,8 @@ pub(super) fn inspect(file: &Path, local: &Local, is_json: bool) -> anyhow::Resu
     let asked = Manifest::beside(file)?;
     let found = read(file, &settings)?;
     let (facts, mut refusal) = match found.kind {
+        // There is nothing to look into.
+        _ if found.sha256.is_none() => (None, None),
         PluginKind::Wasm => match wasm::inspect(&found.name, &found.bytes) {
             Ok(facts) => (Some(facts), None),
             Err(error) => (None, Some(error.to_string())),
@@ -46,8 +48,8 @@ pub(super) fn inspect(file: &Path, local: &Local, is_json: bool) -> anyhow::Resu
     if let Some(facts) = &facts {
         refusal = missing(&found.name, facts);
     }
-    if let Err(reason) = &found.origin {
-        refusal.get_or_insert_with(|| reason.clone());
+    if let Err(refused) = &found.origin {
+        refusal.get_or_insert_with(|| refused.reason.clone());
     }
     if !found.manifest.enabled {
         refusal.get_or_insert_with(|| "its manifest or [plugins] has enabled = false".to_owned());
@@ -75,7 +77,7 @@ fn read(file: &Path, settings: &PluginSettings) -> anyhow::Result<Found> {
                 _ => PluginKind::Script,
             };
             let name = stem.to_string_lossy().as_ref().into();
-            Ok(loader::read(name, file, kind, &settings.policy)?)
+            Ok(loader::read(name, file, kind, &settings.policy))
         }
     }
 }
@@ -136,7 +138,7 @@ fn report(
         "kind": found.kind.name(),
         "component": facts.map(|facts| facts.is_component),
         "bytes": found.bytes.len(),
-        "sha256": found.sha256.to_string(),
+        "sha256": found.sha256.map(|digest| digest.to_string()),
         "origin": origin,
         "functions": facts.map(|facts| facts.functions),
         "imports": facts.map(|facts| facts.imports.iter().map(|(module, field)| match field.as_str() {
@@ -210,6 +212,10 @@ pub(super) fn prove_limits(
         .filter(|found| found.kind == PluginKind::Wasm);
     let mut held: Vec<(String, Held)> = Vec::new();
     for found in modules {
+        // Its limits are not known where its manifest cannot be used.
+        if let Err(refusal) = &found.origin {
+            bail!("plugin `{}` would be refused: {refusal}", found.name);
+        }
         let compile = settings.policy.compile_limits();
         held.push((found.name.to_string(), Held::new(&found.manifest, compile)));
     }
