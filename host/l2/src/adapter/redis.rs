@@ -1,0 +1,394 @@
+//! Redis and Valkey, one server or a cluster: LMCache's `resp` and `valkey`.
+//!
+//! Keys and values are those of `resp_l2_adapter.py` and `valkey_l2_adapter.py` of LMCache 0.5.6.
+//! The seal of a value is a sibling key in the same hash slot, written in one transaction with
+//! it. LMCache does not know of it: where it writes other bytes over ours, the value counts as
+//! damaged once and is stored anew.
+
+use std::{
+    sync::atomic::{AtomicUsize, Ordering},
+    time::{Duration, SystemTime},
+};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use futures_util::{StreamExt as _, TryStreamExt as _, stream};
+use redis::{
+    Client, Cmd, ConnectionAddr, ConnectionInfo, ErrorKind, FromRedisValue,
+    IntoConnectionInfo as _, Pipeline, RedisConnectionInfo, RedisError, ServerErrorKind,
+    aio::{ConnectionLike, ConnectionManager, ConnectionManagerConfig},
+    cluster::ClusterClient,
+    cluster_async::ClusterConnection,
+};
+use serde_json::json;
+use tokio::sync::{Mutex, mpsc};
+
+use super::{Adapter, AdapterError, Entry};
+use crate::{
+    integrity::{Fault, Seal},
+    name::ObjectName,
+};
+
+/// How long a damaged value is kept for looking at.
+const QUARANTINE_SECONDS: u64 = 3600;
+/// Commands on their way at once within one call.
+const IN_FLIGHT: usize = 64;
+/// Keys per step of a scan.
+const SCAN_COUNT: usize = 1000;
+
+/// How to reach a server or a cluster.
+#[derive(Clone, PartialEq, Eq)]
+pub(crate) struct RedisOptions {
+    /// Host and port of the server, or of some nodes of the cluster.
+    pub(crate) nodes: Vec<(String, u16)>,
+    pub(crate) is_cluster: bool,
+    pub(crate) username: String,
+    pub(crate) password: String,
+    pub(crate) tls: bool,
+    pub(crate) database: i64,
+    /// Comes before each key, joined by `@`; empty for none.
+    pub(crate) key_prefix: String,
+    /// Connections.
+    pub(crate) workers: usize,
+    pub(crate) request_timeout: Duration,
+    pub(crate) connection_timeout: Duration,
+    /// Life of a value on the server.
+    pub(crate) ttl_seconds: Option<u64>,
+}
+
+impl std::fmt::Debug for RedisOptions {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("RedisOptions")
+            .field("nodes", &self.nodes)
+            .field("is_cluster", &self.is_cluster)
+            .finish_non_exhaustive()
+    }
+}
+
+/// A connection that is made when it is first needed, and again when it is lost.
+enum Link {
+    Server(ConnectionManager),
+    Cluster {
+        client: ClusterClient,
+        connection: Mutex<Option<ClusterConnection>>,
+    },
+}
+
+/// See the module.
+pub(crate) struct RedisAdapter {
+    options: RedisOptions,
+    links: Vec<Link>,
+    next: AtomicUsize,
+}
+
+impl std::fmt::Debug for RedisAdapter {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "RedisAdapter({:?})", self.options)
+    }
+}
+
+fn error_of(error: &RedisError) -> AdapterError {
+    let text = error.to_string();
+    match error.kind() {
+        ErrorKind::AuthenticationFailed => AdapterError::Denied(text),
+        ErrorKind::Server(ServerErrorKind::ReadOnly) => AdapterError::Denied(text),
+        _ => match error.code() {
+            Some("OOM") => AdapterError::Full(text),
+            Some("NOAUTH" | "NOPERM" | "WRONGPASS") => AdapterError::Denied(text),
+            _ => AdapterError::Unavailable(text),
+        },
+    }
+}
+
+impl RedisAdapter {
+    /// Prepares connections; none is made yet, so that the server may be down.
+    ///
+    /// # Errors
+    /// A sentence when the options fit no client.
+    pub(crate) fn open(options: RedisOptions) -> Result<Self, String> {
+        let unusable = |error: RedisError| format!("cannot be used: {error}");
+        if options.tls {
+            // Fails only if a provider is there already, which is as good.
+            let _ = tokio_rustls::rustls::crypto::ring::default_provider().install_default();
+        }
+        let mut settings = RedisConnectionInfo::default();
+        if !options.username.is_empty() {
+            settings = settings.set_username(&options.username);
+        }
+        if !options.password.is_empty() {
+            settings = settings.set_password(&options.password);
+        }
+        if !options.is_cluster {
+            settings = settings.set_db(options.database);
+        }
+        let node = |(host, port): &(String, u16)| -> Result<ConnectionInfo, String> {
+            let address = match options.tls {
+                true => ConnectionAddr::TcpTls {
+                    host: host.clone(),
+                    port: *port,
+                    insecure: false,
+                    tls_params: None,
+                },
+                false => ConnectionAddr::Tcp(host.clone(), *port),
+            };
+            let info = address.into_connection_info().map_err(unusable)?;
+            Ok(info.set_redis_settings(settings.clone()))
+        };
+        let nodes = options
+            .nodes
+            .iter()
+            .map(node)
+            .collect::<Result<Vec<_>, _>>()?;
+        let links =
+            (0..options.workers.max(1)).map(|_| match (options.is_cluster, nodes.first()) {
+                (true, _) => {
+                    let client = ClusterClient::builder(nodes.clone())
+                        .connection_timeout(options.connection_timeout)
+                        .response_timeout(options.request_timeout)
+                        .retries(1)
+                        .build()
+                        .map_err(unusable)?;
+                    Ok(Link::Cluster {
+                        client,
+                        connection: Mutex::new(None),
+                    })
+                }
+                (false, Some(node)) => {
+                    let config = ConnectionManagerConfig::new()
+                        .set_connection_timeout(Some(options.connection_timeout))
+                        .set_response_timeout(Some(options.request_timeout))
+                        // Retries and pauses are the breaker's.
+                        .set_number_of_retries(0);
+                    let client = Client::open(node.clone()).map_err(unusable)?;
+                    ConnectionManager::new_lazy_with_config(client, config)
+                        .map(Link::Server)
+                        .map_err(unusable)
+                }
+                (false, None) => Err("names no server".to_owned()),
+            });
+        let links = links.collect::<Result<Vec<_>, String>>()?;
+        Ok(Self {
+            options,
+            links,
+            next: AtomicUsize::new(0),
+        })
+    }
+
+    fn link(&self) -> Result<&Link, AdapterError> {
+        let next = self.next.fetch_add(1, Ordering::Relaxed);
+        self.links
+            .get(next % self.links.len().max(1))
+            .ok_or(AdapterError::Unsupported("no connection"))
+    }
+
+    async fn ask<T: FromRedisValue>(&self, command: &Cmd) -> Result<T, AdapterError> {
+        let answer = match self.link()? {
+            Link::Server(manager) => command.query_async(&mut manager.clone()).await,
+            Link::Cluster { client, connection } => {
+                let mut connection = cluster_connection(client, connection).await?;
+                command.query_async(&mut connection).await
+            }
+        };
+        answer.map_err(|error: RedisError| error_of(&error))
+    }
+
+    async fn ask_all<T: FromRedisValue>(&self, pipeline: &Pipeline) -> Result<T, AdapterError> {
+        let answer = match self.link()? {
+            Link::Server(manager) => pipeline.query_async(&mut manager.clone()).await,
+            Link::Cluster { client, connection } => {
+                let mut connection = cluster_connection(client, connection).await?;
+                pipeline.query_async(&mut connection).await
+            }
+        };
+        answer.map_err(|error: RedisError| error_of(&error))
+    }
+
+    fn key(&self, name: &ObjectName) -> String {
+        match &*self.options.key_prefix {
+            "" => name.key(),
+            prefix => format!("{prefix}@{}", name.key()),
+        }
+    }
+
+    /// Where the seal of a key lies; `None` if that could not be in the key's hash slot.
+    fn sibling(&self, what: &str, key: &str) -> Option<String> {
+        let is_tagged = key.contains(['{', '}']);
+        (!is_tagged || !self.options.is_cluster).then(|| format!("stockade:{what}:{{{key}}}"))
+    }
+
+    async fn quarantine(&self, key: &str) -> Result<(), AdapterError> {
+        let mut pipeline = redis::pipe();
+        pipeline.atomic();
+        match (self.sibling("quarantine", key), self.sibling("seal", key)) {
+            (Some(aside), Some(seal)) => pipeline
+                .cmd("RENAME")
+                .arg(key)
+                .arg(&aside)
+                .ignore()
+                .cmd("EXPIRE")
+                .arg(&aside)
+                .arg(QUARANTINE_SECONDS)
+                .ignore()
+                .cmd("DEL")
+                .arg(seal)
+                .ignore(),
+            _ => pipeline.cmd("DEL").arg(key).ignore(),
+        };
+        self.ask_all(&pipeline).await
+    }
+}
+
+async fn cluster_connection(
+    client: &ClusterClient,
+    connection: &Mutex<Option<ClusterConnection>>,
+) -> Result<impl ConnectionLike + use<>, AdapterError> {
+    // Held while connecting, so that a cluster that is down is asked once at a time.
+    let mut connection = connection.lock().await;
+    if let Some(connection) = &*connection {
+        return Ok(connection.clone());
+    }
+    let made = client.get_async_connection().await;
+    let made = made.map_err(|error| error_of(&error))?;
+    *connection = Some(made.clone());
+    Ok(made)
+}
+
+#[async_trait]
+impl Adapter for RedisAdapter {
+    async fn find(&self, names: &[ObjectName]) -> Result<Vec<bool>, AdapterError> {
+        let ask = |name: &ObjectName| {
+            let mut command = redis::cmd("EXISTS");
+            command.arg(self.key(name));
+            async move { self.ask::<bool>(&command).await }
+        };
+        stream::iter(names.iter().map(ask).collect::<Vec<_>>())
+            .buffered(IN_FLIGHT)
+            .try_collect()
+            .await
+    }
+
+    async fn load(&self, name: &ObjectName, length: u64) -> Result<Bytes, AdapterError> {
+        let key = self.key(name);
+        let (value, seal): (Option<Bytes>, Option<Bytes>) = match self.sibling("seal", &key) {
+            Some(seal) => self.ask(redis::cmd("MGET").arg(&key).arg(seal)).await?,
+            None => (self.ask(redis::cmd("GET").arg(&key)).await?, None),
+        };
+        let value = value.ok_or(AdapterError::NotFound)?;
+        let seal = seal.and_then(|seal| Seal::parse(&seal));
+        match Seal::check(seal, &value, length) {
+            Ok(()) => Ok(value),
+            Err(fault @ Fault::Damaged(_)) => {
+                let moved = self.quarantine(&key).await.is_ok();
+                Err(fault.into_error(moved))
+            }
+            Err(fault) => Err(fault.into_error(false)),
+        }
+    }
+
+    async fn store(&self, name: &ObjectName, value: Bytes) -> Result<(), AdapterError> {
+        let key = self.key(name);
+        let set = |key: &str, value: &[u8]| {
+            let mut command = redis::cmd("SET");
+            command.arg(key).arg(value);
+            if let Some(seconds) = self.options.ttl_seconds {
+                command.arg("EX").arg(seconds);
+            }
+            command
+        };
+        let mut pipeline = redis::pipe();
+        pipeline.atomic().add_command(set(&key, &value)).ignore();
+        if let Some(sibling) = self.sibling("seal", &key) {
+            let seal = Seal::of(&value).to_string();
+            pipeline
+                .add_command(set(&sibling, seal.as_bytes()))
+                .ignore();
+        }
+        self.ask_all(&pipeline).await
+    }
+
+    async fn delete(&self, names: &[ObjectName]) -> Result<Vec<bool>, AdapterError> {
+        let delete = |name: &ObjectName| {
+            let key = self.key(name);
+            let mut pipeline = redis::pipe();
+            pipeline.atomic().cmd("DEL").arg(&key);
+            if let Some(seal) = self.sibling("seal", &key) {
+                pipeline.cmd("DEL").arg(seal).ignore();
+            }
+            async move { self.ask_all::<(bool,)>(&pipeline).await.map(|(was,)| was) }
+        };
+        stream::iter(names.iter().map(delete).collect::<Vec<_>>())
+            .buffered(IN_FLIGHT)
+            .try_collect()
+            .await
+    }
+
+    async fn list(
+        &self,
+        cache_salt: Option<&str>,
+        found: mpsc::Sender<Entry>,
+    ) -> Result<(), AdapterError> {
+        if self.options.is_cluster {
+            return Err(AdapterError::Unsupported(
+                "the nodes of a cluster are not scanned",
+            ));
+        }
+        let prefix = match &*self.options.key_prefix {
+            "" => String::new(),
+            prefix => format!("{prefix}@"),
+        };
+        let mut cursor = 0_u64;
+        loop {
+            let mut command = redis::cmd("SCAN");
+            command.arg(cursor).arg("COUNT").arg(SCAN_COUNT);
+            let (next, keys): (u64, Vec<Bytes>) = self.ask(&command).await?;
+            for key in keys {
+                let Some(name) = std::str::from_utf8(&key)
+                    .ok()
+                    .and_then(|key| key.strip_prefix(&*prefix))
+                    .and_then(ObjectName::from_key)
+                else {
+                    continue;
+                };
+                if cache_salt.is_some_and(|salt| **name.cache_salt() != *salt) {
+                    continue;
+                }
+                let mut facts = redis::pipe();
+                facts.cmd("STRLEN").arg(&key[..]);
+                facts.cmd("OBJECT").arg("IDLETIME").arg(&key[..]);
+                let (bytes, idle): (u64, Option<u64>) = match self.ask_all(&facts).await {
+                    Ok(facts) => facts,
+                    // Under an LFU policy there is no idle time, and a key may be gone by now.
+                    Err(_) => (self.ask(redis::cmd("STRLEN").arg(&key[..])).await?, None),
+                };
+                let last_used =
+                    idle.and_then(|idle| SystemTime::now().checked_sub(Duration::from_secs(idle)));
+                let entry = Entry {
+                    name,
+                    bytes,
+                    last_used,
+                };
+                if found.send(entry).await.is_err() {
+                    return Ok(());
+                }
+            }
+            if next == 0 {
+                return Ok(());
+            }
+            cursor = next;
+        }
+    }
+
+    fn status(&self) -> serde_json::Map<String, serde_json::Value> {
+        let nodes: Vec<String> = self
+            .options
+            .nodes
+            .iter()
+            .map(|(host, port)| format!("{host}:{port}"))
+            .collect();
+        let mut status = serde_json::Map::new();
+        status.insert("nodes".into(), json!(nodes));
+        status.insert("cluster_mode".into(), json!(self.options.is_cluster));
+        status.insert("num_workers".into(), json!(self.options.workers));
+        status
+    }
+}
