@@ -37,6 +37,8 @@ const SPINNER: &str = include_str!("../../../tests/guests/endless_loop.wat");
 struct FirstByte(Mutex<Option<Instant>>);
 
 impl GuestOutput for FirstByte {
+    fn log(&self, _level: stockade_sandbox::LogLevel, _line: &[u8]) {}
+
     fn push(&self, _stream: GuestStream, _bytes: &[u8]) {
         self.0.lock().get_or_insert_with(Instant::now);
     }

@@ -6,6 +6,7 @@
 #![deny(unsafe_code)]
 
 pub mod grants;
+pub mod host_api;
 pub mod limit;
 pub mod loader;
 pub mod manifest;
@@ -25,9 +26,10 @@ pub mod supervisor;
 pub mod prove;
 
 pub use grants::{Access, Directories, Directory, HttpGrant};
+pub use host_api::{CallFailure, PluginCounts, PluginHost, RankFailure, RankRequest, Services};
 pub use limit::{Limit, LimitHits, LimitUse};
 pub use loader::{Found, LoadError, PluginKind, Refusal};
-pub use log_stream::{LogCounts, LogLimits, LogLine, LogStream, OutputStream};
+pub use log_stream::{LogCounts, LogLevel, LogLimits, LogLine, LogStream, OutputStream};
 pub use manifest::{Limits, Manifest, ManifestError, ProcessGrants, Restart};
 pub use native_script::{
     Containment, Granted, KEEPER_ARGUMENT, NativeConfig, NativePolicy, NativeScript, ProcessEnd,

@@ -55,11 +55,21 @@ pub enum Limit {
     HttpTime,
     /// Body of an outbound HTTP request and of its response, in bytes.
     HttpBody,
+    /// Wall time of one handler, in milliseconds.
+    CallTime,
+    /// Wall time until an order for eviction, in milliseconds.
+    RankTime,
+    /// Keys and values that it keeps, in bytes.
+    StateBytes,
+    /// Events that may wait for it.
+    QueuedEvents,
+    /// Metrics of its own.
+    Metrics,
 }
 
 impl Limit {
     /// All of them, in the order they are shown.
-    pub const ALL: [Self; 26] = [
+    pub const ALL: [Self; 31] = [
         Self::Memory,
         Self::Memories,
         Self::TableElements,
@@ -86,6 +96,11 @@ impl Limit {
         Self::HttpRequests,
         Self::HttpTime,
         Self::HttpBody,
+        Self::CallTime,
+        Self::RankTime,
+        Self::StateBytes,
+        Self::QueuedEvents,
+        Self::Metrics,
     ];
 
     /// The name in the API and in metrics; its end is the unit.
@@ -118,6 +133,11 @@ impl Limit {
             Self::HttpRequests => "http_requests_per_second",
             Self::HttpTime => "http_request_ms",
             Self::HttpBody => "http_body_bytes",
+            Self::CallTime => "call_ms",
+            Self::RankTime => "rank_ms",
+            Self::StateBytes => "state_bytes",
+            Self::QueuedEvents => "queued_events",
+            Self::Metrics => "metrics",
         }
     }
 }

@@ -33,6 +33,37 @@ pub enum OutputStream {
     Stdout,
     /// Standard error of a sandboxed plugin.
     Stderr,
+    /// Lines that a plugin logs at a level, rather than prints.
+    Log,
+}
+
+/// How much a line that a plugin logs matters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LogLevel {
+    /// Something does not work.
+    Error,
+    /// Something may not work.
+    Warn,
+    /// Something worth knowing.
+    Info,
+    /// For who looks for a fault.
+    Debug,
+    /// Everything.
+    Trace,
+}
+
+impl LogLevel {
+    /// The name in the API.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Error => "error",
+            Self::Warn => "warn",
+            Self::Info => "info",
+            Self::Debug => "debug",
+            Self::Trace => "trace",
+        }
+    }
 }
 
 impl OutputStream {
@@ -42,6 +73,7 @@ impl OutputStream {
         match self {
             Self::Stdout => "stdout",
             Self::Stderr => "stderr",
+            Self::Log => "log",
         }
     }
 }
@@ -71,6 +103,8 @@ pub struct LogLine {
     pub unix_ms: u64,
     /// Where it was printed.
     pub stream: OutputStream,
+    /// The level of a line that was logged; what is printed counts as information.
+    pub level: LogLevel,
     /// The line, escaped and cut.
     pub text: Arc<str>,
 }
@@ -98,7 +132,7 @@ struct Partial {
 
 #[derive(Debug)]
 struct State {
-    partial: [Partial; 2],
+    partial: [Partial; 3],
     lines: TokenBucket,
     bytes: TokenBucket,
     unreported_drops: u64,
@@ -179,11 +213,24 @@ impl LogStream {
             let last = pieces.next_back().unwrap_or_default();
             for piece in pieces {
                 state.extend(stream, piece);
-                state.complete(stream, &mut events);
+                state.complete(stream, LogLevel::Info, &mut events);
             }
             state.extend(stream, last);
         }
         self.emit(stream, events);
+    }
+
+    /// Takes one line at a level. It is held to the same rates as what is printed.
+    pub fn log(&self, level: LogLevel, line: &[u8]) {
+        let mut events = Vec::new();
+        {
+            let mut state = self.state.lock();
+            state.counts.bytes += line.len() as u64;
+            state.bytes.tokens -= line.len() as f64;
+            state.extend(OutputStream::Log, line);
+            state.complete(OutputStream::Log, level, &mut events);
+        }
+        self.emit(OutputStream::Log, events);
     }
 
     /// Reports lines dropped since the last report, which otherwise waits for the next line
@@ -203,7 +250,7 @@ impl LogStream {
                 let mut state = self.state.lock();
                 let partial = &state.partial[stream as usize];
                 if !partial.bytes.is_empty() {
-                    state.complete(stream, &mut events);
+                    state.complete(stream, LogLevel::Info, &mut events);
                 }
             }
             self.emit(stream, events);
@@ -295,8 +342,19 @@ impl LogStream {
         }
         for event in events {
             match event {
-                Event::Line(text) => {
-                    tracing::info!(target: "stockade::plugin", plugin = &*self.plugin, stream = stream.name(), "{text}");
+                Event::Line(level, text) => {
+                    macro_rules! emit {
+                        ($level:ident) => {
+                            tracing::$level!(target: "stockade::plugin", plugin = &*self.plugin, stream = stream.name(), "{text}")
+                        };
+                    }
+                    match level {
+                        LogLevel::Error => emit!(error),
+                        LogLevel::Warn => emit!(warn),
+                        LogLevel::Info => emit!(info),
+                        LogLevel::Debug => emit!(debug),
+                        LogLevel::Trace => emit!(trace),
+                    }
                 }
                 Event::Dropped(lines) => {
                     tracing::warn!(
@@ -312,7 +370,7 @@ impl LogStream {
 }
 
 enum Event {
-    Line(Arc<str>),
+    Line(LogLevel, Arc<str>),
     Dropped(u64),
 }
 
@@ -325,7 +383,7 @@ impl State {
         partial.cut_bytes = partial.cut_bytes.saturating_add(bytes.len() - kept);
     }
 
-    fn complete(&mut self, stream: OutputStream, events: &mut Vec<Event>) {
+    fn complete(&mut self, stream: OutputStream, level: LogLevel, events: &mut Vec<Event>) {
         let partial = &mut self.partial[stream as usize];
         let cut_bytes = std::mem::take(&mut partial.cut_bytes);
         let has_token = self.lines.take_one();
@@ -350,6 +408,7 @@ impl State {
         self.ring.push_back(LogLine {
             unix_ms,
             stream,
+            level,
             text: Arc::clone(&text),
         });
         while self.ring.len() > RING_LINES || self.ring_bytes > RING_BYTES {
@@ -358,7 +417,7 @@ impl State {
                 .pop_front()
                 .map_or(self.ring_bytes, |line| line.text.len());
         }
-        events.push(Event::Line(text));
+        events.push(Event::Line(level, text));
     }
 }
 

@@ -1,7 +1,7 @@
 //! What a plugin's author or operator says of it: `<name>.plugin.toml` beside the plugin.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs,
     io::{self, Read as _},
     path::{Path, PathBuf},
@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     grants::{self, Directories, HttpGrant},
+    host_api::CacheGrant,
     log_stream::LogLimits,
     native_script::Protection,
 };
@@ -48,6 +49,12 @@ pub struct Manifest {
     pub directories: Directories,
     /// Hosts that a sandboxed plugin may send HTTP requests to; scripts have `process.network`.
     pub http: Vec<HttpGrant>,
+    /// What it may do with the cache.
+    pub cache: BTreeSet<CacheGrant>,
+    /// Whether it serves `server_module_call` for methods that begin with its name and a dot.
+    pub calls: bool,
+    /// Whether it ranks candidates for eviction.
+    pub rank: bool,
     /// What it may use.
     pub limits: Limits,
     /// Whether a Python script runs in the sandbox where the server has a Python for that.
@@ -118,6 +125,16 @@ pub struct Limits {
     pub http_body_kib: u32,
     /// Such requests a second.
     pub http_per_second: u32,
+    /// KiB of keys and values that a sandboxed plugin keeps; 0 is none.
+    pub state_kib: u32,
+    /// Milliseconds that one handler of a sandboxed plugin may take.
+    pub call_ms: u32,
+    /// Milliseconds until a sandboxed plugin's order for eviction.
+    pub rank_ms: u32,
+    /// Events that may wait for a sandboxed plugin.
+    pub queued_events: u32,
+    /// Metrics that a sandboxed plugin may make.
+    pub metrics: u32,
 }
 
 impl Default for Manifest {
@@ -129,6 +146,9 @@ impl Default for Manifest {
             env: Vec::new(),
             directories: Directories::default(),
             http: Vec::new(),
+            cache: BTreeSet::new(),
+            calls: false,
+            rank: false,
             limits: Limits::default(),
             sandbox: true,
             process: ProcessGrants::default(),
@@ -173,6 +193,11 @@ impl Default for Limits {
             http_timeout_ms: 10_000,
             http_body_kib: 1024,
             http_per_second: 10,
+            state_kib: 0,
+            call_ms: 1000,
+            rank_ms: 20,
+            queued_events: 4096,
+            metrics: 32,
         }
     }
 }
@@ -304,6 +329,11 @@ impl Limits {
             // Both bodies are held in memory.
             ("http_body_kib", self.http_body_kib, 1..=65_536),
             ("http_per_second", self.http_per_second, 1..=10_000),
+            ("state_kib", self.state_kib, 0..=65_536),
+            ("call_ms", self.call_ms, 1..=600_000),
+            ("rank_ms", self.rank_ms, 1..=1000),
+            ("queued_events", self.queued_events, 1..=65_536),
+            ("metrics", self.metrics, 0..=256),
         ];
         for (field, value, range) in ranges {
             if !range.contains(&value) {

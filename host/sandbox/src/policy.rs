@@ -2,12 +2,17 @@
 //!
 //! A manifest asks; the policy narrows what it asks for and never widens it.
 
-use std::{collections::BTreeMap, path::PathBuf, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::PathBuf,
+    time::Duration,
+};
 
 use serde::Deserialize;
 
 use crate::{
     grants::{self, Access, HttpGrant},
+    host_api::CacheGrant,
     manifest::{Limits, Manifest, ProcessGrants},
     native_script::Protection,
     provenance::{self, PublicKey, Sha256Digest},
@@ -53,6 +58,12 @@ pub struct Narrowing {
     pub directories: Option<BTreeMap<String, Access>>,
     /// The hosts and ports that are left, each with the methods that are.
     pub http: Option<Vec<HttpGrant>>,
+    /// What is left of what it asks for of the cache.
+    pub cache: Option<BTreeSet<CacheGrant>>,
+    /// `false` takes the calls.
+    pub calls: Option<bool>,
+    /// `false` takes the ranking.
+    pub rank: Option<bool>,
     /// The most that each limit may be.
     pub limits: BTreeMap<String, u32>,
     /// What is left to a script.
@@ -201,6 +212,11 @@ impl Policy {
             if let Some(allowed) = &narrowing.http {
                 manifest.http = grants::narrow_http(&manifest.http, allowed);
             }
+            if let Some(cache) = &narrowing.cache {
+                manifest.cache.retain(|grant| cache.contains(grant));
+            }
+            manifest.calls &= narrowing.calls.unwrap_or(true);
+            manifest.rank &= narrowing.rank.unwrap_or(true);
             narrowing.process.narrow(&mut manifest.process);
             manifest.limits = manifest
                 .limits
@@ -302,6 +318,24 @@ mod tests {
         let mut other = Manifest::default();
         policy(narrowing).narrow("other", &mut other).unwrap();
         assert_eq!(other, Manifest::default());
+    }
+
+    #[test]
+    fn what_a_plugin_may_ask_of_the_server_is_narrowed() {
+        let asks = "cache = ['stats', 'events', 'evict']\ncalls = true\nrank = true\n[limits]\nstate_kib = 64";
+        let left = narrowed(
+            "['*']\ncache = ['stats', 'keys', 'events']\n[it]\nrank = false\nlimits = { state_kib = 0 }",
+            asks,
+        );
+        assert_eq!(
+            left.cache,
+            BTreeSet::from([CacheGrant::Stats, CacheGrant::Events])
+        );
+        assert_eq!(
+            (left.calls, left.rank, left.limits.state_kib),
+            (true, false, 0)
+        );
+        assert_eq!(narrowed("", asks).cache.len(), 3);
     }
 
     #[test]

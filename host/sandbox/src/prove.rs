@@ -18,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     grants::Access,
     limit::Limit,
-    log_stream::{LogLimits, LogStream, MAX_LINE_BYTES},
+    log_stream::{LogLevel, LogLimits, LogStream, MAX_LINE_BYTES},
     manifest::Manifest,
     supervisor::{GuestLog, wasm_limits},
     wasm::{
@@ -796,6 +796,8 @@ fn at_most(what: &'static str, declared: u64, measured: u64) -> Proof {
 struct Silence;
 
 impl GuestOutput for Silence {
+    fn log(&self, _level: LogLevel, _line: &[u8]) {}
+
     fn push(&self, _stream: GuestStream, _bytes: &[u8]) {}
 
     fn budget(&self) -> usize {

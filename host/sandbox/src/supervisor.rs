@@ -27,9 +27,13 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    limit::{LimitHits, LimitUse},
+    host_api::{
+        self, CallFailure, Counter, Link, PluginCounts, PluginRun, RankAsk, RankFailure,
+        RankRequest, Services, Tally, Terms,
+    },
+    limit::{Limit, LimitHits, LimitUse},
     loader::{self, Found, LoadError, PluginKind, Refusal},
-    log_stream::{LogCounts, LogLine, LogStream, OutputStream},
+    log_stream::{LogCounts, LogLevel, LogLine, LogStream, OutputStream},
     manifest::{Manifest, Restart},
     native_script::{
         Granted, NativeConfig, NativePolicy, NativeScript, ProcessEnd, ScriptOutput, passed_on,
@@ -172,6 +176,14 @@ pub struct PluginStatus {
     pub granted: Option<Granted>,
     /// What it printed.
     pub logs: LogCounts,
+    /// What it may do with the cache.
+    pub cache: Vec<host_api::CacheGrant>,
+    /// Whether it serves calls.
+    pub calls: bool,
+    /// Whether it ranks candidates for eviction.
+    pub rank: bool,
+    /// What it asked of the server, and the server of it.
+    pub counts: PluginCounts,
 }
 
 /// Settings of the supervisor.
@@ -243,6 +255,9 @@ struct Plugin {
     compile_limits: CompileLimits,
     /// The end of the server, or of this plugin alone when its file is gone.
     over: CancellationToken,
+    /// The run that its messages go to.
+    current: host_api::Current,
+    tally: Arc<Tally>,
 }
 
 struct Shared {
@@ -258,6 +273,7 @@ struct Shared {
     usage: Option<WasmRun>,
     script: Option<Arc<NativeScript>>,
     is_sandboxed: bool,
+    kept: Option<Arc<host_api::StateMap>>,
     /// Of runs that are over.
     hits: LimitHits,
 }
@@ -274,6 +290,8 @@ struct Plugins {
     tasks: Mutex<Vec<JoinHandle<()>>>,
     ending: Ending,
     epoch_ticks: OnceLock<Arc<AtomicU64>>,
+    services: Mutex<Services>,
+    counter: OnceLock<Arc<Counter>>,
 }
 
 struct Registry {
@@ -316,8 +334,15 @@ impl Supervisor {
                 tasks: Mutex::default(),
                 ending,
                 epoch_ticks: OnceLock::new(),
+                services: Mutex::default(),
+                counter: OnceLock::new(),
             }),
         })
+    }
+
+    /// Says what the server has for its plugins; to be called before [`start`](Self::start).
+    pub fn provide(&self, services: Services) {
+        *self.shared.services.lock() = services;
     }
 
     /// Starts every plugin, once; must be called within a tokio runtime.
@@ -331,7 +356,11 @@ impl Supervisor {
             return Ok(());
         }
         let waiting = std::mem::take(&mut shared.registry.write().waiting);
+        let services = shared.services.lock().clone();
+        let counter = Counter::new(services, &contract.config_json);
+        let counter = shared.counter.get_or_init(|| counter);
         let workshop = Arc::new(Workshop {
+            counter: Arc::clone(counter),
             config: Arc::clone(&shared.config),
             contract: contract.variables(),
             runtime: Mutex::default(),
@@ -503,6 +532,99 @@ impl Supervisor {
                 task.abort();
             }
         }
+        if let Some(counter) = self.shared.counter.get().cloned() {
+            let flushed = tokio::task::spawn_blocking(move || counter.states.flush());
+            // A panic there was reported there.
+            let _ = flushed.await;
+        }
+    }
+
+    /// Calls a method of a plugin: what stands before the method's first dot is its name. Waits
+    /// for the reply, at most for the plugin's `call_ms`.
+    ///
+    /// # Errors
+    /// [`CallFailure`], whose text is for the caller.
+    pub async fn call(
+        &self,
+        method: &str,
+        cache_salt: &str,
+        caller: &'static str,
+        payload: bytes::Bytes,
+    ) -> Result<bytes::Bytes, CallFailure> {
+        let name = method.split('.').next().unwrap_or_default();
+        let plugin = self
+            .plugin(name)
+            .map_err(|_| CallFailure::NoPlugin(method.chars().take(128).collect()))?;
+        let (terms, stage) = {
+            let shared = plugin.shared.lock();
+            (Terms::of(&shared.manifest), shared.state)
+        };
+        let name = &plugin.name;
+        if !terms.calls {
+            return Err(CallFailure::NotGranted(Arc::clone(name)));
+        }
+        if payload.len() > host_api::MAX_PAYLOAD_BYTES {
+            return Err(CallFailure::TooLarge {
+                bytes: payload.len(),
+                limit: host_api::MAX_PAYLOAD_BYTES,
+            });
+        }
+        let link = plugin.current.get().ok_or(CallFailure::NotRunning {
+            plugin: Arc::clone(name),
+            state: stage.name(),
+        })?;
+        let (reply, replied) = oneshot::channel();
+        let ask = host_api::CallAsk {
+            method: method.to_owned(),
+            cache_salt: cache_salt.to_owned(),
+            caller,
+            payload,
+            reply,
+        };
+        link.call(name, ask)?;
+        match tokio::time::timeout(terms.call_time, replied).await {
+            Ok(Ok(Ok(payload))) => Ok(payload),
+            Ok(Ok(Err(reason))) => Err(CallFailure::Failed(reason)),
+            Ok(Err(_)) => Err(CallFailure::Ended(Arc::clone(name))),
+            Err(_) => Err(CallFailure::Timeout {
+                plugin: Arc::clone(name),
+                milliseconds: u64::try_from(terms.call_time.as_millis()).unwrap_or(u64::MAX),
+            }),
+        }
+    }
+
+    /// Forgets what a plugin keeps, in memory and on the disk, and says how many keys that were.
+    /// Blocks.
+    ///
+    /// # Errors
+    /// What the system says when the file cannot be removed; nothing when there are no plugins yet.
+    pub fn purge_state(&self, plugin: &str) -> std::io::Result<usize> {
+        match self.shared.counter.get() {
+            Some(counter) => counter.states.purge(&plugin.into()),
+            None => Ok(0),
+        }
+    }
+
+    /// The plugins that rank candidates for eviction, in the order they were found.
+    #[must_use]
+    pub fn rankers(&self) -> Vec<Arc<str>> {
+        let registry = self.shared.registry.read();
+        let ranks = |plugin: &&Arc<Plugin>| plugin.shared.lock().manifest.rank;
+        let rankers = registry.plugins.iter().filter(ranks);
+        rankers.map(|plugin| Arc::clone(&plugin.name)).collect()
+    }
+
+    /// Has a plugin rank candidates for eviction, and waits for that, at most for its `rank_ms`:
+    /// to be called where blocking is allowed and no lock is held. The order names candidates
+    /// by their place; those left out follow in the order in which they were given.
+    ///
+    /// # Errors
+    /// [`RankFailure`], which is counted for the plugin.
+    pub fn rank(&self, plugin: &str, request: RankRequest) -> Result<Vec<u32>, RankFailure> {
+        let plugin = self.plugin(plugin).map_err(|_| RankFailure::NotRunning)?;
+        let order = plugin.rank(request);
+        plugin.tally.ranked(order.as_ref().err().copied());
+        order
     }
 }
 
@@ -539,6 +661,7 @@ impl Registry {
                 running_since: None,
                 usage: None,
                 script: None,
+                kept: None,
                 is_sandboxed: kind == PluginKind::Wasm,
                 hits: LimitHits::default(),
             }),
@@ -546,6 +669,8 @@ impl Registry {
             requests,
             compile_limits: self.compile_limits,
             over: self.shutdown.child_token(),
+            current: host_api::Current::default(),
+            tally: Arc::default(),
         });
         self.plugins.push(Arc::clone(&plugin));
         self.waiting.push((Arc::clone(&plugin), inbox, found));
@@ -554,6 +679,26 @@ impl Registry {
 }
 
 impl Plugin {
+    fn rank(&self, request: RankRequest) -> Result<Vec<u32>, RankFailure> {
+        let deadline = Terms::of(&self.shared.lock().manifest).rank_time;
+        let link = self.current.get().ok_or(RankFailure::NotRunning)?;
+        let turn = link.rank_turn().ok_or(RankFailure::Busy)?;
+        let (reply, ordered) = std::sync::mpsc::sync_channel(1);
+        link.rank(RankAsk {
+            request,
+            deadline,
+            reply,
+            turn,
+        })?;
+        // Ours is the only sender that is left.
+        drop(link);
+        match ordered.recv_timeout(deadline) {
+            Ok(order) => order,
+            Err(std::sync::mpsc::RecvTimeoutError::Timeout) => Err(RankFailure::Timeout),
+            Err(std::sync::mpsc::RecvTimeoutError::Disconnected) => Err(RankFailure::Trap),
+        }
+    }
+
     fn status(&self) -> PluginStatus {
         let shared = self.shared.lock();
         let usage = shared.usage.as_ref().map(WasmRun::usage);
@@ -580,6 +725,10 @@ impl Plugin {
             },
             granted: shared.script.as_ref().and_then(|script| script.granted()),
             logs: self.logs.counts(),
+            cache: shared.manifest.cache.iter().copied().collect(),
+            calls: shared.manifest.calls,
+            rank: shared.manifest.rank,
+            counts: self.tally.counts(),
         }
     }
 
@@ -589,6 +738,7 @@ impl Plugin {
         if shared.is_sandboxed {
             usage.hits.add_all(&shared.hits);
             limits = usage.limits(&wasm_limits(&shared.manifest));
+            limits.extend(self.contract_limits(shared, &usage.hits));
             limits.extend(wasm::module_limits(
                 shared.module_bytes,
                 self.compile_limits,
@@ -599,12 +749,60 @@ impl Plugin {
         limits
     }
 
+    /// The limits of what it asks of the server.
+    fn contract_limits(&self, shared: &Shared, hits: &LimitHits) -> Vec<LimitUse> {
+        let terms = Terms::of(&shared.manifest);
+        let milliseconds = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+        let counts = self.tally.counts();
+        let late = counts
+            .rank_failures
+            .iter()
+            .find(|(failure, _)| *failure == RankFailure::Timeout)
+            .map_or(0, |(_, count)| *count);
+        let rows = [
+            (Limit::CallTime, milliseconds(terms.call_time), None, None),
+            (
+                Limit::RankTime,
+                milliseconds(terms.rank_time),
+                None,
+                Some(late),
+            ),
+            (
+                Limit::StateBytes,
+                terms.state_bytes,
+                Some(shared.kept.as_ref().map_or(0, |kept| kept.bytes())),
+                None,
+            ),
+            (
+                Limit::QueuedEvents,
+                terms.queued_events,
+                None,
+                Some(counts.events_lost),
+            ),
+            (
+                Limit::Metrics,
+                terms.metrics as u64,
+                Some(counts.custom.len() as u64),
+                None,
+            ),
+        ];
+        rows.into_iter()
+            .map(|(limit, declared, used, counted)| LimitUse {
+                limit,
+                declared,
+                used,
+                hits: counted.unwrap_or_else(|| hits.of(limit)),
+            })
+            .collect()
+    }
+
     fn enter(&self, state: PluginState) {
         let mut shared = self.shared.lock();
         shared.state = state;
         shared.running_since = (state == PluginState::Running).then(SystemTime::now);
         if state != PluginState::Running {
             shared.usage = None;
+            self.current.set(None);
         }
     }
 
@@ -616,6 +814,7 @@ impl Plugin {
         shared.origin = Some(generation.origin);
         shared.manifest = generation.manifest.clone();
         shared.module_bytes = generation.module_bytes;
+        shared.kept = Some(Arc::clone(&generation.kept));
         shared.script = match &generation.runner {
             Runner::Script(script) => Some(Arc::clone(script)),
             Runner::Wasm { .. } => None,
@@ -627,6 +826,7 @@ impl Plugin {
 
 /// What plugins are made ready with.
 struct Workshop {
+    counter: Arc<Counter>,
     config: Arc<SupervisorConfig>,
     contract: Vec<(String, String)>,
     /// Started with the first sandboxed plugin.
@@ -644,6 +844,8 @@ struct Generation {
     sha256: Option<Sha256Digest>,
     origin: Origin,
     module_bytes: u64,
+    kept: Arc<host_api::StateMap>,
+    counter: Arc<Counter>,
 }
 
 enum Runner {
@@ -695,8 +897,16 @@ impl Workshop {
         let _turn = turn.map_err(|error| error.to_string())?;
         let (workshop, sha256, manifest) = (Arc::clone(self), found.sha256, found.manifest.clone());
         let module_bytes = found.bytes.len() as u64;
-        let making = tokio::task::spawn_blocking(move || workshop.runner(&found));
-        let runner = making.await.map_err(|error| error.to_string())??;
+        let making = tokio::task::spawn_blocking(move || {
+            let runner = workshop.runner(&found)?;
+            let keeps_state = found.manifest.limits.state_kib > 0;
+            let kept = match keeps_state {
+                true => workshop.counter.states.open(&found.name),
+                false => Arc::default(),
+            };
+            Ok::<_, Refusal>((runner, kept))
+        });
+        let (runner, kept) = making.await.map_err(|error| error.to_string())??;
         Ok(Generation {
             runner,
             manifest,
@@ -704,6 +914,8 @@ impl Workshop {
             sha256,
             origin,
             module_bytes,
+            kept,
+            counter: Arc::clone(&self.counter),
         })
     }
 
@@ -858,6 +1070,7 @@ type Run = Pin<Box<dyn Future<Output = End> + Send>>;
 /// A run and the ends it is held by. Dropping it kills.
 struct Running {
     run: Run,
+    link: Option<Link>,
     stop: CancellationToken,
     started: Instant,
     usage: Option<WasmRun>,
@@ -1022,6 +1235,7 @@ impl Life {
         self.plugin.enter(PluginState::Running);
         let mut current = start(&self.plugin, generation, &self.ending);
         self.plugin.shared.lock().usage = current.usage.clone();
+        self.plugin.current.set(current.link.clone());
         let mut asked = None;
         let mut reload: Option<Reload> = None;
         let mut draining: Option<Run> = None;
@@ -1091,6 +1305,7 @@ impl Life {
                 old.stop.cancel();
                 draining = Some(old.run);
                 self.plugin.adopt(&fresh, current.usage.clone());
+                self.plugin.current.set(current.link.clone());
                 self.plugin.shared.lock().running_since = Some(SystemTime::now());
                 *generation = fresh;
                 *failures = Failures::default();
@@ -1318,7 +1533,7 @@ pub fn wasm_directories(manifest: &Manifest) -> Vec<wasm::Directory> {
 /// of that; then it is made to.
 fn start(plugin: &Arc<Plugin>, generation: &Arc<Generation>, ending: &Ending) -> Running {
     let stop = CancellationToken::new();
-    let (run, usage): (Run, _) = match &generation.runner {
+    let (run, usage, link): (Run, _, _) = match &generation.runner {
         Runner::Wasm {
             runtime,
             module,
@@ -1335,7 +1550,8 @@ fn start(plugin: &Arc<Plugin>, generation: &Arc<Generation>, ending: &Ending) ->
                 }
                 None => vec![plugin.name.to_string()],
             };
-            let run = runtime.spawn(
+            let (link, access) = contract(plugin, generation, ending, &stop);
+            let run = runtime.spawn_with(
                 module,
                 Launch {
                     arguments,
@@ -1346,6 +1562,7 @@ fn start(plugin: &Arc<Plugin>, generation: &Arc<Generation>, ending: &Ending) ->
                     stop: stop.clone(),
                     kill: must_end.clone(),
                 },
+                access,
             );
             let over = guest_run(
                 Arc::clone(plugin),
@@ -1355,7 +1572,7 @@ fn start(plugin: &Arc<Plugin>, generation: &Arc<Generation>, ending: &Ending) ->
                 must_end,
                 ending.clone(),
             );
-            (Box::pin(over), Some(run))
+            (Box::pin(over), Some(run), Some(link))
         }
         Runner::Script(script) => {
             let over = script_run(
@@ -1365,15 +1582,38 @@ fn start(plugin: &Arc<Plugin>, generation: &Arc<Generation>, ending: &Ending) ->
                 stop.clone(),
                 ending.clone(),
             );
-            (Box::pin(over), None)
+            (Box::pin(over), None, None)
         }
     };
     Running {
         run,
+        link,
         stop,
         started: Instant::now(),
         usage,
     }
+}
+
+/// What a sandboxed run is granted of the server, and the link to it. A Python script has the
+/// interpreter's imports, which are none of the namespace.
+fn contract(
+    plugin: &Arc<Plugin>,
+    generation: &Arc<Generation>,
+    ending: &Ending,
+    stop: &CancellationToken,
+) -> (Link, host_api::Access) {
+    let (link, inbox) = host_api::link(stop.clone());
+    let (own, ending) = (Arc::clone(generation), ending.clone());
+    let access = host_api::Access {
+        run: PluginRun::new(Arc::clone(&plugin.name)),
+        terms: Terms::of(&generation.manifest),
+        inbox,
+        tally: Arc::clone(&plugin.tally),
+        state: Arc::clone(&generation.kept),
+        counter: Arc::clone(&generation.counter),
+        grace: Box::new(move || own.grace(&ending)),
+    };
+    (link, access)
 }
 
 impl Generation {
@@ -1495,6 +1735,10 @@ impl GuestOutput for GuestLog {
             GuestStream::Stderr => OutputStream::Stderr,
         };
         self.0.push(stream, bytes);
+    }
+
+    fn log(&self, level: LogLevel, line: &[u8]) {
+        self.0.log(level, line);
     }
 
     fn budget(&self) -> usize {

@@ -14,9 +14,12 @@ mod engine;
 mod error;
 mod filesystem;
 mod guest;
+mod handler_clock;
+mod imports;
 mod inspect;
 mod launch;
 mod quota;
+mod reactor;
 mod streams;
 
 use std::{
@@ -53,7 +56,9 @@ pub use self::{
     launch::{Access, Directory, Launch, WasmLimits},
 };
 use crate::{
+    host_api,
     limit::{Limit, LimitHits, LimitUse},
+    log_stream::LogLevel,
     outbound::{LOOKUPS_AT_ONCE, Network, Outbound, OutboundUse},
 };
 
@@ -99,6 +104,10 @@ pub trait GuestOutput: Send + Sync + 'static {
 
     /// Resolves when the budget is above 0.
     fn ready(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>>;
+
+    /// Takes one line that the guest logs at a level. It counts against the budget, and may go
+    /// beyond it by a line.
+    fn log(&self, level: LogLevel, line: &[u8]);
 }
 
 /// How WebAssembly is compiled and kept.
@@ -471,8 +480,20 @@ impl WasmRuntime {
         inspect::check(name, bytes, self.form)
     }
 
-    /// Runs a module's `_start`, or a component's `wasi:cli/run`.
+    /// Runs a module's `_start`, its handlers, or a component's `wasi:cli/run`. Of the server
+    /// it gets nothing but its log.
     pub fn spawn(&self, module: &WasmModule, launch: Launch) -> WasmRun {
+        let access = host_api::Access::none(Arc::clone(&module.name), launch.stop.clone());
+        self.spawn_with(module, launch, access)
+    }
+
+    /// As [`spawn`](Self::spawn), with what the plugin is granted of the server.
+    pub(crate) fn spawn_with(
+        &self,
+        module: &WasmModule,
+        launch: Launch,
+        access: host_api::Access,
+    ) -> WasmRun {
         let Launch {
             mut arguments,
             environment,
@@ -510,6 +531,11 @@ impl WasmRuntime {
             return run;
         };
         let (start_time, run_time) = (limits.start_time, limits.run_time);
+        let (call_time, tally) = (access.terms.call_time, Arc::clone(&access.tally));
+        let ending = Ending {
+            counter: Arc::clone(&access.counter),
+            run: access.run.clone(),
+        };
         let engine = self.engine.clone();
         let guest = guest::run(
             module.code.clone(),
@@ -523,6 +549,7 @@ impl WasmRuntime {
                 limits: limits.clone(),
                 meter: Arc::clone(&meter),
                 outbound,
+                access,
             },
         );
         let guest = Metered::new(guest, &limits, Arc::clone(&meter));
@@ -548,6 +575,12 @@ impl WasmRuntime {
                     let milliseconds = start_time.as_millis();
                     WasmEnd::LimitHit(format!("it was not instantiated within {milliseconds} ms"))
                 }
+                handler = meter.handler_clock.late() => {
+                    meter.hit(Limit::CallTime);
+                    tally.handled(handler, host_api::Outcome::Timeout);
+                    let (export, milliseconds) = (handler.export(), call_time.as_millis());
+                    WasmEnd::LimitHit(format!("{export} was not over after its call_ms of {milliseconds} ms"))
+                }
                 () = over => {
                     meter.hit(Limit::RunTime);
                     let milliseconds = run_time.unwrap_or_default().as_millis();
@@ -558,7 +591,7 @@ impl WasmRuntime {
             // Whoever is told of the end finds memory and place free.
             meter.memory.store(0, Ordering::Relaxed);
             meter.table_elements.store(0, Ordering::Relaxed);
-            drop((place, engine));
+            drop((place, engine, ending));
             end.send_replace(Some(ended));
         });
         run
@@ -601,15 +634,21 @@ impl WasmRuntime {
     fn link(&self, name: &str, compiled: &Compiled) -> Result<Code, WasmError> {
         match compiled {
             Compiled::Module(module) => {
+                check_contract(name, module)?;
                 let start = module.get_export("_start");
                 let has_start = start
                     .and_then(|it| it.func().map(|f| f.params().len() + f.results().len()))
                     .is_some_and(|values| values == 0);
+                let is_reactor = !has_start && has_handler(name, module)?;
                 let instance = self
                     .linker
                     .instantiate_pre(module)
                     .map_err(|error| import_error(name, &error))?;
-                has_start.then_some(Code::Module(instance))
+                match (has_start, is_reactor) {
+                    (true, _) => Some(Code::Module(instance)),
+                    (false, true) => Some(Code::Reactor(instance)),
+                    (false, false) => None,
+                }
             }
             Compiled::Component(component) => {
                 let instance = self
@@ -622,6 +661,72 @@ impl WasmRuntime {
         .ok_or_else(|| WasmError::NoStart {
             name: name.to_owned(),
         })
+    }
+}
+
+/// Refuses a version of the plugins' namespace that this server does not have, and functions
+/// that a version does not have, before anything else is said of the module.
+fn check_contract(name: &str, module: &wasmtime::Module) -> Result<(), WasmError> {
+    for import in module.imports() {
+        let is_served = import.module() == host_api::NAMESPACE;
+        if !is_served && import.module().starts_with(host_api::NAMESPACE_FAMILY) {
+            return Err(WasmError::ContractVersion {
+                name: name.to_owned(),
+                wanted: import.module().to_owned(),
+                served: host_api::NAMESPACE,
+            });
+        }
+        let mut functions = host_api::FUNCTIONS.iter().map(|(function, _)| *function);
+        if is_served && !functions.any(|function| function == import.name()) {
+            return Err(WasmError::ContractFunction {
+                name: name.to_owned(),
+                version: host_api::NAMESPACE,
+                function: import.name().to_owned(),
+            });
+        }
+    }
+    Ok(())
+}
+
+/// Whether a module exports handlers, which must have their type.
+fn has_handler(name: &str, module: &wasmtime::Module) -> Result<bool, WasmError> {
+    let mut has_any = false;
+    for handler in host_api::Handler::ALL {
+        let Some(export) = module.get_export(handler.export()) else {
+            continue;
+        };
+        let is_handler = export.func().is_some_and(|function| {
+            let is_i32 = |it: wasmtime::ValType| it.is_i32();
+            function.params().len() == 1
+                && function.results().len() == 1
+                && function.params().all(is_i32)
+                && function.results().all(is_i32)
+        });
+        if !is_handler {
+            return Err(WasmError::HandlerType {
+                name: name.to_owned(),
+                handler: handler.export(),
+            });
+        }
+        has_any = true;
+    }
+    Ok(has_any)
+}
+
+/// Tells the server that a run is over, however it ended.
+struct Ending {
+    counter: Arc<host_api::Counter>,
+    run: host_api::PluginRun,
+}
+
+impl Drop for Ending {
+    fn drop(&mut self) {
+        let counter = &self.counter;
+        if let (Some(host), Some(runtime)) = (counter.host.clone(), &counter.runtime) {
+            let run = self.run.clone();
+            // Not here, where a lock would be held at the guests' priority.
+            drop(runtime.spawn_blocking(move || host.ended(&run)));
+        }
     }
 }
 

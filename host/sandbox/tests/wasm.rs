@@ -20,11 +20,11 @@ use std::{
 };
 
 use parking_lot::Mutex;
-use stockade_sandbox::Limit;
 use stockade_sandbox::wasm::{
     Access, CompileLimits, Compiler, Directory, GuestOutput, GuestStream, Launch, ModuleForm,
     WasmConfig, WasmEnd, WasmError, WasmLimits, WasmModule, WasmRun, WasmRuntime,
 };
+use stockade_sandbox::{Limit, LogLevel};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
@@ -39,6 +39,7 @@ const KILL_LIMIT: Duration = Duration::from_secs(30);
 struct Sink {
     stdout: Mutex<Vec<u8>>,
     stderr: Mutex<Vec<u8>>,
+    log: Mutex<Vec<String>>,
     budget: AtomicUsize,
     changed: Notify,
 }
@@ -48,6 +49,7 @@ impl Sink {
         Arc::new(Self {
             stdout: Mutex::default(),
             stderr: Mutex::default(),
+            log: Mutex::default(),
             budget: AtomicUsize::new(budget),
             changed: Notify::new(),
         })
@@ -90,6 +92,16 @@ impl Sink {
 }
 
 impl GuestOutput for Sink {
+    fn log(&self, level: LogLevel, line: &[u8]) {
+        let mut log = self.log.lock();
+        log.push(format!(
+            "{} {}",
+            level.name(),
+            String::from_utf8_lossy(line)
+        ));
+        self.changed.notify_waiters();
+    }
+
     fn push(&self, stream: GuestStream, bytes: &[u8]) {
         let left = self.budget.load(Ordering::SeqCst);
         assert!(

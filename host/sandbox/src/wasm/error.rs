@@ -20,7 +20,7 @@ pub enum WasmError {
     /// An import that nothing grants.
     #[error(
         "{name} imports {module}.{field}, which is not granted; \
-         a module gets WASI preview 1 (wasi_snapshot_preview1), a component WASI 0.2 for commands, and nothing else"
+         a module gets WASI preview 1 (wasi_snapshot_preview1) and stockade:plugin/v1, a component WASI 0.2 for commands, and nothing else"
     )]
     NotGranted {
         /// The plugin's name.
@@ -38,9 +38,41 @@ pub enum WasmError {
         /// What differs.
         reason: String,
     },
+    /// A version of the plugins' namespace that is not served.
+    #[error(
+        "{name} imports {wanted}, which this server does not have; it has {served}: build the plugin against that version, or update the server"
+    )]
+    ContractVersion {
+        /// The plugin's name.
+        name: String,
+        /// The namespace that it imports.
+        wanted: String,
+        /// The namespace that is served.
+        served: &'static str,
+    },
+    /// A function that the namespace does not have.
+    #[error(
+        "{name} imports {version}.{function}, which that version does not have; plugin-sdk/abi/README.md lists those that it has"
+    )]
+    ContractFunction {
+        /// The plugin's name.
+        name: String,
+        /// The namespace.
+        version: &'static str,
+        /// The function.
+        function: String,
+    },
+    /// A handler of another type.
+    #[error("{name} exports {handler} with another type than (i32) -> i32")]
+    HandlerType {
+        /// The plugin's name.
+        name: String,
+        /// The export.
+        handler: &'static str,
+    },
     /// No entry point.
     #[error(
-        "{name} exports no _start function without parameters and results, or, as a component, no wasi:cli/run; build it as a command, not as a library"
+        "{name} exports no _start function without parameters and results, no handler such as stockade_start or stockade_timer, or, as a component, no wasi:cli/run; build it as a command, or export a handler"
     )]
     NoStart {
         /// The plugin's name.

@@ -20,9 +20,12 @@ use wasmtime_wasi::{
 use super::{
     Access, Directory, GuestOutput, GuestStream, WasmEnd, WasmLimits,
     filesystem::{self, Files, HostCallTimeout, OpenDirectory},
-    streams,
+    handler_clock::HandlerClock,
+    imports::{self, Api},
+    reactor, streams,
 };
 use crate::{
+    host_api,
     limit::{Limit, LimitHits},
     outbound::Outbound,
 };
@@ -54,6 +57,9 @@ pub(super) struct Meter {
     pub(super) table_elements: AtomicU64,
     pub(super) table_elements_peak: AtomicU64,
     pub(super) cpu_nanoseconds: AtomicU64,
+    /// Processor time of other threads that the run has yet to pay for.
+    pub(super) charged_nanoseconds: AtomicU64,
+    pub(super) handler_clock: HandlerClock,
     pub(super) host_call_longest: AtomicU64,
     pub(super) open_files_peak: AtomicU64,
     pub(super) directory_bytes: AtomicU64,
@@ -83,8 +89,10 @@ impl Meter {
 /// Compiled code with its imports resolved.
 #[derive(Clone)]
 pub(super) enum Code {
-    /// A core module for preview 1.
+    /// A core module for preview 1 that runs until it ends.
     Module(InstancePre<GuestState>),
+    /// A core module whose handlers are called.
+    Reactor(InstancePre<GuestState>),
     /// A component for WASI 0.2.
     Component(CommandPre<GuestState>),
 }
@@ -94,11 +102,8 @@ pub(super) struct GuestState {
     pub(super) wasi: WasiP1Ctx,
     pub(super) files: Files,
     /// The way to the hosts that were granted.
-    #[expect(
-        dead_code,
-        reason = "the host call that sends requests comes with the plugin API"
-    )]
     pub(super) outbound: Arc<Outbound>,
+    pub(super) api: Api,
     limiter: Limiter,
 }
 
@@ -118,6 +123,7 @@ pub(super) struct Invocation {
     pub(super) limits: WasmLimits,
     pub(super) meter: Arc<Meter>,
     pub(super) outbound: Arc<Outbound>,
+    pub(super) access: host_api::Access,
 }
 
 /// Holds a guest to its memory, over all its memories and tables.
@@ -229,11 +235,12 @@ impl ResourceLimiter for Limiter {
     }
 }
 
-/// WASI preview 1 and nothing else.
+/// WASI preview 1, the functions of `stockade:plugin/v1`, and nothing else.
 pub(super) fn new_linker(engine: &Engine) -> wasmtime::Result<Linker<GuestState>> {
     let mut linker = Linker::new(engine);
     p1::add_to_linker_async(&mut linker, |state: &mut GuestState| &mut state.wasi)?;
     filesystem::add_to_linker(&mut linker)?;
+    imports::add_to_linker(&mut linker)?;
     Ok(linker)
 }
 
@@ -272,7 +279,7 @@ pub(super) async fn run(code: Code, engine: Engine, invocation: Invocation) -> W
     }
     let time = invocation.limits.host_call_time;
     let mut store = match filesystem::open(invocation.directories.clone(), time).await {
-        Ok(directories) => match new_store(&engine, invocation, directories) {
+        Ok(directories) => match new_store(&engine, invocation, directories, &code) {
             Ok(store) => store,
             Err(error) => return WasmEnd::Refused(format!("{error:#}")),
         },
@@ -290,6 +297,17 @@ pub(super) async fn run(code: Code, engine: Engine, invocation: Invocation) -> W
                     meter.is_started.store(true, Ordering::Relaxed);
                     Ok(start.call_async(&mut store, ()).await.map(Ok))
                 }
+                Err(error) => Err(error),
+            }
+        }
+        Code::Reactor(module) => {
+            let started = async {
+                let instance = module.instantiate_async(&mut store).await?;
+                reactor::initialize(&mut store, &instance).await?;
+                Ok(instance)
+            };
+            match started.await {
+                Ok(instance) => Ok(reactor::serve(&mut store, &instance).await.map(Ok)),
                 Err(error) => Err(error),
             }
         }
@@ -333,6 +351,7 @@ fn new_store(
     engine: &Engine,
     invocation: Invocation,
     directories: Vec<OpenDirectory>,
+    code: &Code,
 ) -> wasmtime::Result<Store<GuestState>> {
     let output = |stream| streams::PluginOutput {
         stream,
@@ -369,6 +388,13 @@ fn new_store(
         limits.directory_bytes,
         Arc::clone(&invocation.meter),
     );
+    let api = Api::new(
+        invocation.access,
+        Arc::clone(&invocation.output),
+        Arc::clone(&invocation.meter),
+        limits.host_call_time,
+        !matches!(code, Code::Reactor(_)),
+    );
     let limiter = Limiter {
         memory_limit: limits.memory_bytes,
         table_limit: limits.table_elements,
@@ -383,6 +409,7 @@ fn new_store(
         wasi,
         files,
         outbound: invocation.outbound,
+        api,
         limiter,
     };
     let mut store = Store::new(engine, state);

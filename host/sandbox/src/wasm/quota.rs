@@ -95,8 +95,11 @@ impl<F: Future> Future for Metered<F> {
         }
         let before = thread_time();
         let outcome = this.guest.as_mut().poll(context);
-        let took = thread_time().saturating_sub(before);
-        this.turns.took(took);
+        let own = thread_time().saturating_sub(before);
+        this.turns.took(own);
+        // What other threads did for it is its own too.
+        let charged = this.meter.charged_nanoseconds.swap(0, Ordering::Relaxed);
+        let took = own + Duration::from_nanos(charged);
         this.meter.cpu_nanoseconds.fetch_add(
             u64::try_from(took.as_nanos()).unwrap_or(u64::MAX),
             Ordering::Relaxed,
@@ -127,7 +130,8 @@ fn pay(now: Instant, paid: Instant, took: Duration, percent: u32, burst: Duratio
     earliest + took * 100 / percent
 }
 
-fn thread_time() -> Duration {
+/// Processor time of the calling thread so far.
+pub(super) fn thread_time() -> Duration {
     Duration::try_from(clock_gettime(ClockId::ThreadCPUTime)).unwrap_or_default()
 }
 
