@@ -6,7 +6,10 @@ mod plugin_json;
 mod settings;
 mod tenants;
 
-use std::{collections::BTreeMap, num::NonZeroUsize, path::PathBuf, str::FromStr, time::Duration};
+use std::{
+    collections::BTreeMap, num::NonZeroUsize, path::PathBuf, str::FromStr, sync::Arc,
+    time::Duration,
+};
 
 use anyhow::Context as _;
 use serde::Deserialize;
@@ -16,7 +19,7 @@ use stockade_sandbox::{NativePolicy, Policy};
 pub use listeners::{DEFAULT as DEFAULT_LISTENER, ListenerConfig, Users};
 pub use settings::Settings;
 
-use crate::admin::TlsFiles;
+use crate::{admin::TlsFiles, tenancy::Rules};
 
 /// One GiB, the unit that LMCache calls GB.
 const GIB: f64 = (1u64 << 30) as f64;
@@ -90,6 +93,10 @@ pub struct Config {
     pub eviction_ratio: f64,
     /// Who may use how much of the pool.
     pub tenants: Vec<Tenant>,
+    /// Whose connection is whose.
+    pub tenant_rules: Arc<Rules>,
+    /// The file that was read, for what of it is read again while the server runs.
+    pub file: Option<PathBuf>,
     /// Plugin files and directories.
     pub runtime_plugin_locations: Vec<PathBuf>,
     /// Extra configuration of plugins, a JSON object.
@@ -222,11 +229,32 @@ impl Config {
         };
         let in_file = |error| UsageError(format!("--config: {error}"));
         file.plugins.check().map_err(in_file)?;
+        let path = flags.config.clone();
         let settings = flags.or(std::mem::take(&mut file.serve));
         let mut config = Self::check(settings, file.listener).map_err(UsageError)?;
-        config.tenants = tenants::check(file.tenants, config.l1_size_bytes).map_err(in_file)?;
+        let tenants = tenants::check(file.tenants, config.l1_size_bytes, &config.listeners)
+            .map_err(in_file)?;
+        config.tenants = tenants.budgets;
+        config.tenant_rules = Arc::new(tenants.rules);
+        config.file = path;
         config.plugin_policy = file.plugins;
         Ok(config)
+    }
+
+    /// Reads the tenants of the file again, for the listeners and the pool that are in use.
+    ///
+    /// # Errors
+    /// One sentence that names the key and the way out; also when there is no file.
+    pub fn reread_tenants(&self) -> Result<(Vec<Tenant>, Rules), UsageError> {
+        let Some(path) = &self.file else {
+            return Err(UsageError(
+                "there is no --config file to read tenants from".to_owned(),
+            ));
+        };
+        let file = read_file(path).map_err(|error| UsageError(format!("--config: {error:#}")))?;
+        let tenants = tenants::check(file.tenants, self.l1_size_bytes, &self.listeners)
+            .map_err(|error| UsageError(format!("--config: {error}")))?;
+        Ok((tenants.budgets, tenants.rules))
     }
 
     /// Puts defaults in and checks every value.
@@ -422,6 +450,8 @@ impl Config {
             )?,
             eviction_ratio: fraction("eviction-ratio", settings.eviction_ratio.unwrap_or(0.2))?,
             tenants: Vec::new(),
+            tenant_rules: Arc::default(),
+            file: None,
             runtime_plugin_locations: settings.runtime_plugin_locations.unwrap_or_default(),
             runtime_plugin_config,
             plugin_policy: Policy::default(),

@@ -9,6 +9,7 @@
 pub mod cli;
 pub mod config;
 pub mod telemetry;
+pub mod tenancy;
 pub mod watchdog;
 
 pub mod budgets;

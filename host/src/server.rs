@@ -30,6 +30,7 @@ use crate::{
     service::{Service, ServiceHandler, ServiceSettings},
     state_dir::StateDir,
     telemetry::Log,
+    tenancy::Tenancy,
     watchdog::{BEAT, Heart, Watchdog},
 };
 
@@ -169,9 +170,12 @@ impl Server {
     ) -> anyhow::Result<()> {
         let config = self.config;
         let mut registry = Registry::default();
+        let tenancy = Arc::new(Tenancy::new(Arc::clone(&config.tenant_rules)));
+        warn_of_open_listeners(&config);
         let service = Service::new(
             Arc::clone(&self.engine),
             TokenHasher::new(config.chunk_size),
+            Arc::clone(&tenancy),
             ServiceSettings {
                 deadline: config.request_deadline,
                 worker_reap_timeout: config.worker_reap_timeout,
@@ -319,6 +323,18 @@ impl Server {
         }
         tracing::info!("stopped");
         Ok(())
+    }
+}
+
+/// Says through which listeners strangers come in beside the tenants.
+fn warn_of_open_listeners(config: &Config) {
+    let listeners: Vec<&str> = config.listeners.iter().map(|it| &*it.name).collect();
+    let open = config.tenant_rules.open_listeners(&listeners);
+    if !open.is_empty() {
+        tracing::warn!(
+            "listener {} belongs to no tenant: whoever reaches it may use every salt that no bound tenant has",
+            open.join(", ")
+        );
     }
 }
 

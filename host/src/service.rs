@@ -41,13 +41,17 @@ use self::{
     kv_events::KvEvents,
     lapsed::{Lapsed, RECONNECT_WINDOW},
     metrics::ServiceMetrics,
+    sessions::SessionId,
     sessions::Sessions,
     store::TransferRange,
-    workers::{Orphan, TransferKey, Worker, Workers},
+    workers::{Orphan, TransferKey, Worker, WorkerId, Workers},
 };
 use tokio::{runtime::Handle, sync::Notify};
 
-use crate::telemetry::CauseLimiter;
+use crate::{
+    telemetry::CauseLimiter,
+    tenancy::{Caller, DENIED_SALT, Tenancy},
+};
 
 pub use latencies::Snapshot as LatencySnapshot;
 pub use metrics::Activity;
@@ -87,6 +91,7 @@ const DEATH_CHECK: (Duration, Duration) = (Duration::from_millis(1), Duration::f
 pub struct Service {
     engine: Arc<CacheEngine>,
     hasher: TokenHasher,
+    tenancy: Arc<Tenancy>,
     settings: ServiceSettings,
     limits: stockade_wire::Limits,
     workers: Workers,
@@ -108,14 +113,19 @@ impl Service {
     pub fn new(
         engine: Arc<CacheEngine>,
         hasher: TokenHasher,
+        tenancy: Arc<Tenancy>,
         settings: ServiceSettings,
         registry: &mut Registry,
     ) -> Arc<Self> {
-        let events = Arc::new(KvEvents::new(settings.kv_event_log_size));
+        let events = Arc::new(KvEvents::new(
+            settings.kv_event_log_size,
+            Arc::clone(&tenancy),
+        ));
         engine.set_observer(Arc::clone(&events) as _);
         Arc::new(Self {
             engine,
             hasher,
+            tenancy,
             settings,
             limits: stockade_wire::Limits::default(),
             workers: Workers::default(),
@@ -138,37 +148,48 @@ impl Service {
         &self.engine
     }
 
-    fn shm_enabled(&self) -> bool {
-        self.engine.shm_name().is_some()
+    /// Who calls, and what they may.
+    #[must_use]
+    pub fn tenancy(&self) -> &Arc<Tenancy> {
+        &self.tenancy
+    }
+
+    /// Whether a worker's KV goes through the shared segment.
+    fn shares_memory(&self, worker: &Worker) -> bool {
+        worker.has_segment && self.engine.shm_name().is_some()
     }
 
     /// Runs a decoded request; streams and control frames are handled by the caller.
-    fn run(&self, peer: &Peer, request: &Request) -> Answer {
+    fn run(&self, caller: &Caller, peer: &Peer, request: &Request) -> Answer {
         match request {
             Request::Noop => Ok(Response::Ok),
             Request::GetChunkSize => Ok(Response::Int(self.hasher.chunk_size() as i64)),
             Request::GetExperimental => self.experimental(),
-            Request::Ping { instance_id } => self.ping(peer, *instance_id),
-            Request::Register(context) => self.register(peer, context),
-            Request::Unregister { instance_id } => self.unregister(*instance_id),
+            Request::Ping { instance_id } => self.ping(caller, peer, *instance_id),
+            Request::Register(context) => self.register(caller, peer, context),
+            Request::Unregister { instance_id } => self.unregister(caller, *instance_id),
             Request::PrepareStore { key, instance_id } => {
-                self.prepare_store(peer, key, *instance_id)
+                self.prepare_store(caller, peer, key, *instance_id)
             }
             Request::CommitStore {
                 key,
                 instance_id,
                 data,
-            } => self.commit_store(key, *instance_id, data),
+            } => self.commit_store(caller, key, *instance_id, data),
             Request::PrepareRetrieve { key, instance_id } => {
-                self.prepare_retrieve(key, *instance_id)
+                self.prepare_retrieve(caller, key, *instance_id)
             }
-            Request::CommitRetrieve { key, instance_id } => self.commit_retrieve(key, *instance_id),
-            Request::Lookup { key } => self.lookup(key),
-            Request::FreeLookupLocks { key } => self.free_lookup_locks(key),
+            Request::CommitRetrieve { key, instance_id } => {
+                self.commit_retrieve(caller, key, *instance_id)
+            }
+            Request::Lookup { key } => self.lookup(caller, key),
+            Request::FreeLookupLocks { key } => self.free_lookup_locks(caller, key),
             Request::QueryPrefetchStatus { request_id }
-            | Request::WaitPrefetchStatus { request_id, .. } => self.prefetch_status(request_id),
-            Request::EndSession { request_id } => self.end_session(request_id),
-            Request::Clear { force } => self.clear(*force),
+            | Request::WaitPrefetchStatus { request_id, .. } => {
+                self.prefetch_status(caller, request_id)
+            }
+            Request::EndSession { request_id } => self.end_session(caller, request_id),
+            Request::Clear { force } => self.clear(caller, *force),
             Request::ReportBlockAllocation { records, .. } => {
                 self.metrics.blocks_allocated(records.len());
                 Ok(Response::None)
@@ -182,10 +203,12 @@ impl Service {
                 .into(),
             }),
             // As a 0.5.6 server without P2P answers: a task that finds nothing.
-            Request::P2pLookupAndLock { keys } => Ok(Response::Int(self.p2p.begin(*keys))),
+            Request::P2pLookupAndLock { keys } => {
+                Ok(Response::Int(self.p2p.begin(caller.realm(), *keys)))
+            }
             Request::P2pQueryLookupResults { task_id } => Ok(self
                 .p2p
-                .collect(*task_id)
+                .collect(caller.realm(), *task_id)
                 .map_or(Response::None, Response::P2pAddresses)),
             Request::P2pUnlockObjects => Ok(Response::None),
             Request::Unsupported(operation) => Err(control::way_out(*operation)),
@@ -215,6 +238,7 @@ impl Service {
             _ => {}
         }
         let operation = request.operation()?;
+        let caller = self.tenancy.caller(peer);
         let run = || match &request {
             Request::SubscribeKvEvents {
                 instance_id,
@@ -225,6 +249,7 @@ impl Service {
                 let model_name = Arc::clone(model_name);
                 self.events
                     .subscribe(
+                        &caller,
                         peer,
                         &envelope,
                         *instance_id,
@@ -234,7 +259,7 @@ impl Service {
                     )
                     .map(|()| None)
             }
-            request => self.run(peer, request).map(Some),
+            request => self.run(&caller, peer, request).map(Some),
         };
         let answer = catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|_| {
             self.metrics.failed(Some(operation), "panic");
@@ -276,9 +301,10 @@ impl Service {
             .warn(operation, || format!("{operation}: {field}: {problem}"));
     }
 
-    fn worker(&self, instance_id: InstanceId) -> Result<Arc<Worker>, String> {
-        let Some(worker) = self.workers.get(instance_id) else {
-            self.lapsed.note(instance_id);
+    fn worker(&self, caller: &Caller, instance_id: InstanceId) -> Result<Arc<Worker>, String> {
+        let id = WorkerId::new(caller, instance_id);
+        let Some(worker) = self.workers.get(&id) else {
+            self.lapsed.note(&id);
             return Err(format!(
                 "instance_id {instance_id} is not registered, or was reaped: register it again"
             ));
@@ -292,8 +318,24 @@ impl Service {
         peer.connected_at().saturating_duration_since(self.started) < RECONNECT_WINDOW
     }
 
-    fn salt(&self, key: &CacheKey) -> Result<CacheSalt, String> {
-        CacheSalt::parse(&key.cache_salt).map_err(|error| format!("cache_salt of key: {error}"))
+    /// The salt that a key is about: the one place where what a request says becomes what it
+    /// may have.
+    ///
+    /// A salt that is not the caller's becomes one that has no objects, so that the request goes
+    /// the whole way of one that finds nothing and its time tells nothing either.
+    fn salt(
+        &self,
+        caller: &Caller,
+        operation: &'static str,
+        key: &CacheKey,
+    ) -> Result<CacheSalt, String> {
+        let asked = CacheSalt::parse(&key.cache_salt)
+            .map_err(|error| format!("cache_salt of key: {error}"))?;
+        Ok(caller.salt(&asked).unwrap_or_else(|denial| {
+            let audit = self.tenancy.audit();
+            audit.denied(caller, denial, operation, Some(asked.as_str()));
+            caller.denied_salt()
+        }))
     }
 
     fn scope(
@@ -318,13 +360,19 @@ impl Service {
     }
 
     /// Checks a key that a worker wants to transfer, and names its chunks.
-    fn transfer_range(&self, key: &CacheKey, worker: &Worker) -> Result<TransferRange, String> {
+    fn transfer_range(
+        &self,
+        caller: &Caller,
+        operation: &'static str,
+        key: &CacheKey,
+        worker: &Worker,
+    ) -> Result<TransferRange, String> {
         if *key.model_name != *worker.model_name || key.world_size != worker.world_size {
             return Err(format!(
                 "key is of model `{}` with world_size {} but instance_id {} registered `{}` with {}: register it for this model",
                 key.model_name,
                 key.world_size,
-                worker.instance_id,
+                worker.id.instance,
                 worker.model_name,
                 worker.world_size
             ));
@@ -341,8 +389,15 @@ impl Service {
         }
         // Within the number of tokens that arrived, so it fits.
         let (first, last) = ((start / chunk_size) as usize, (end / chunk_size) as usize);
-        let scope = self.scope(key, rank, worker.object_group_id, self.salt(key)?)?;
-        let session = self.sessions.get_or_create(&key.request_id, &self.engine);
+        let scope = self.scope(
+            key,
+            rank,
+            worker.object_group_id,
+            self.salt(caller, operation, key)?,
+        )?;
+        let session = self
+            .sessions
+            .get_or_create(SessionId::new(caller, &key.request_id), &self.engine);
         let mut session = session.lock();
         let hashes = session.chunk_hashes(&self.hasher, &key.tokens, last);
         let chunks = hashes
@@ -376,7 +431,7 @@ impl Service {
             settings.worker_reap_timeout,
             settings.worker_registration_grace,
         ) {
-            self.lapsed.note(worker.instance_id);
+            self.lapsed.note(&worker.id);
             self.end_worker(&worker, "silent for too long");
         }
         self.events.reap(settings.worker_reap_timeout);
@@ -384,14 +439,15 @@ impl Service {
         if sessions > 0 {
             tracing::info!(sessions, "idle sessions ended");
         }
+        self.tenancy.audit().settle();
         self.engine.maintain();
     }
 
     fn end_worker(&self, worker: &Worker, why: &str) {
         let ended = self.engine.end_owner(worker.owner);
-        self.events.drop_instance(worker.instance_id);
+        self.events.drop_instance(&worker.id);
         tracing::warn!(
-            instance_id = %worker.instance_id,
+            instance_id = %worker.id,
             aborted_objects = ended.aborted_objects,
             released_locks = ended.released_locks,
             "worker reaped: {why}"
@@ -536,8 +592,8 @@ impl Service {
             },
             "registered_gpu_ids": [],
             "cache_context_meta": {},
-            "registered_non_cuda_instance_ids": workers.iter().map(|worker| number(worker.instance_id)).collect::<Vec<_>>(),
-            "non_cuda_context_meta": workers.iter().map(|worker| (worker.instance_id.to_string(), json!({
+            "registered_non_cuda_instance_ids": workers.iter().map(|worker| number(worker.id.instance)).collect::<Vec<_>>(),
+            "non_cuda_context_meta": workers.iter().map(|worker| (worker.id.instance.to_string(), json!({
                 "model_name": &*worker.model_name,
                 "world_size": worker.world_size,
                 "block_size": worker.block_size,
@@ -578,7 +634,7 @@ impl Service {
 
     /// Empties the cache; locked objects stay unless `force`.
     pub fn clear_cache(&self, force: bool) {
-        let _ = self.clear(force);
+        self.clear_owned(force, |_| true);
     }
 
     /// Whether the server is going down.

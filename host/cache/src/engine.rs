@@ -315,13 +315,19 @@ impl CacheEngine {
     ///
     /// Works in steps, so objects committed meanwhile may stay.
     pub fn clear(&self, force: bool) -> Cleared {
+        self.clear_where(force, &|_| true)
+    }
+
+    /// As [`clear`](Self::clear), of the objects whose salts are `wanted`. It is called under
+    /// the engine's mutex, once for neighbours of one scope, so it must be quick.
+    pub fn clear_where(&self, force: bool, wanted: &dyn Fn(&CacheSalt) -> bool) -> Cleared {
         let mut cleared = Cleared::default();
         let mut start = 0_u32;
         loop {
             let end = start.saturating_add(BACKGROUND_BATCH);
             let step = self
                 .inner
-                .with_l1_fairly(|l1, _| l1.clear_range(start..end, force));
+                .with_l1_fairly(|l1, _| l1.clear_range(start..end, force, wanted));
             let Some((removed, kept)) = step else {
                 return cleared;
             };
@@ -341,6 +347,19 @@ impl CacheEngine {
     /// [`BudgetError`]; nothing changes then.
     pub fn set_budget(&self, salt: &CacheSalt, budget: Budget) -> Result<(), BudgetError> {
         self.inner.with_l1(|l1, _| l1.set_budget(salt, budget))?;
+        self.move_objects();
+        Ok(())
+    }
+
+    /// Puts the tenants `after` in the place of `before`, those of the last configuration.
+    /// Tenants that are the same in both keep what [`set_budget`](Self::set_budget) gave them;
+    /// those that were made by it alone stay, but for the salts that `after` names.
+    ///
+    /// # Errors
+    /// [`BudgetError`]; nothing changes then.
+    pub fn replace_tenants(&self, before: &[Tenant], after: &[Tenant]) -> Result<(), BudgetError> {
+        self.inner
+            .with_l1(|l1, _| l1.replace_tenants(before, after))?;
         self.move_objects();
         Ok(())
     }

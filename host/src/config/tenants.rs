@@ -1,18 +1,23 @@
-//! `[tenants.<name>]` of the file: who may use how much of the pool.
+//! `[tenants.<name>]` of the file: who they are, and how much of the pool they may use.
 
-use std::{collections::BTreeMap, num::NonZeroU32};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    num::NonZeroU32,
+    sync::Arc,
+};
 
 use serde::Deserialize;
 use stockade_cache::{Budget, CacheSalt, Tenant, check_tenants};
 
-use super::GIB;
+use super::{GIB, ListenerConfig};
+use crate::tenancy::{Binding, DENIED_SALT, Rules, TenantRules, Unsalted};
 
 /// Longest name of a tenant in bytes; it becomes a metric's label.
 const MAX_NAME_BYTES: usize = 128;
 
 /// One tenant as the file has it.
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
 pub(super) struct TenantSettings {
     /// Salts whose objects count for it; left out by the one tenant that has all others.
     salts: Option<Vec<String>>,
@@ -22,13 +27,37 @@ pub(super) struct TenantSettings {
     weight: Option<u32>,
     /// GiB that it never goes beyond.
     cap_gb: Option<f64>,
+    /// Listeners that its connections come through; all of them if it names peers only.
+    listeners: BTreeSet<String>,
+    /// PLAIN users that are its own.
+    users: BTreeSet<String>,
+    /// Users whose local processes are its own.
+    uids: BTreeSet<u32>,
+    /// Groups whose local processes are its own.
+    gids: BTreeSet<u32>,
+    /// The salt of requests without one.
+    default_salt: Option<String>,
+    /// `default` or `refuse`: what requests without a salt get.
+    unsalted: Option<String>,
+    /// Whether its workers are given the shared segment, in which they can read everything.
+    shared_memory: Option<bool>,
 }
 
-/// Checks each table, and that a pool of `pool_bytes` can keep what they promise.
+/// Tenants as the pool takes them, and the rules of who they are.
+#[derive(Debug)]
+pub(super) struct Tenants {
+    pub(super) budgets: Vec<Tenant>,
+    pub(super) rules: Rules,
+}
+
+/// Checks each table, that a pool of `pool_bytes` can keep what they promise, and that no
+/// connection or salt is two tenants'.
 pub(super) fn check(
     settings: BTreeMap<String, TenantSettings>,
     pool_bytes: u64,
-) -> Result<Vec<Tenant>, String> {
+    listeners: &[ListenerConfig],
+) -> Result<Tenants, String> {
+    let mut rules = Vec::with_capacity(settings.len());
     let mut tenants: Vec<Tenant> = Vec::with_capacity(settings.len());
     for (name, settings) in settings {
         let field = |field: &str| format!("tenants.{name}.{field}");
@@ -38,7 +67,8 @@ pub(super) fn check(
             ));
         }
         let is_for_the_rest = settings.salts.is_none();
-        let salts = settings.salts.unwrap_or_default();
+        let binding = settings.binding();
+        let salts = settings.salts.clone().unwrap_or_default();
         if !is_for_the_rest && salts.is_empty() {
             return Err(format!(
                 "{} is empty: name its salts, or leave it out for the tenant of all others",
@@ -54,10 +84,18 @@ pub(super) fn check(
         }
         let salts = salts
             .iter()
-            .map(|salt| {
-                CacheSalt::parse(salt).map_err(|error| format!("{}: {error}", field("salts")))
-            })
-            .collect::<Result<_, _>>()?;
+            .map(|salt| parse(salt).map_err(|problem| format!("{}: {problem}", field("salts"))))
+            .collect::<Result<Vec<_>, _>>()?;
+        let unsalted = settings
+            .unsalted(&salts, &binding)
+            .map_err(|problem| format!("tenants.{name}.{problem}"))?;
+        rules.push(TenantRules {
+            name: Arc::from(name.as_str()),
+            salts: (!is_for_the_rest).then(|| salts.iter().cloned().collect()),
+            binding,
+            unsalted,
+            shared_memory: settings.shared_memory.unwrap_or(true),
+        });
         let weight = settings.weight.unwrap_or(1);
         let weight = NonZeroU32::new(weight)
             .ok_or_else(|| format!("{} 0: give a whole number above 0", field("weight")))?;
@@ -77,5 +115,142 @@ pub(super) fn check(
         });
     }
     check_tenants(&tenants, pool_bytes).map_err(|error| format!("tenants: {error}"))?;
-    Ok(tenants)
+    let listeners: Vec<&str> = listeners.iter().map(|it| &*it.name).collect();
+    Ok(Tenants {
+        budgets: tenants,
+        rules: Rules::new(rules, &listeners)?,
+    })
+}
+
+fn parse(salt: &str) -> Result<CacheSalt, String> {
+    if salt == DENIED_SALT {
+        return Err(format!("{DENIED_SALT} is the server's own; name another"));
+    }
+    CacheSalt::parse(salt).map_err(|error| error.to_string())
+}
+
+impl TenantSettings {
+    fn binding(&self) -> Binding {
+        Binding {
+            listeners: self.listeners.clone(),
+            users: self.users.clone(),
+            uids: self.uids.clone(),
+            gids: self.gids.clone(),
+        }
+    }
+
+    /// What requests without a salt get.
+    fn unsalted(&self, salts: &[CacheSalt], binding: &Binding) -> Result<Unsalted, String> {
+        if binding.is_empty() && (self.unsalted.is_some() || self.default_salt.is_some()) {
+            return Err(
+                "default_salt and unsalted are for the tenant's own connections: give it listeners, users, uids or gids"
+                    .to_owned(),
+            );
+        }
+        if binding.is_empty() && self.shared_memory.is_some() {
+            return Err(
+                "shared_memory is for the tenant's own connections: give it listeners, users, uids or gids"
+                    .to_owned(),
+            );
+        }
+        let default = match &self.default_salt {
+            Some(salt) => Some(parse(salt).map_err(|problem| format!("default_salt: {problem}"))?),
+            None => None,
+        };
+        match (self.unsalted.as_deref(), default) {
+            (Some("refuse"), None) => Ok(Unsalted::Refuse),
+            (Some("refuse"), Some(_)) => Err(
+                "default_salt is never used with unsalted = \"refuse\"; leave one of them out"
+                    .to_owned(),
+            ),
+            (None | Some("default"), Some(salt)) => Ok(Unsalted::Default(salt)),
+            (None | Some("default"), None) => match salts {
+                [] => Ok(Unsalted::Default(CacheSalt::default())),
+                [only] => Ok(Unsalted::Default(only.clone())),
+                _ if binding.is_empty() => Ok(Unsalted::Default(CacheSalt::default())),
+                _ => Err(
+                    "default_salt is missing, and there are several salts: name the one that requests without a salt get, or set unsalted = \"refuse\""
+                        .to_owned(),
+                ),
+            },
+            (Some(other), _) => Err(format!(
+                "unsalted {other:?}: give \"default\" or \"refuse\""
+            )),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+    use super::*;
+    use crate::tenancy::Standing;
+
+    fn read(text: &str) -> Result<Tenants, String> {
+        let tables: BTreeMap<String, TenantSettings> =
+            toml::from_str(text).map_err(|error| error.to_string())?;
+        let listeners = super::super::listeners::check(&["ipc:///run/a".to_owned()], Vec::new());
+        check(tables, 1 << 30, &listeners?)
+    }
+
+    #[test]
+    fn tenants_say_whose_connections_they_have() {
+        let tenants = read(
+            "[a]\nsalts = ['x', 'y']\ndefault_salt = 'y'\nlisteners = ['ipc:///run/a']\nuids = [7]\nshared_memory = false\n\
+             [b]\nsalts = ['z']\nlisteners = ['default']\n",
+        )
+        .unwrap();
+        let Standing::Tenant(b) = tenants.rules.standing("default", None, None) else {
+            panic!("{tenants:?}");
+        };
+        assert_eq!(
+            b.unsalted,
+            Unsalted::Default(CacheSalt::parse("z").unwrap())
+        );
+        assert!(!tenants.rules.tenant("a").unwrap().shared_memory);
+        assert_eq!(tenants.budgets.len(), 2);
+    }
+
+    #[test]
+    fn what_a_tenant_cannot_mean_is_refused_by_its_key() {
+        for (text, reason) in [
+            (
+                "[a]\nsalts = ['x']\nlisteners = ['b']",
+                "tenants.a.listeners: there is no listener",
+            ),
+            (
+                "[a]\nsalts = ['x', 'y']\nlisteners = ['default']",
+                "tenants.a.default_salt is missing",
+            ),
+            (
+                "[a]\nsalts = ['x']\ndefault_salt = 'x'",
+                "give it listeners",
+            ),
+            (
+                "[a]\nsalts = ['x']\nshared_memory = false",
+                "give it listeners",
+            ),
+            (
+                "[a]\nsalts = ['x']\nlisteners = ['default']\ndefault_salt = 'q'",
+                "not one of its salts",
+            ),
+            (
+                "[a]\nsalts = ['x']\nlisteners = ['default']\nunsalted = 'maybe'",
+                "maybe",
+            ),
+            (
+                "[a]\nsalts = ['x']\nlisteners = ['default']\nunsalted = 'refuse'\ndefault_salt = 'x'",
+                "leave one of them out",
+            ),
+            ("[a]\nsalts = ['stockade-denied']", "the server's own"),
+            (
+                "[a]\nsalts = ['x']\n[b]\nsalts = ['x']",
+                "belongs to tenant `a` already",
+            ),
+            ("[a]\nsalts = ['x']\ncolour = 1", "colour"),
+        ] {
+            let error = read(text).unwrap_err();
+            assert!(error.contains(reason), "{text}: {error}");
+        }
+    }
 }

@@ -6,10 +6,15 @@ use std::{collections::VecDeque, os::fd::OwnedFd, sync::Arc};
 use parking_lot::Mutex;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
+use stockade_cache::CacheSalt;
 use stockade_transport::Peer;
 use stockade_wire::{InstanceId, Operation, RegisterContext, Response};
 
-use super::{Answer, Service, workers::Sender};
+use super::{
+    Answer, Service,
+    workers::{Sender, WorkerId},
+};
+use crate::tenancy::{Caller, Denial, Realm, Standing};
 
 /// A handle on the process at the other end of a local socket.
 ///
@@ -20,12 +25,27 @@ fn process_of(peer: &Peer) -> Option<Arc<OwnedFd>> {
 }
 
 impl Service {
-    pub(super) fn register(&self, peer: &Peer, context: &RegisterContext) -> Answer {
+    pub(super) fn register(
+        &self,
+        caller: &Caller,
+        peer: &Peer,
+        context: &RegisterContext,
+    ) -> Answer {
+        if let Standing::Stranger = caller.standing() {
+            let audit = self.tenancy.audit();
+            audit.denied(caller, Denial::Stranger, "register", None);
+            return Err(format!(
+                "this connection belongs to no tenant of listener {}: come in as a user or process that a [tenants] table names",
+                peer.listener()
+            ));
+        }
+        let id = WorkerId::new(caller, context.instance_id);
         let pool = self.engine.capacity_bytes();
         let chunk_size = u32::try_from(self.hasher.chunk_size()).unwrap_or(u32::MAX);
         let replaced = self
             .workers
             .register(
+                caller,
                 context,
                 chunk_size,
                 pool,
@@ -36,19 +56,22 @@ impl Service {
                 || self.engine.new_owner(),
             )
             .map_err(|error| error.to_string())?;
-        self.lapsed.forget(context.instance_id);
+        self.lapsed.forget(&id);
         if let Some(replaced) = replaced {
             self.engine.end_owner(replaced.owner);
-            tracing::info!(instance_id = %context.instance_id, "worker registered again with another layout");
+            tracing::info!(instance_id = %id, "worker registered again with another layout");
         } else {
             tracing::info!(
-                instance_id = %context.instance_id,
+                instance_id = %id,
                 model = %context.model_name,
                 world_size = context.world_size,
                 "worker registered"
             );
         }
-        let shm_name = self.engine.shm_name().unwrap_or_default();
+        let shm_name = match caller.may_share_memory() {
+            true => self.engine.shm_name().unwrap_or_default(),
+            false => "",
+        };
         let pool_size = if shm_name.is_empty() { 0 } else { pool };
         Ok(Response::Registered {
             shm_name: Arc::from(shm_name),
@@ -57,42 +80,59 @@ impl Service {
     }
 
     /// Ends a registration; what it had not committed is aborted. Unknown ones are acknowledged.
-    pub(super) fn unregister(&self, instance_id: InstanceId) -> Answer {
-        if let Some(worker) = self.workers.unregister(instance_id) {
-            self.lapsed.forget(instance_id);
+    pub(super) fn unregister(&self, caller: &Caller, instance_id: InstanceId) -> Answer {
+        let id = WorkerId::new(caller, instance_id);
+        if let Some(worker) = self.workers.unregister(&id) {
+            self.lapsed.forget(&id);
             let ended = self.engine.end_owner(worker.owner);
-            tracing::info!(%instance_id, aborted_objects = ended.aborted_objects, "worker unregistered");
+            tracing::info!(instance_id = %id, aborted_objects = ended.aborted_objects, "worker unregistered");
         }
         Ok(Response::None)
     }
 
-    pub(super) fn ping(&self, peer: &Peer, instance_id: Option<InstanceId>) -> Answer {
+    pub(super) fn ping(
+        &self,
+        caller: &Caller,
+        peer: &Peer,
+        instance_id: Option<InstanceId>,
+    ) -> Answer {
         let Some(instance_id) = instance_id else {
             return Ok(Response::Bool(true));
         };
-        self.events.ping(instance_id);
-        if self.workers.ping(instance_id, peer.id()) {
+        let id = WorkerId::new(caller, instance_id);
+        self.events.ping(&id);
+        if self.workers.ping(&id, peer.id()) {
             return Ok(Response::Bool(true));
         }
         if self.is_survivor(peer) {
-            self.lapsed.note(instance_id);
+            self.lapsed.note(&id);
         }
-        let is_well = self.lapsed.answer_ping(instance_id);
+        let is_well = self.lapsed.answer_ping(&id);
         if !is_well {
-            tracing::info!(%instance_id, "a worker without registration is told by its ping to register again");
+            tracing::info!(instance_id = %id, "a worker without registration is told by its ping to register again");
         }
         Ok(Response::Bool(is_well))
     }
 
-    pub(super) fn clear(&self, force: bool) -> Answer {
-        let cleared = self.engine.clear(force);
+    /// Clears what is the caller's; everything, where no tenants are bound.
+    pub(super) fn clear(&self, caller: &Caller, force: bool) -> Answer {
+        if let Standing::Stranger = caller.standing() {
+            let audit = self.tenancy.audit();
+            audit.denied(caller, Denial::Scope, "clear", None);
+            return Ok(Response::None);
+        }
+        self.clear_owned(force, |salt| caller.owns(salt));
+        Ok(Response::None)
+    }
+
+    pub(super) fn clear_owned(&self, force: bool, owns: impl Fn(&CacheSalt) -> bool) {
+        let cleared = self.engine.clear_where(force, &owns);
         tracing::info!(
             force,
             removed = cleared.removed,
             kept = cleared.kept,
             "cache cleared"
         );
-        Ok(Response::None)
     }
 
     pub(super) fn experimental(&self) -> Answer {
@@ -111,8 +151,8 @@ pub(super) struct P2pTasks(Mutex<P2pWaiting>);
 #[derive(Default)]
 struct P2pWaiting {
     next_id: i64,
-    /// Task and number of keys, oldest first.
-    tasks: VecDeque<(i64, u32)>,
+    /// Whose, which, and of how many keys; oldest first.
+    tasks: VecDeque<(Realm, i64, u32)>,
 }
 
 impl P2pTasks {
@@ -120,25 +160,25 @@ impl P2pTasks {
     const MAX: usize = 1024;
 
     /// Takes a lookup of that many keys and returns its task.
-    pub(super) fn begin(&self, keys: u32) -> i64 {
+    pub(super) fn begin(&self, realm: &Realm, keys: u32) -> i64 {
         let mut waiting = self.0.lock();
         let id = waiting.next_id;
         waiting.next_id = id.wrapping_add(1);
         if waiting.tasks.len() == Self::MAX {
             waiting.tasks.pop_front();
         }
-        waiting.tasks.push_back((id, keys));
+        waiting.tasks.push_back((realm.clone(), id, keys));
         id
     }
 
-    /// The number of keys of a task, exactly once.
-    pub(super) fn collect(&self, task_id: i128) -> Option<u32> {
+    /// The number of keys of a task of that tenant, exactly once.
+    pub(super) fn collect(&self, realm: &Realm, task_id: i128) -> Option<u32> {
         let mut waiting = self.0.lock();
         let at = waiting
             .tasks
             .iter()
-            .position(|&(id, _)| i128::from(id) == task_id)?;
-        waiting.tasks.remove(at).map(|(_, keys)| keys)
+            .position(|(whose, id, _)| whose == realm && i128::from(*id) == task_id)?;
+        waiting.tasks.remove(at).map(|(_, _, keys)| keys)
     }
 }
 

@@ -12,7 +12,7 @@ use std::{
 
 use bytes::Bytes;
 use parking_lot::Mutex;
-use stockade_cache::{CacheObserver, ChunkHash, ObjectKey, RemoveReason, Slot};
+use stockade_cache::{CacheObserver, CacheSalt, ChunkHash, ObjectKey, RemoveReason, Slot};
 use stockade_transport::Peer;
 use stockade_wire::{
     CacheKey, Envelope, InstanceId, KvEvent, KvEventBatch, KvEventKind, Response, TokenIds, reply,
@@ -21,7 +21,8 @@ use stockade_wire::{
 use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 
-use super::store::TransferRange;
+use super::{store::TransferRange, workers::WorkerId};
+use crate::tenancy::{Caller, Realm, Tenancy};
 
 /// Most subscriptions at once.
 const MAX_STREAMS: usize = 4096;
@@ -30,7 +31,7 @@ const MAX_STREAMS: usize = 4096;
 type StreamId = (u64, Bytes);
 
 struct Stream {
-    instance_id: InstanceId,
+    worker: WorkerId,
     last_seen: Instant,
     /// Holds at most one permit, as LMCache's credit does.
     credit: Arc<Notify>,
@@ -38,13 +39,15 @@ struct Stream {
 }
 
 struct Log {
-    records: VecDeque<KvEvent>,
+    /// Whose objects each is about.
+    records: VecDeque<(Realm, KvEvent)>,
     next_seq: u64,
 }
 
 /// The bounded log of changes and its subscribers.
 pub(crate) struct KvEvents {
     capacity: usize,
+    tenancy: Arc<Tenancy>,
     incarnation: u64,
     log: Mutex<Log>,
     streams: Mutex<HashMap<StreamId, Stream>>,
@@ -63,12 +66,13 @@ pub(crate) struct KvEventsStatus {
 
 impl KvEvents {
     /// A log of `capacity` records; zero turns the channel off.
-    pub(crate) fn new(capacity: usize) -> Self {
+    pub(crate) fn new(capacity: usize, tenancy: Arc<Tenancy>) -> Self {
         let since_epoch = SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .unwrap_or_default();
         Self {
             capacity,
+            tenancy,
             incarnation: u64::try_from(since_epoch.as_nanos()).unwrap_or(u64::MAX),
             log: Mutex::new(Log {
                 records: VecDeque::new(),
@@ -98,6 +102,7 @@ impl KvEvents {
     /// Announces the chunks of `range` that `slots` are about to publish.
     pub(super) fn stored(
         &self,
+        realm: &Realm,
         key: &CacheKey,
         chunk_size: usize,
         range: &TransferRange,
@@ -127,26 +132,32 @@ impl KvEvents {
                 token_ids: tokens.unwrap_or_default(),
             }
         });
-        self.append(events);
+        self.append(realm, events);
     }
 
     /// Announces that chunks are not held.
-    pub(super) fn withdrawn(&self, model_name: &Arc<str>, hashes: impl Iterator<Item = ChunkHash>) {
+    pub(super) fn withdrawn(
+        &self,
+        realm: &Realm,
+        model_name: &Arc<str>,
+        hashes: impl Iterator<Item = ChunkHash>,
+    ) {
         let block_hashes: Vec<_> = hashes.map(wire_hash).collect();
         if !self.is_enabled() || block_hashes.is_empty() {
             return;
         }
-        self.append(std::iter::once(KvEvent {
+        let event = KvEvent {
             seq: 0,
             kind: KvEventKind::Removed,
             model_name: Arc::clone(model_name),
             block_hashes,
             parent_block_hash: None,
             token_ids: TokenIds::default(),
-        }));
+        };
+        self.append(realm, std::iter::once(event));
     }
 
-    fn append(&self, events: impl Iterator<Item = KvEvent>) {
+    fn append(&self, realm: &Realm, events: impl Iterator<Item = KvEvent>) {
         let mut log = self.log.lock();
         for mut event in events {
             event.seq = log.next_seq;
@@ -154,13 +165,13 @@ impl KvEvents {
             if log.records.len() == self.capacity {
                 log.records.pop_front();
             }
-            log.records.push_back(event);
+            log.records.push_back((realm.clone(), event));
         }
         self.newest.send_replace(log.next_seq);
     }
 
-    /// Records of a model after `cursor`, at most `max_events`.
-    fn read(&self, model_name: &str, cursor: u64, max_events: u16) -> KvEventBatch {
+    /// Records of a tenant's model after `cursor`, at most `max_events`.
+    fn read(&self, realm: &Realm, model_name: &str, cursor: u64, max_events: u16) -> KvEventBatch {
         let mut batch = KvEventBatch {
             enabled: self.is_enabled(),
             incarnation: self.incarnation,
@@ -171,14 +182,17 @@ impl KvEvents {
         }
         let log = self.log.lock();
         let last = log.next_seq - 1;
-        let first = log.records.front().map_or(last + 1, |record| record.seq);
+        let first = log
+            .records
+            .front()
+            .map_or(last + 1, |(_, record)| record.seq);
         batch.lost = cursor.saturating_add(1) < first || cursor > last;
         batch.next_cursor = cursor.min(last);
         let skipped =
             usize::try_from(cursor.saturating_add(1).saturating_sub(first)).unwrap_or(usize::MAX);
-        for record in log.records.iter().skip(skipped) {
+        for (whose, record) in log.records.iter().skip(skipped) {
             batch.next_cursor = record.seq;
-            if *record.model_name == *model_name {
+            if whose == realm && *record.model_name == *model_name {
                 batch.events.push(record.clone());
                 if batch.events.len() == usize::from(max_events) {
                     break;
@@ -194,8 +208,10 @@ impl KvEvents {
     ///
     /// # Errors
     /// A sentence, when there are too many streams.
+    #[expect(clippy::too_many_arguments, reason = "the fields of one request")]
     pub(crate) fn subscribe(
         self: &Arc<Self>,
+        caller: &Caller,
         peer: &Arc<Peer>,
         envelope: &Envelope,
         instance_id: InstanceId,
@@ -204,11 +220,12 @@ impl KvEvents {
         max_events: u16,
     ) -> Result<(), String> {
         let id = (peer.id(), envelope.uid.clone());
+        let worker = WorkerId::new(caller, instance_id);
         let (credit, closed) = (Arc::new(Notify::new()), CancellationToken::new());
         {
             let mut streams = self.streams.lock();
             streams.retain(|_, stream| {
-                let is_older = stream.instance_id == instance_id;
+                let is_older = stream.worker == worker;
                 if is_older {
                     stream.closed.cancel();
                 }
@@ -220,7 +237,7 @@ impl KvEvents {
                 ));
             }
             let stream = Stream {
-                instance_id,
+                worker,
                 last_seen: Instant::now(),
                 credit: Arc::clone(&credit),
                 closed: closed.clone(),
@@ -231,12 +248,13 @@ impl KvEvents {
         }
         let (events, peer, envelope) = (Arc::clone(self), Arc::clone(peer), envelope.clone());
         let mut newest = self.newest.subscribe();
+        let realm = caller.realm().clone();
         tokio::spawn(async move {
             let mut cursor = cursor;
             let mut is_first = true;
             loop {
                 newest.mark_unchanged();
-                let batch = events.read(&model_name, cursor, max_events);
+                let batch = events.read(&realm, &model_name, cursor, max_events);
                 cursor = batch.next_cursor;
                 if !is_first && !batch.enabled {
                     break;
@@ -294,17 +312,17 @@ impl KvEvents {
     }
 
     /// Ends the stream of a worker that was reaped.
-    pub(crate) fn drop_instance(&self, instance_id: InstanceId) {
-        self.close_where(|_, stream| stream.instance_id == instance_id);
+    pub(crate) fn drop_instance(&self, worker: &WorkerId) {
+        self.close_where(|_, stream| stream.worker == *worker);
     }
 
     /// Notes a sign of life of a subscriber.
-    pub(crate) fn ping(&self, instance_id: InstanceId) {
+    pub(crate) fn ping(&self, worker: &WorkerId) {
         for stream in self
             .streams
             .lock()
             .values_mut()
-            .filter(|stream| stream.instance_id == instance_id)
+            .filter(|stream| stream.worker == *worker)
         {
             stream.last_seen = Instant::now();
         }
@@ -333,19 +351,24 @@ impl CacheObserver for KvEvents {
         if !self.is_enabled() {
             return;
         }
-        let mut by_model: Vec<(&Arc<str>, Vec<ChunkHash>)> = Vec::new();
+        // What is removed together is mostly of one tenant and model.
+        let mut by_model: Vec<(&CacheSalt, &Arc<str>, Vec<ChunkHash>)> = Vec::new();
         for key in keys {
-            match by_model
-                .iter_mut()
-                .find(|(model, _)| **model == key.scope.model_name)
-            {
-                Some((_, hashes)) if hashes.last() == Some(&key.chunk_hash) => {}
-                Some((_, hashes)) => hashes.push(key.chunk_hash),
-                None => by_model.push((&key.scope.model_name, vec![key.chunk_hash])),
+            match by_model.iter_mut().find(|(salt, model, _)| {
+                **model == key.scope.model_name && **salt == key.scope.cache_salt
+            }) {
+                Some((_, _, hashes)) if hashes.last() == Some(&key.chunk_hash) => {}
+                Some((_, _, hashes)) => hashes.push(key.chunk_hash),
+                None => by_model.push((
+                    &key.scope.cache_salt,
+                    &key.scope.model_name,
+                    vec![key.chunk_hash],
+                )),
             }
         }
-        for (model, hashes) in by_model {
-            self.withdrawn(model, hashes.into_iter());
+        for (salt, model, hashes) in by_model {
+            let realm = self.tenancy.realm_of(salt);
+            self.withdrawn(&realm, model, hashes.into_iter());
         }
     }
 }

@@ -10,7 +10,8 @@
 use std::{collections::HashMap, time::Duration};
 
 use parking_lot::Mutex;
-use stockade_wire::InstanceId;
+
+use super::workers::WorkerId;
 
 /// Connections that come this early are taken for those of engines that outlived the last
 /// server: LMCache's client tries again at least once a second (`RECONNECT_IVL_MAX_MS` in
@@ -24,32 +25,32 @@ const MAX_LAPSED: usize = 16_384;
 #[derive(Default)]
 pub(super) struct Lapsed {
     /// Whether the last ping was answered `False`.
-    instances: Mutex<HashMap<InstanceId, bool>>,
+    instances: Mutex<HashMap<WorkerId, bool>>,
 }
 
 impl Lapsed {
     /// Remembers an instance; `true` if it was known before.
-    pub(super) fn note(&self, instance_id: InstanceId) -> bool {
+    pub(super) fn note(&self, id: &WorkerId) -> bool {
         let mut instances = self.instances.lock();
-        if instances.contains_key(&instance_id) {
+        if instances.contains_key(id) {
             return true;
         }
         if instances.len() >= MAX_LAPSED {
             instances.clear();
         }
-        instances.insert(instance_id, false);
+        instances.insert(id.clone(), false);
         false
     }
 
     /// Forgets an instance that has registered or has gone.
-    pub(super) fn forget(&self, instance_id: InstanceId) {
-        self.instances.lock().remove(&instance_id);
+    pub(super) fn forget(&self, id: &WorkerId) {
+        self.instances.lock().remove(id);
     }
 
     /// What a ping is answered with: for a lapsed instance `False` and `True` in turn, because
     /// its worker needs one of each to recover.
-    pub(super) fn answer_ping(&self, instance_id: InstanceId) -> bool {
-        match self.instances.lock().get_mut(&instance_id) {
+    pub(super) fn answer_ping(&self, id: &WorkerId) -> bool {
+        match self.instances.lock().get_mut(id) {
             Some(was_told) => {
                 *was_told = !*was_told;
                 !*was_told
@@ -61,12 +62,19 @@ impl Lapsed {
 
 #[cfg(test)]
 mod tests {
+    use stockade_wire::InstanceId;
+
     use super::*;
+    use crate::tenancy::Caller;
+
+    fn worker(number: i128) -> WorkerId {
+        WorkerId::new(&Caller::internal(), InstanceId(number))
+    }
 
     #[test]
     fn a_lapsed_instance_is_told_by_every_other_ping_until_it_registers() {
         let lapsed = Lapsed::default();
-        let id = InstanceId(7);
+        let id = &worker(7);
         assert!(lapsed.answer_ping(id), "nothing is known against it");
         assert!(!lapsed.note(id));
         assert!(lapsed.note(id));
@@ -82,7 +90,7 @@ mod tests {
     fn the_number_of_remembered_instances_has_a_bound() {
         let lapsed = Lapsed::default();
         for id in 0..=MAX_LAPSED {
-            lapsed.note(InstanceId(id as i128));
+            lapsed.note(&worker(id as i128));
         }
         assert!(lapsed.instances.lock().len() <= MAX_LAPSED);
     }

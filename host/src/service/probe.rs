@@ -14,7 +14,11 @@ use stockade_wire::{
     CacheKey, Dtype, InstanceId, RegisterContext, RequestConfigs, Response, TokenIds, pickle,
 };
 
-use super::{Service, workers::Sender};
+use super::{
+    Service,
+    workers::{Sender, WorkerId},
+};
+use crate::tenancy::Caller;
 
 /// Cache salt and model of the probe; no engine can use the name by accident.
 pub const PROBE_TENANT: &str = "stockade-probe";
@@ -43,6 +47,7 @@ impl Service {
     pub fn probe(&self) -> Result<ProbeReport, String> {
         static RUNS: AtomicU64 = AtomicU64::new(0);
         let run = RUNS.fetch_add(1, Ordering::Relaxed);
+        let caller = Caller::internal();
         let chunk_size = self.hasher.chunk_size();
         let context = RegisterContext {
             instance_id: PROBE_INSTANCE,
@@ -63,9 +68,14 @@ impl Service {
         let started = Instant::now();
         let replaced = self
             .workers
-            .register(&context, 1, self.engine.capacity_bytes(), nobody, || {
-                self.engine.new_owner()
-            })
+            .register(
+                &caller,
+                &context,
+                1,
+                self.engine.capacity_bytes(),
+                nobody,
+                || self.engine.new_owner(),
+            )
             .map_err(|error| format!("register: {error}"))?;
         if let Some(replaced) = replaced {
             self.engine.end_owner(replaced.owner);
@@ -86,15 +96,16 @@ impl Service {
             request_configs: RequestConfigs::default(),
             num_kv_readers: 1,
         };
-        let result = self.probe_with(&key, run, started);
-        let _ = self.end_session(&key.request_id);
-        self.forget_probe(&key);
-        let _ = self.unregister_quietly(PROBE_INSTANCE);
+        let result = self.probe_with(&caller, &key, run, started);
+        let _ = self.end_session(&caller, &key.request_id);
+        self.forget_probe(&caller, &key);
+        let _ = self.unregister_quietly(&WorkerId::new(&caller, PROBE_INSTANCE));
         result
     }
 
     fn probe_with(
         &self,
+        caller: &Caller,
         key: &CacheKey,
         run: u64,
         started: Instant,
@@ -103,7 +114,7 @@ impl Service {
         let bytes = [run, !run].map(u64::to_be_bytes).concat();
         let data = pickle::write_tensors(&[(Dtype::UInt8, &[1, 1, 16], &bytes)])
             .map_err(|error| error.to_string())?;
-        match self.commit_store(key, PROBE_INSTANCE, &Bytes::from(data))? {
+        match self.commit_store(caller, key, PROBE_INSTANCE, &Bytes::from(data))? {
             Response::Bool(true) => {}
             other => return Err(format!("store: answered {other:?}")),
         }
@@ -112,8 +123,8 @@ impl Service {
             worker_id: None,
             ..key.clone()
         };
-        self.lookup(&scheduler)?;
-        match self.prefetch_status(&key.request_id)? {
+        self.lookup(caller, &scheduler)?;
+        match self.prefetch_status(caller, &key.request_id)? {
             Response::OptionalInt(Some(1)) => {}
             other => {
                 return Err(format!(
@@ -126,7 +137,7 @@ impl Service {
             success: true,
             data,
             ..
-        } = self.prepare_retrieve(key, PROBE_INSTANCE)?
+        } = self.prepare_retrieve(caller, key, PROBE_INSTANCE)?
         else {
             return Err("retrieve: what was just found cannot be read".to_owned());
         };
@@ -138,7 +149,7 @@ impl Service {
         if returned != bytes {
             return Err("retrieve: other bytes came back than were stored".to_owned());
         }
-        self.commit_retrieve(key, PROBE_INSTANCE)?;
+        self.commit_retrieve(caller, key, PROBE_INSTANCE)?;
         Ok(ProbeReport {
             store: stored,
             lookup: looked_up.saturating_sub(stored),
@@ -148,21 +159,21 @@ impl Service {
     }
 
     /// Removes the probe's chunk, so that probing often does not fill the pool.
-    fn forget_probe(&self, key: &CacheKey) {
-        let Ok(worker) = self.worker(PROBE_INSTANCE) else {
+    fn forget_probe(&self, caller: &Caller, key: &CacheKey) {
+        let Ok(worker) = self.worker(caller, PROBE_INSTANCE) else {
             return;
         };
-        let Ok(range) = self.transfer_range(key, &worker) else {
+        let Ok(range) = self.transfer_range(caller, "probe", key, &worker) else {
             return;
         };
         let keys: Vec<ObjectKey> = super::store::object_keys(&range.transfer.scope, &range.hashes);
         self.engine.withdraw(&keys);
         // Naming the chunks has opened the session again.
-        let _ = self.end_session(&key.request_id);
+        let _ = self.end_session(caller, &key.request_id);
     }
 
-    fn unregister_quietly(&self, instance_id: InstanceId) -> Option<()> {
-        let worker = self.workers.unregister(instance_id)?;
+    fn unregister_quietly(&self, id: &WorkerId) -> Option<()> {
+        let worker = self.workers.unregister(id)?;
         self.engine.end_owner(worker.owner);
         Some(())
     }

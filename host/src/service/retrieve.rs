@@ -9,30 +9,35 @@ use stockade_wire::{CacheKey, InstanceId, RequestId, Response, pickle};
 
 use super::{
     Answer, Service,
-    sessions::Lookup,
+    sessions::{Lookup, SessionId},
     store::{describe, object_keys},
     workers::{TransferKey, Worker},
 };
+use crate::tenancy::Caller;
 
 impl Service {
     /// Finds the longest cached prefix and locks it for this request.
     ///
     /// The result waits under the request id for a status query; a second lookup of the
     /// same request gives the locks of the first one back.
-    pub(super) fn lookup(&self, key: &CacheKey) -> Answer {
-        let salt = self.salt(key)?;
+    pub(super) fn lookup(&self, caller: &Caller, key: &CacheKey) -> Answer {
+        let salt = self.salt(caller, "lookup", key)?;
+        let id = SessionId::new(caller, &key.request_id);
         if key.model_name.contains('@') {
             return Err("model_name of key must not contain '@': rename the model".to_owned());
         }
-        let Some(group) = self.workers.object_group(&key.model_name, key.world_size) else {
-            self.forget_result(&key.request_id);
+        let Some(group) =
+            self.workers
+                .object_group(caller.realm(), &key.model_name, key.world_size)
+        else {
+            self.forget_result(&id);
             self.metrics.early_exit("no_gpu_context");
             return Ok(Response::None);
         };
         let Ok(readers) =
             u32::try_from(key.num_kv_readers).and_then(std::num::NonZeroU32::try_from)
         else {
-            self.forget_result(&key.request_id);
+            self.forget_result(&id);
             return Err(format!(
                 "num_kv_readers {} of key: say how many workers will read, at least 1",
                 key.num_kv_readers
@@ -45,7 +50,7 @@ impl Service {
             .min(usize::try_from(key.end).unwrap_or(usize::MAX));
         let chunks = tokens / chunk_size;
         if chunks == 0 {
-            self.forget_result(&key.request_id);
+            self.forget_result(&id);
             self.metrics.early_exit("empty_chunk_hashes");
             return Ok(Response::None);
         }
@@ -53,7 +58,7 @@ impl Service {
             .map(|rank| self.scope(key, rank, group, salt.clone()))
             .collect::<Result<_, _>>()?;
 
-        let session = self.sessions.get_or_create(&key.request_id, &self.engine);
+        let session = self.sessions.get_or_create(id, &self.engine);
         let mut session = session.lock();
         if let Some(Lookup {
             lease: Some(lease), ..
@@ -70,7 +75,7 @@ impl Service {
         let found = self.engine.lock_prefix(session.owner, &rows, readers.get());
         self.metrics.looked_up(
             &key.model_name,
-            &key.cache_salt,
+            salt.as_str(),
             chunks * chunk_size,
             found.hit_chunks * chunk_size,
         );
@@ -85,8 +90,8 @@ impl Service {
         Ok(Response::None)
     }
 
-    fn forget_result(&self, request_id: &RequestId) {
-        if let Some(session) = self.sessions.get(request_id) {
+    fn forget_result(&self, id: &SessionId) {
+        if let Some(session) = self.sessions.get(id) {
             session.lock().result = None;
         }
     }
@@ -94,30 +99,35 @@ impl Service {
     /// The hit length of the request's lookup in chunks, exactly once; 0 for an unknown one.
     ///
     /// There is nothing to wait for: a lookup has its result when it is answered.
-    pub(super) fn prefetch_status(&self, request_id: &RequestId) -> Answer {
+    pub(super) fn prefetch_status(&self, caller: &Caller, request_id: &RequestId) -> Answer {
         let result = self
             .sessions
-            .get(request_id)
+            .get(&SessionId::new(caller, request_id))
             .and_then(|session| session.lock().result.take());
         Ok(Response::OptionalInt(Some(result.unwrap_or(0) as i64)))
     }
 
     /// Turns the request's locks on the range into a read lease of the worker.
-    pub(super) fn prepare_retrieve(&self, key: &CacheKey, instance_id: InstanceId) -> Answer {
-        let worker = self.worker(instance_id)?;
-        let range = self.transfer_range(key, &worker)?;
-        let inline = !self.shm_enabled() || worker.sends_inline();
+    pub(super) fn prepare_retrieve(
+        &self,
+        caller: &Caller,
+        key: &CacheKey,
+        instance_id: InstanceId,
+    ) -> Answer {
+        let worker = self.worker(caller, instance_id)?;
+        let range = self.transfer_range(caller, "prepare_retrieve", key, &worker)?;
+        let inline = !self.shares_memory(&worker) || worker.sends_inline();
         if !inline && let Some(pending) = worker.pending_read(&range.transfer) {
             return Ok(slots_reply(&worker, &pending.slots));
         }
-        let Some((lease, slots)) = self.begin_read(key, &worker, &range.transfer) else {
+        let Some((lease, slots)) = self.begin_read(caller, key, &worker, &range.transfer) else {
             self.metrics
                 .read_failed(&worker.model_name, range.hashes.len());
             return Ok(miss());
         };
         let bytes = slots.iter().map(|slot| slot.length).sum();
         self.metrics
-            .retrieve_began(&worker.model_name, &key.cache_salt, slots.len(), bytes);
+            .retrieve_began(&worker.model_name, range.salt(), slots.len(), bytes);
         let began = Instant::now();
         if !inline {
             worker.put_read(
@@ -148,11 +158,14 @@ impl Service {
 
     fn begin_read(
         &self,
+        caller: &Caller,
         key: &CacheKey,
         worker: &Worker,
         transfer: &TransferKey,
     ) -> Option<(stockade_cache::LeaseId, Arc<[Slot]>)> {
-        let session = self.sessions.get(&key.request_id)?;
+        let session = self
+            .sessions
+            .get(&SessionId::new(caller, &key.request_id))?;
         let session = session.lock();
         let lookup = session.lookup.as_ref()?;
         let row = lookup
@@ -211,9 +224,14 @@ impl Service {
     }
 
     /// Ends the read lease of the range; true also when there is none, as in LMCache.
-    pub(super) fn commit_retrieve(&self, key: &CacheKey, instance_id: InstanceId) -> Answer {
-        let worker = self.worker(instance_id)?;
-        let range = self.transfer_range(key, &worker)?;
+    pub(super) fn commit_retrieve(
+        &self,
+        caller: &Caller,
+        key: &CacheKey,
+        instance_id: InstanceId,
+    ) -> Answer {
+        let worker = self.worker(caller, instance_id)?;
+        let range = self.transfer_range(caller, "commit_retrieve", key, &worker)?;
         let Some(pending) = worker.take_read(&range.transfer) else {
             return Ok(Response::Bool(true));
         };
@@ -227,12 +245,13 @@ impl Service {
     }
 
     /// Gives back the request's locks on `[start, end)`.
-    pub(super) fn free_lookup_locks(&self, key: &CacheKey) -> Answer {
+    pub(super) fn free_lookup_locks(&self, caller: &Caller, key: &CacheKey) -> Answer {
         let chunk_size = self.hasher.chunk_size() as u64;
         if key.start >= key.end {
             return Ok(Response::None);
         }
-        let Some(session) = self.sessions.get(&key.request_id) else {
+        let id = SessionId::new(caller, &key.request_id);
+        let Some(session) = self.sessions.get(&id) else {
             return Ok(Response::None);
         };
         let mut session = session.lock();
@@ -257,8 +276,9 @@ impl Service {
     ///
     /// LMCache leaves unreleased locks to their TTL here; a read that a worker has begun
     /// has a lease of its own and is not disturbed.
-    pub(super) fn end_session(&self, request_id: &RequestId) -> Answer {
-        let Some(session) = self.sessions.remove(request_id) else {
+    pub(super) fn end_session(&self, caller: &Caller, request_id: &RequestId) -> Answer {
+        let id = SessionId::new(caller, request_id);
+        let Some(session) = self.sessions.remove(&id) else {
             return Ok(Response::None);
         };
         let session = session.lock();

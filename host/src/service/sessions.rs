@@ -13,6 +13,8 @@ use parking_lot::Mutex;
 use stockade_cache::{CacheEngine, ChunkHash, KeyScope, LeaseId, OwnerId, TokenHasher};
 use stockade_wire::{RequestId, TokenIds};
 
+use crate::tenancy::{Caller, Realm};
+
 /// Bytes of one token in hash input.
 const TOKEN_BYTES: usize = 4;
 /// Most sessions at once; beyond it idle ones go before their time.
@@ -103,6 +105,22 @@ impl Drop for Session {
     }
 }
 
+/// What names a session: engines choose the ids, so each tenant has ids of its own.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) struct SessionId {
+    realm: Realm,
+    request: RequestId,
+}
+
+impl SessionId {
+    pub(crate) fn new(caller: &Caller, request: &RequestId) -> Self {
+        Self {
+            realm: caller.realm().clone(),
+            request: Arc::clone(request),
+        }
+    }
+}
+
 struct Entry {
     session: Arc<Mutex<Session>>,
     last_used: Instant,
@@ -112,22 +130,18 @@ struct Entry {
 /// time to live counts idleness, not age.
 #[derive(Default)]
 pub(crate) struct Sessions {
-    entries: Mutex<HashMap<RequestId, Entry>>,
+    entries: Mutex<HashMap<SessionId, Entry>>,
     kept: Arc<AtomicUsize>,
 }
 
 impl Sessions {
     /// The session of a request, made at its first use.
-    pub(crate) fn get_or_create(
-        &self,
-        request_id: &RequestId,
-        engine: &CacheEngine,
-    ) -> Arc<Mutex<Session>> {
+    pub(crate) fn get_or_create(&self, id: SessionId, engine: &CacheEngine) -> Arc<Mutex<Session>> {
         let now = Instant::now();
         let mut ended = Vec::new();
         let session = {
             let mut entries = self.entries.lock();
-            if let Some(entry) = entries.get_mut(request_id) {
+            if let Some(entry) = entries.get_mut(&id) {
                 entry.last_used = now;
                 return Arc::clone(&entry.session);
             }
@@ -143,7 +157,7 @@ impl Sessions {
                 kept: Arc::clone(&self.kept),
             }));
             entries.insert(
-                Arc::clone(request_id),
+                id,
                 Entry {
                     session: Arc::clone(&session),
                     last_used: now,
@@ -155,18 +169,15 @@ impl Sessions {
         session
     }
 
-    pub(crate) fn get(&self, request_id: &RequestId) -> Option<Arc<Mutex<Session>>> {
+    pub(crate) fn get(&self, id: &SessionId) -> Option<Arc<Mutex<Session>>> {
         let mut entries = self.entries.lock();
-        let entry = entries.get_mut(request_id)?;
+        let entry = entries.get_mut(id)?;
         entry.last_used = Instant::now();
         Some(Arc::clone(&entry.session))
     }
 
-    pub(crate) fn remove(&self, request_id: &RequestId) -> Option<Arc<Mutex<Session>>> {
-        self.entries
-            .lock()
-            .remove(request_id)
-            .map(|entry| entry.session)
+    pub(crate) fn remove(&self, id: &SessionId) -> Option<Arc<Mutex<Session>>> {
+        self.entries.lock().remove(id).map(|entry| entry.session)
     }
 
     /// Ends sessions that were idle for `ttl`; returns how many.
@@ -210,10 +221,10 @@ impl Sessions {
 }
 
 /// Takes out the idlest sixteenth of the sessions.
-fn make_room(entries: &mut HashMap<RequestId, Entry>) -> Vec<Arc<Mutex<Session>>> {
-    let mut by_age: Vec<(Instant, RequestId)> = entries
+fn make_room(entries: &mut HashMap<SessionId, Entry>) -> Vec<Arc<Mutex<Session>>> {
+    let mut by_age: Vec<(Instant, SessionId)> = entries
         .iter()
-        .map(|(id, entry)| (entry.last_used, Arc::clone(id)))
+        .map(|(id, entry)| (entry.last_used, id.clone()))
         .collect();
     let count = (by_age.len() / 16).max(1).min(by_age.len());
     by_age.select_nth_unstable(count - 1);
@@ -250,7 +261,8 @@ mod tests {
         let engine = CacheEngine::open(config).unwrap();
         let hasher = TokenHasher::new(NonZeroUsize::new(4).unwrap());
         let sessions = Sessions::default();
-        let session = sessions.get_or_create(&RequestId::from("r"), &engine);
+        let id = SessionId::new(&Caller::internal(), &RequestId::from("r"));
+        let session = sessions.get_or_create(id, &engine);
         let mut session = session.lock();
         let tokens = |count: u32| (0..count).collect::<TokenIds>();
         let fresh = |tokens: &TokenIds| {

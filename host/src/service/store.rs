@@ -9,9 +9,10 @@ use stockade_transport::Peer;
 use stockade_wire::{CacheKey, InstanceId, Response, SlotDescriptor, StoreSlot, pickle};
 
 use super::{
-    Answer, Service,
-    workers::{TransferKey, Worker},
+    Answer, DENIED_SALT, Service,
+    workers::{TransferKey, Worker, WorkerId},
 };
+use crate::tenancy::Caller;
 
 impl Service {
     /// Reserves a slot for each chunk of the range that is not cached and not being stored.
@@ -23,13 +24,13 @@ impl Service {
     /// then declined and its next ping makes it register again. An error would end its engine.
     pub(super) fn prepare_store(
         &self,
+        caller: &Caller,
         peer: &Peer,
         key: &CacheKey,
         instance_id: InstanceId,
     ) -> Answer {
-        if self.workers.get(instance_id).is_none()
-            && (self.lapsed.note(instance_id) || self.is_survivor(peer))
-        {
+        let id = WorkerId::new(caller, instance_id);
+        if self.workers.get(&id).is_none() && (self.lapsed.note(&id) || self.is_survivor(peer)) {
             self.refused(
                 "prepare_store",
                 "instance_id",
@@ -37,10 +38,13 @@ impl Service {
             );
             return Ok(Response::PrepareStore(None));
         }
-        let worker = self.worker(instance_id)?;
-        let range = self.transfer_range(key, &worker)?;
-        if !self.shm_enabled() {
+        let worker = self.worker(caller, instance_id)?;
+        let range = self.transfer_range(caller, "prepare_store", key, &worker)?;
+        if !self.shares_memory(&worker) {
             return Ok(Response::PrepareStore(None));
+        }
+        if range.is_denied() {
+            return Ok(self.slots_reply(&worker, &[]));
         }
         if let Some(pending) = worker.pending_store(&range.transfer) {
             // A repeated request gets what its first one reserved, not a lock-out by itself.
@@ -79,12 +83,16 @@ impl Service {
     /// Publishes what the worker wrote to its slots, or what came inline as a pickle.
     pub(super) fn commit_store(
         &self,
+        caller: &Caller,
         key: &CacheKey,
         instance_id: InstanceId,
         data: &Bytes,
     ) -> Answer {
-        let worker = self.worker(instance_id)?;
-        let range = self.transfer_range(key, &worker)?;
+        let worker = self.worker(caller, instance_id)?;
+        let range = self.transfer_range(caller, "commit_store", key, &worker)?;
+        if range.is_denied() {
+            return Ok(Response::Bool(false));
+        }
         let pending = worker.take_store(&range.transfer);
         let began = pending.as_ref().map_or(Instant::now(), |it| it.began);
         let (lease, slots) = if data.is_empty() {
@@ -111,11 +119,17 @@ impl Service {
                 }
             }
         };
-        self.events
-            .stored(key, self.hasher.chunk_size(), &range, &slots);
+        self.events.stored(
+            caller.realm(),
+            key,
+            self.hasher.chunk_size(),
+            &range,
+            &slots,
+        );
         match self.engine.commit(worker.owner, lease) {
             Ok(committed) if committed.discarded > 0 => {
                 self.events.withdrawn(
+                    caller.realm(),
                     &worker.model_name,
                     slots.iter().map(|&(index, _)| range.hash(index)),
                 );
@@ -129,7 +143,7 @@ impl Service {
             Ok(_) => {
                 self.stored.notify_one();
                 self.metrics.stored(
-                    &key.cache_salt,
+                    range.salt(),
                     slots.len(),
                     slots.iter().map(|(_, slot)| slot.length).sum(),
                     began.elapsed(),
@@ -138,6 +152,7 @@ impl Service {
             }
             Err(error) => {
                 self.events.withdrawn(
+                    caller.realm(),
                     &worker.model_name,
                     slots.iter().map(|&(index, _)| range.hash(index)),
                 );
@@ -235,6 +250,16 @@ pub(super) struct TransferRange {
 }
 
 impl TransferRange {
+    /// The salt that the objects are under.
+    pub(super) fn salt(&self) -> &str {
+        self.transfer.scope.cache_salt.as_str()
+    }
+
+    /// Whether the salt was not the caller's. Nothing is ever stored then.
+    pub(super) fn is_denied(&self) -> bool {
+        self.salt() == DENIED_SALT
+    }
+
     pub(super) fn hash(&self, index: usize) -> ChunkHash {
         self.hashes[index]
     }

@@ -13,6 +13,8 @@ use parking_lot::Mutex;
 use stockade_cache::{ChunkHash, KeyScope, LeaseId, OwnerId, Slot};
 use stockade_wire::{Dtype, InstanceId, RegisterContext};
 
+use crate::tenancy::{Caller, Realm};
+
 /// Most registrations at once; a fleet of engines on one machine has a few hundred workers.
 const MAX_WORKERS: usize = 16_384;
 
@@ -82,6 +84,31 @@ struct Activity {
     process: Option<Arc<OwnedFd>>,
 }
 
+/// What names a worker: engines choose the numbers, so each tenant has numbers of its own.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) struct WorkerId {
+    pub(crate) realm: Realm,
+    pub(crate) instance: InstanceId,
+}
+
+impl WorkerId {
+    pub(crate) fn new(caller: &Caller, instance: InstanceId) -> Self {
+        Self {
+            realm: caller.realm().clone(),
+            instance,
+        }
+    }
+}
+
+impl std::fmt::Display for WorkerId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.realm.name() {
+            "" => self.instance.fmt(f),
+            tenant => write!(f, "{} of {tenant}", self.instance),
+        }
+    }
+}
+
 /// Where a registration came from.
 #[derive(Debug)]
 pub(crate) struct Sender {
@@ -94,7 +121,7 @@ pub(crate) struct Sender {
 /// A worker on this machine whose connections have all closed.
 #[derive(Debug)]
 pub(crate) struct Orphan {
-    instance_id: InstanceId,
+    id: WorkerId,
     owner: OwnerId,
     /// A pidfd of its process.
     pub(crate) process: Arc<OwnedFd>,
@@ -103,13 +130,15 @@ pub(crate) struct Orphan {
 /// One registered worker.
 #[derive(Debug)]
 pub(crate) struct Worker {
-    pub(crate) instance_id: InstanceId,
+    pub(crate) id: WorkerId,
     pub(crate) owner: OwnerId,
     pub(crate) model_name: Arc<str>,
     pub(crate) world_size: u32,
     pub(crate) block_size: u32,
     pub(crate) use_mla: bool,
     pub(crate) layout: ChunkLayout,
+    /// Whether it was given the shared segment.
+    pub(crate) has_segment: bool,
     /// Tells objects of this layout from those of another one of the same model.
     pub(crate) object_group_id: u32,
     activity: Mutex<Activity>,
@@ -194,13 +223,16 @@ impl Worker {
 }
 
 /// An instance and the object group of its layout.
-type Registered = (InstanceId, u32);
+type Registered = (WorkerId, u32);
+
+/// A model as one tenant's workers have it: another's layout of it must not matter.
+type Model = (Realm, Arc<str>, u32);
 
 #[derive(Default)]
 struct Registry {
-    workers: HashMap<InstanceId, Arc<Worker>>,
-    /// Workers of each (model, world size) with their object groups, oldest registration first.
-    models: HashMap<(Arc<str>, u32), Vec<Registered>>,
+    workers: HashMap<WorkerId, Arc<Worker>>,
+    /// Workers of each model and world size with their object groups, oldest registration first.
+    models: HashMap<Model, Vec<Registered>>,
 }
 
 /// Why a registration is refused.
@@ -238,6 +270,7 @@ impl Workers {
     /// Returns the worker that was replaced, whose owner must be ended by the caller.
     pub(crate) fn register(
         &self,
+        caller: &Caller,
         context: &RegisterContext,
         chunk_size: u32,
         pool_bytes: u64,
@@ -267,8 +300,11 @@ impl Workers {
             bytes,
         };
 
+        let id = WorkerId::new(caller, context.instance_id);
+        let has_segment = caller.may_share_memory();
         let mut registry = self.registry.lock();
-        if let Some(known) = registry.workers.get(&context.instance_id)
+        if let Some(known) = registry.workers.get(&id)
+            && known.has_segment == has_segment
             && known.layout == layout
             && *known.model_name == *context.model_name
             && known.world_size == context.world_size
@@ -279,24 +315,27 @@ impl Workers {
             activity.process = sender.process;
             return Ok(None);
         }
-        if registry.workers.len() >= MAX_WORKERS
-            && !registry.workers.contains_key(&context.instance_id)
-        {
+        if registry.workers.len() >= MAX_WORKERS && !registry.workers.contains_key(&id) {
             return Err(RegisterError::TooManyWorkers);
         }
-        let replaced = registry.remove(context.instance_id);
+        let replaced = registry.remove(&id);
         let object_group_id = layout.object_group_id();
-        let model = (Arc::clone(&context.model_name), context.world_size);
+        let model = (
+            id.realm.clone(),
+            Arc::clone(&context.model_name),
+            context.world_size,
+        );
         let registered = registry.models.entry(model).or_default();
-        registered.push((context.instance_id, object_group_id));
+        registered.push((id.clone(), object_group_id));
         let worker = Worker {
-            instance_id: context.instance_id,
+            id: id.clone(),
             owner: new_owner(),
             model_name: Arc::clone(&context.model_name),
             world_size: context.world_size,
             block_size: context.block_size,
             use_mla: context.use_mla,
             layout,
+            has_segment,
             object_group_id,
             activity: Mutex::new(Activity {
                 last_seen: Instant::now(),
@@ -308,32 +347,36 @@ impl Workers {
                 process: sender.process,
             }),
         };
-        registry
-            .workers
-            .insert(context.instance_id, Arc::new(worker));
+        registry.workers.insert(id, Arc::new(worker));
         Ok(replaced)
     }
 
     /// Removes a registration; the caller ends its owner.
-    pub(crate) fn unregister(&self, instance_id: InstanceId) -> Option<Arc<Worker>> {
-        self.registry.lock().remove(instance_id)
+    pub(crate) fn unregister(&self, id: &WorkerId) -> Option<Arc<Worker>> {
+        self.registry.lock().remove(id)
     }
 
-    pub(crate) fn get(&self, instance_id: InstanceId) -> Option<Arc<Worker>> {
-        self.registry.lock().workers.get(&instance_id).cloned()
+    pub(crate) fn get(&self, id: &WorkerId) -> Option<Arc<Worker>> {
+        self.registry.lock().workers.get(id).cloned()
     }
 
-    /// The object group that lookups for this model use: that of the newest registration.
-    pub(crate) fn object_group(&self, model_name: &Arc<str>, world_size: u32) -> Option<u32> {
+    /// The object group that lookups for this model use: that of the tenant's newest
+    /// registration.
+    pub(crate) fn object_group(
+        &self,
+        realm: &Realm,
+        model_name: &Arc<str>,
+        world_size: u32,
+    ) -> Option<u32> {
         let registry = self.registry.lock();
-        let model = (Arc::clone(model_name), world_size);
+        let model = (realm.clone(), Arc::clone(model_name), world_size);
         let newest = registry.models.get(&model)?.last()?;
         Some(newest.1)
     }
 
     /// Notes a sign of life; `false` if there is no such worker.
-    pub(crate) fn ping(&self, instance_id: InstanceId, peer: u64) -> bool {
-        let Some(worker) = self.get(instance_id) else {
+    pub(crate) fn ping(&self, id: &WorkerId, peer: u64) -> bool {
+        let Some(worker) = self.get(id) else {
             return false;
         };
         let mut activity = worker.activity.lock();
@@ -362,7 +405,7 @@ impl Workers {
                 };
                 now.saturating_duration_since(activity.last_seen) > budget
             };
-            if is_stale && let Some(worker) = self.unregister(worker.instance_id) {
+            if is_stale && let Some(worker) = self.unregister(&worker.id) {
                 reaped.push(worker);
             }
         }
@@ -377,7 +420,7 @@ impl Workers {
             let known = activity.peers.iter().position(|&known| known == peer)?;
             activity.peers.remove(known);
             Some(Orphan {
-                instance_id: worker.instance_id,
+                id: worker.id.clone(),
                 owner: worker.owner,
                 process: activity
                     .process
@@ -398,30 +441,34 @@ impl Workers {
         let mut registry = self.registry.lock();
         registry
             .holds(orphan)
-            .then(|| registry.remove(orphan.instance_id))
+            .then(|| registry.remove(&orphan.id))
             .flatten()
     }
 
     /// All registrations, by instance id.
     pub(crate) fn list(&self) -> Vec<Arc<Worker>> {
         let mut workers: Vec<_> = self.registry.lock().workers.values().cloned().collect();
-        workers.sort_by_key(|worker| worker.instance_id);
+        workers.sort_by(|a, b| a.id.cmp(&b.id));
         workers
     }
 }
 
 impl Registry {
     fn holds(&self, orphan: &Orphan) -> bool {
-        self.workers.get(&orphan.instance_id).is_some_and(|worker| {
+        self.workers.get(&orphan.id).is_some_and(|worker| {
             worker.owner == orphan.owner && worker.activity.lock().peers.is_empty()
         })
     }
 
-    fn remove(&mut self, instance_id: InstanceId) -> Option<Arc<Worker>> {
-        let worker = self.workers.remove(&instance_id)?;
-        let key = (Arc::clone(&worker.model_name), worker.world_size);
+    fn remove(&mut self, id: &WorkerId) -> Option<Arc<Worker>> {
+        let worker = self.workers.remove(id)?;
+        let key = (
+            id.realm.clone(),
+            Arc::clone(&worker.model_name),
+            worker.world_size,
+        );
         if let Some(registered) = self.models.get_mut(&key) {
-            registered.retain(|&(id, _)| id != instance_id);
+            registered.retain(|(other, _)| other != id);
             if registered.is_empty() {
                 self.models.remove(&key);
             }

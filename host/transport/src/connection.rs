@@ -302,6 +302,7 @@ impl<H: Handler, S: AsyncRead + AsyncWrite + Unpin> Connection<H, S> {
                         info,
                         origin: self.origin.clone(),
                         link: Arc::clone(&self.link),
+                        context: std::sync::OnceLock::new(),
                     });
                     self.peer = Some(Arc::clone(&peer));
                     *known = Some(Arc::clone(&peer));

@@ -1,11 +1,12 @@
 //! A connected client as handlers see it, and the way to send to it unasked.
 
+use std::any::Any;
 use std::collections::VecDeque;
 use std::fmt;
 use std::net::SocketAddr;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use bytes::Bytes;
@@ -60,6 +61,7 @@ pub struct Peer {
     pub(crate) info: PeerInfo,
     pub(crate) origin: Origin,
     pub(crate) link: Arc<Link>,
+    pub(crate) context: OnceLock<Box<dyn Any + Send + Sync>>,
 }
 
 /// What is known of a connection when it is accepted.
@@ -125,6 +127,13 @@ impl Peer {
     /// Closes the connection once requests in flight are answered.
     pub fn close(&self) {
         self.link.ask(Ask::HANDLER);
+    }
+
+    /// What the handler keeps with this connection, made at the first call. It lives as long
+    /// as the peer. `None` if something of another type is kept already.
+    pub fn context<T: Any + Send + Sync>(&self, make: impl FnOnce() -> T) -> Option<&T> {
+        let context = self.context.get_or_init(|| Box::new(make()));
+        context.downcast_ref()
     }
 
     /// Whether the connection has ended or is ending.

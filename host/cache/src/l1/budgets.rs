@@ -15,6 +15,18 @@ impl L1 {
         self.tenants.configure(tenant, self.allocator.capacity())
     }
 
+    /// Replaces tenants; `move_objects` must follow.
+    pub(crate) fn replace_tenants(
+        &mut self,
+        before: &[Tenant],
+        after: &[Tenant],
+    ) -> Result<(), BudgetError> {
+        let capacity = self.allocator.capacity();
+        self.tenants.replace(before, after, capacity)?;
+        self.reassign_scopes();
+        Ok(())
+    }
+
     /// Sets a budget; `move_objects` must follow.
     pub(crate) fn set_budget(
         &mut self,

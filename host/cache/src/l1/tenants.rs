@@ -6,7 +6,7 @@
 //! is the one most above its share whatever the pool's size. A tenant at its floor gives
 //! only for its own stores.
 
-use std::collections::{BinaryHeap, HashMap};
+use std::collections::{BinaryHeap, HashMap, HashSet};
 use std::sync::Arc;
 
 use super::slab::Slab;
@@ -132,6 +132,10 @@ impl Search {
     }
 }
 
+fn claimed_anew(changed: &[&Tenant], salt: &CacheSalt) -> bool {
+    changed.iter().any(|tenant| tenant.salts.contains(salt))
+}
+
 /// All tenants; there is always the one for the rest.
 pub(crate) struct Tenants {
     kind: PolicyKind,
@@ -193,6 +197,59 @@ impl Tenants {
         self.by_salt.retain(|_, owner| *owner != id);
         let salts = tenant.salts.iter().cloned();
         self.by_salt.extend(salts.map(|salt| (salt, id)));
+        Ok(())
+    }
+
+    /// Puts the tenants `after` in the place of the tenants `before`; nothing changes on an
+    /// error. Those that are in both as they were keep the budgets that were set since.
+    pub(super) fn replace(
+        &mut self,
+        before: &[Tenant],
+        after: &[Tenant],
+        capacity_bytes: u64,
+    ) -> Result<(), BudgetError> {
+        let claimed: HashSet<&CacheSalt> = after.iter().flat_map(|it| &it.salts).collect();
+        let named = |name: &Arc<str>, tenants: &[Tenant]| tenants.iter().any(|it| it.name == *name);
+        let mut trial = Self::new(PolicyKind::Noop);
+        for tenant in after {
+            trial.configure(tenant, capacity_bytes)?;
+        }
+        for usage in self.usage(capacity_bytes) {
+            let mut tenant = usage.tenant;
+            tenant.salts.retain(|salt| !claimed.contains(salt));
+            let is_set_apart = !named(&tenant.name, before) && !named(&tenant.name, after);
+            if is_set_apart && !tenant.salts.is_empty() {
+                trial.configure(&tenant, capacity_bytes)?;
+            }
+        }
+        let changed: Vec<&Tenant> = after.iter().filter(|it| !before.contains(it)).collect();
+        let gone = before.iter().filter(|it| !named(&it.name, after));
+        let loosened: HashSet<Arc<str>> = changed
+            .iter()
+            .copied()
+            .chain(gone)
+            .map(|it| Arc::clone(&it.name))
+            .collect();
+        let is_loosened = |(_, entry): &(TenantId, &Entry)| loosened.contains(&entry.name);
+        let ids: HashSet<TenantId> = self
+            .entries
+            .iter()
+            .filter(is_loosened)
+            .map(|(id, _)| id)
+            .collect();
+        for &id in &ids {
+            if let Some(entry) = self.entries.get_mut(id) {
+                entry.budget = Budget::default();
+                if id == REST {
+                    entry.name = Arc::from(EVERYBODY_ELSE);
+                }
+            }
+        }
+        self.by_salt
+            .retain(|salt, owner| !ids.contains(owner) && !claimed_anew(&changed, salt));
+        for tenant in changed {
+            self.configure(tenant, capacity_bytes)?;
+        }
         Ok(())
     }
 

@@ -6,20 +6,37 @@ use super::stage::{Event, Stage};
 use super::tenants::NOWHERE;
 use super::{Contents, L1, Object, ObjectId, ScopeCursor};
 use crate::engine::RemoveReason;
-use crate::key::ObjectKey;
+use crate::key::{CacheSalt, ObjectKey};
 
 impl L1 {
     /// Clears the objects numbered `range`; see `CacheEngine::clear`. Returns how many
     /// were withdrawn and how many stay, or `None` when there are no such numbers.
-    pub(crate) fn clear_range(&mut self, range: Range<u32>, force: bool) -> Option<(usize, usize)> {
+    pub(crate) fn clear_range(
+        &mut self,
+        range: Range<u32>,
+        force: bool,
+        wanted: &dyn Fn(&CacheSalt) -> bool,
+    ) -> Option<(usize, usize)> {
         if range.start as usize >= self.objects.numbers() {
             return None;
         }
         let (mut removed, mut kept) = (0, 0);
+        let mut last = None;
         for id in range {
             let Some(object) = self.objects.get(id) else {
                 continue;
             };
+            let is_wanted = match last {
+                Some((scope, is_wanted)) if scope == object.scope => is_wanted,
+                _ => self
+                    .scopes
+                    .scope(object.scope)
+                    .is_some_and(|scope| wanted(&scope.cache_salt)),
+            };
+            last = Some((object.scope, is_wanted));
+            if !is_wanted {
+                continue;
+            }
             match object.stage {
                 Stage::Readable if force || !object.is_held() => {
                     self.withdraw(id, RemoveReason::Cleared);

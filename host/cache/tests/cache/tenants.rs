@@ -410,3 +410,64 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn tenants_of_another_configuration_take_the_place_of_the_last_ones() {
+    let before = vec![
+        tenant("kept", &["k"], budget(10, 1, None)),
+        tenant("changed", &["c", "moved"], budget(10, 1, None)),
+        tenant("gone", &["g"], budget(40, 1, Some(40))),
+        tenant("rest", &[], budget(5, 1, None)),
+    ];
+    let cache = with_tenants(100, before.clone());
+    cache
+        .set_budget(&salt("k"), budget(10, 1, Some(50)))
+        .unwrap();
+    cache
+        .set_budget(&salt("set-apart"), budget(0, 1, Some(7)))
+        .unwrap();
+    for text in ["k", "c", "moved", "g", "x"] {
+        pour(&cache, text, 0..3);
+    }
+    // Floors that would not fit change nothing.
+    let too_much = vec![tenant("kept", &["k"], budget(200, 1, None))];
+    assert!(cache.replace_tenants(&before, &too_much).is_err());
+    assert_eq!(used(&cache, "gone"), 3);
+
+    let after = vec![
+        tenant("kept", &["k"], budget(10, 1, None)),
+        tenant("changed", &["c"], budget(60, 2, None)),
+        tenant("new", &["moved", "set-apart"], budget(20, 1, None)),
+    ];
+    cache.replace_tenants(&before, &after).unwrap();
+    cache.check_invariants().unwrap();
+    let budgets = cache.budgets();
+    let mut names: Vec<&str> = budgets.iter().map(|it| &*it.tenant.name).collect();
+    names.sort_unstable();
+    assert_eq!(names, ["changed", "everybody else", "kept", "new"]);
+    let of = |name: &str| budgets.iter().find(|it| &*it.tenant.name == name).unwrap();
+    assert_eq!(of("changed").tenant.budget, budget(60, 2, None));
+    // What was set while it ran holds as long as the configuration says nothing new.
+    assert_eq!(of("kept").tenant.budget, budget(10, 1, Some(50)));
+    assert_eq!(of("everybody else").tenant.budget, budget(0, 1, None));
+    for (name, pages) in [("kept", 3), ("changed", 3), ("new", 3), ("everybody else", 6)] {
+        assert_eq!(used(&cache, name), pages, "{name}");
+    }
+    cache.replace_tenants(&after, &before).unwrap();
+    cache.check_invariants().unwrap();
+    assert_eq!((used(&cache, "changed"), used(&cache, "gone"), used(&cache, "rest")), (6, 3, 3));
+}
+
+#[test]
+fn a_clearing_of_some_salts_leaves_the_others() {
+    let cache = with_tenants(100, Vec::new());
+    for text in ["a", "b", "c"] {
+        pour(&cache, text, 0..5);
+    }
+    let cleared = cache.clear_where(false, &|salt| salt.as_str() == "b");
+    assert_eq!(cleared.removed, 5);
+    cache.check_invariants().unwrap();
+    let salts = cache.status().salts;
+    let left: Vec<&str> = salts.iter().map(|it| it.cache_salt.as_str()).collect();
+    assert_eq!(left, ["a", "c"]);
+}

@@ -1,0 +1,294 @@
+//! Who is calling: which tenant a connection belongs to, and what it may name.
+//!
+//! A connection has a [`Standing`], worked out from its listener, its PLAIN user and the
+//! credentials of its process when it first asks for something, and again after the rules were
+//! reloaded. From it follows the [`Realm`] that its requests, workers and streams live in, and
+//! what becomes of the `cache_salt` that they carry: a salt that the caller may not use is
+//! replaced by one that nothing is ever stored under, so that a forged salt goes the whole way of
+//! a miss and tells nothing.
+
+mod audit;
+mod reload;
+mod rules;
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering},
+};
+
+use parking_lot::RwLock;
+use stockade_cache::CacheSalt;
+use stockade_transport::{Credentials, Peer};
+
+pub use audit::{Audit, DeniedCount};
+pub use reload::TenantFile;
+pub use rules::{Binding, Rules, TenantRules, Unsalted};
+
+/// The salt of what nobody may have. Nothing is stored under it, whoever asks.
+pub const DENIED_SALT: &str = "stockade-denied";
+
+/// Keeps the request ids, worker ids and streams of one tenant apart from all others'.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Realm(Arc<str>);
+
+impl Realm {
+    /// The realm of connections that no tenant is bound to.
+    #[must_use]
+    pub fn open() -> Self {
+        Self(Arc::from(""))
+    }
+
+    /// The tenant's name; empty for [`open`](Self::open).
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.0
+    }
+}
+
+/// Why a caller does not get what it names. The names become metric labels.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Denial {
+    /// The salt is not one of the tenant's, or belongs to one that is bound elsewhere.
+    ForeignSalt,
+    /// There is no salt, and the tenant refuses such requests.
+    Unsalted,
+    /// The connection belongs to no tenant, and its listener has tenants.
+    Stranger,
+    /// The caller may not touch everybody's objects.
+    Scope,
+}
+
+impl Denial {
+    /// The name in metrics and in the audit log.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::ForeignSalt => "foreign_salt",
+            Self::Unsalted => "unsalted",
+            Self::Stranger => "stranger",
+            Self::Scope => "scope",
+        }
+    }
+}
+
+/// What a connection is to the tenants.
+#[derive(Debug, Clone)]
+pub enum Standing {
+    /// Bound to no tenant, on a listener that no tenant claims: any salt that is not bound.
+    Open,
+    /// A tenant's.
+    Tenant(Arc<TenantRules>),
+    /// On a listener that tenants claim, and none of theirs.
+    Stranger,
+}
+
+/// A caller as the operations see it.
+#[derive(Debug, Clone)]
+pub struct Caller {
+    realm: Realm,
+    standing: Standing,
+    rules: Arc<Rules>,
+    denied: CacheSalt,
+    /// The connection, in words.
+    origin: Arc<str>,
+}
+
+impl Caller {
+    fn new(standing: Standing, rules: Arc<Rules>, origin: &str) -> Self {
+        let realm = match &standing {
+            Standing::Open => Realm::open(),
+            Standing::Tenant(tenant) => Realm(Arc::clone(&tenant.name)),
+            // No tenant can have this name.
+            Standing::Stranger => Realm(Arc::from("\0stranger")),
+        };
+        Self {
+            realm,
+            standing,
+            rules,
+            denied: denied_salt(),
+            origin: Arc::from(origin),
+        }
+    }
+
+    /// The server itself.
+    #[must_use]
+    pub fn internal() -> Self {
+        Self::new(Standing::Open, Arc::default(), "the server")
+    }
+
+    /// Where its requests and workers live.
+    #[must_use]
+    pub fn realm(&self) -> &Realm {
+        &self.realm
+    }
+
+    /// What it is to the tenants.
+    #[must_use]
+    pub fn standing(&self) -> &Standing {
+        &self.standing
+    }
+
+    /// The rules of its tenant.
+    #[must_use]
+    pub fn tenant(&self) -> Option<&Arc<TenantRules>> {
+        match &self.standing {
+            Standing::Tenant(tenant) => Some(tenant),
+            Standing::Open | Standing::Stranger => None,
+        }
+    }
+
+    /// The salt that a request with the salt `asked` is about.
+    ///
+    /// # Errors
+    /// The reason why it may not be about any; [`denied_salt`](Self::denied_salt) is to be used
+    /// in its place.
+    pub fn salt(&self, asked: &CacheSalt) -> Result<CacheSalt, Denial> {
+        #[cfg(debug_assertions)]
+        if self.rules.is_unchecked() {
+            return Ok(asked.clone());
+        }
+        if asked.as_str() == DENIED_SALT {
+            return Err(Denial::ForeignSalt);
+        }
+        match &self.standing {
+            Standing::Stranger => Err(Denial::Stranger),
+            Standing::Open if self.rules.is_bound(asked) => Err(Denial::ForeignSalt),
+            Standing::Open => Ok(asked.clone()),
+            Standing::Tenant(tenant) => {
+                let salt = match (asked.as_str(), &tenant.unsalted) {
+                    ("", Unsalted::Refuse) => return Err(Denial::Unsalted),
+                    ("", Unsalted::Default(salt)) => salt,
+                    _ => asked,
+                };
+                match self.rules.may_use(tenant, salt) {
+                    true => Ok(salt.clone()),
+                    false => Err(Denial::ForeignSalt),
+                }
+            }
+        }
+    }
+
+    /// The salt of what it may not have.
+    #[must_use]
+    pub fn denied_salt(&self) -> CacheSalt {
+        self.denied.clone()
+    }
+
+    /// Whether it may see, and clear, objects under the salt.
+    #[must_use]
+    pub fn owns(&self, salt: &CacheSalt) -> bool {
+        match &self.standing {
+            Standing::Stranger => false,
+            Standing::Open => !self.rules.is_bound(salt),
+            Standing::Tenant(tenant) => self.rules.may_use(tenant, salt),
+        }
+    }
+
+    /// Whether its workers are given the shared segment, in which they can read everything.
+    #[must_use]
+    pub fn may_share_memory(&self) -> bool {
+        match &self.standing {
+            Standing::Open => true,
+            Standing::Tenant(tenant) => tenant.shared_memory,
+            Standing::Stranger => false,
+        }
+    }
+}
+
+fn denied_salt() -> CacheSalt {
+    // The text keeps the rule of salts, which a test checks.
+    CacheSalt::parse(DENIED_SALT).unwrap_or_default()
+}
+
+/// What a connection was found to be, kept with it.
+#[derive(Debug)]
+struct Found(RwLock<(u64, Arc<Caller>)>);
+
+/// The rules in force, and what was denied under them.
+#[derive(Debug)]
+pub struct Tenancy {
+    rules: RwLock<Arc<Rules>>,
+    /// Counts reloads, so that connections know when what was found of them is out of date.
+    generation: AtomicU64,
+    audit: Audit,
+}
+
+impl Tenancy {
+    /// Rules in force from the start.
+    #[must_use]
+    pub fn new(rules: Arc<Rules>) -> Self {
+        Self {
+            rules: RwLock::new(rules),
+            generation: AtomicU64::new(1),
+            audit: Audit::default(),
+        }
+    }
+
+    /// The rules in force.
+    #[must_use]
+    pub fn rules(&self) -> Arc<Rules> {
+        Arc::clone(&self.rules.read())
+    }
+
+    /// Puts other rules in force. Connections that are open go on under them; what their
+    /// requests hold already they keep.
+    pub fn replace(&self, rules: Arc<Rules>) {
+        let mut current = self.rules.write();
+        *current = rules;
+        self.generation.fetch_add(1, Ordering::Release);
+    }
+
+    /// What was denied, and its log.
+    #[must_use]
+    pub fn audit(&self) -> &Audit {
+        &self.audit
+    }
+
+    /// Whose connections are told of objects under the salt.
+    #[must_use]
+    pub fn realm_of(&self, salt: &CacheSalt) -> Realm {
+        let rules = self.rules.read();
+        match rules.owner(salt) {
+            Some(tenant) if !tenant.binding.is_empty() => Realm(Arc::clone(&tenant.name)),
+            _ => Realm::open(),
+        }
+    }
+
+    /// Who the peer is under the rules in force.
+    #[must_use]
+    pub fn caller(&self, peer: &Peer) -> Arc<Caller> {
+        let found = peer.context(|| Found(RwLock::new((0, Arc::new(Caller::internal())))));
+        let Some(Found(found)) = found else {
+            // Nobody else keeps things with connections.
+            return Arc::new(Caller::new(Standing::Stranger, self.rules(), ""));
+        };
+        let generation = self.generation.load(Ordering::Acquire);
+        {
+            let known = found.read();
+            if known.0 == generation {
+                return Arc::clone(&known.1);
+            }
+        }
+        let rules = self.rules();
+        let user = peer.principal().map(|principal| principal.name());
+        let standing = rules.standing(peer.listener(), user, peer.credentials());
+        let caller = Arc::new(Caller::new(standing, rules, &described(peer)));
+        *found.write() = (generation, Arc::clone(&caller));
+        caller
+    }
+}
+
+/// What is known of a connection, in words for the audit log.
+fn described(peer: &Peer) -> String {
+    let mut text = format!("{} through listener {}", peer.address(), peer.listener());
+    if let Some(principal) = peer.principal() {
+        text.push_str(&format!(" as user {}", principal.name()));
+    }
+    if let Some(Credentials { pid, uid, gid }) = peer.credentials() {
+        text.push_str(&format!(" with uid {uid} gid {gid}"));
+        if let Some(pid) = pid {
+            text.push_str(&format!(" pid {pid}"));
+        }
+    }
+    text
+}
