@@ -34,7 +34,10 @@ use self::{
     api::{Api, Describe, Method},
     problem::Problem,
 };
-use crate::{budgets::TenantBudgets, service::Service, telemetry::Log, watchdog::Watchdog};
+use crate::{
+    budgets::TenantBudgets, service::Service, telemetry::Log, tenancy::TenantFile,
+    watchdog::Watchdog,
+};
 
 pub use access::Tokens;
 pub(crate) use history::{INTERVAL as HISTORY_INTERVAL, sample};
@@ -50,6 +53,8 @@ pub struct Admin {
     pub service: Arc<Service>,
     /// What tenants may use, and what of that HTTP set.
     pub budgets: TenantBudgets,
+    /// Where tenants come from.
+    pub tenant_file: TenantFile,
     /// The plugins.
     pub supervisor: Arc<Supervisor>,
     /// Counters of the transport.
@@ -80,6 +85,8 @@ pub struct AdminParts {
     pub service: Arc<Service>,
     /// What tenants may use, and what of that HTTP set.
     pub budgets: TenantBudgets,
+    /// Where tenants come from.
+    pub tenant_file: TenantFile,
     /// The plugins.
     pub supervisor: Arc<Supervisor>,
     /// Counters of the transport.
@@ -109,6 +116,7 @@ impl Admin {
         Arc::new(Self {
             service: parts.service,
             budgets: parts.budgets,
+            tenant_file: parts.tenant_file,
             supervisor: parts.supervisor,
             transport: parts.transport,
             registry: parts.registry.into(),
@@ -405,6 +413,16 @@ pub fn router(admin: &Arc<Admin>) -> Router {
             "Tenants, what they use and may use; a tenant sees itself",
             plain(),
             tenants::list,
+        )
+        .add(
+            (Post, "/v1/config/reload"),
+            Operate,
+            "Reads the configuration file's tenants again and puts them in force",
+            Describe {
+                problems: &[(409, "bad-tenants")],
+                ..Describe::default()
+            },
+            tenants::reload,
         )
         .add(
             (Get, "/v1/tenants/{name}"),

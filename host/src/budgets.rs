@@ -80,7 +80,8 @@ impl From<Amounts> for Budget {
 /// The one place through which budgets change while the server runs.
 pub struct TenantBudgets {
     file: Option<StateFile>,
-    configured: Vec<Tenant>,
+    /// What the file says; changes under `changing` only.
+    configured: Mutex<Vec<Tenant>>,
     /// Held while the engine and the document are brought to agree, by threads that may block.
     changing: Mutex<()>,
     /// Held for a look.
@@ -100,7 +101,7 @@ impl TenantBudgets {
         let file = state.map(|state| state.file(FILE));
         let mut budgets = Self {
             file,
-            configured,
+            configured: configured.into(),
             changing: Mutex::default(),
             kept: Mutex::default(),
         };
@@ -122,7 +123,7 @@ impl TenantBudgets {
             let of = |what: &str| file.unusable(format!("tenant {:?}: {what}", entry.tenant));
             let salt = CacheSalt::parse(&entry.cache_salt)
                 .map_err(|error| of(&format!("cache_salt: {error}")))?;
-            let now = budgets.configured_with(&salt).map(|it| it.budget.into());
+            let now = budgets.configured_with(&salt);
             if now != entry.over {
                 tracing::warn!(
                     "the file says something new about tenant {:?}, so its budget of {} is forgotten",
@@ -163,8 +164,44 @@ impl TenantBudgets {
         self.kept.lock().iter().any(|it| it.tenant == tenant)
     }
 
-    fn configured_with(&self, salt: &CacheSalt) -> Option<&Tenant> {
-        self.configured.iter().find(|it| it.salts.contains(salt))
+    /// What the file gives the tenant of a salt.
+    fn configured_with(&self, salt: &CacheSalt) -> Option<Amounts> {
+        let configured = self.configured.lock();
+        let found = configured.iter().find(|it| it.salts.contains(salt));
+        found.map(|it| it.budget.into())
+    }
+
+    /// Puts the tenants that the file has now in the place of those it had. What HTTP set holds
+    /// on where the file says the same as then. Blocks.
+    ///
+    /// # Errors
+    /// [`SetError`]; the engine's budgets are as before then, if it is one of budgets.
+    pub fn reconfigure(&self, engine: &CacheEngine, tenants: Vec<Tenant>) -> Result<(), SetError> {
+        let _changing = self.changing.lock();
+        let before = self.configured.lock().clone();
+        engine.replace_tenants(&before, &tenants)?;
+        *self.configured.lock() = tenants;
+        let kept = self.kept.lock().clone();
+        let mut next = Vec::with_capacity(kept.len());
+        for mut entry in kept {
+            let Ok(salt) = CacheSalt::parse(&entry.cache_salt) else {
+                continue;
+            };
+            let holds = self.configured_with(&salt) == entry.over
+                && engine.set_budget(&salt, entry.budget.into()).is_ok();
+            if holds {
+                entry.tenant = name_of(engine, &salt);
+                next.push(entry);
+            } else {
+                tracing::warn!(
+                    "the file says something new about tenant {:?}, so its budget set over HTTP is forgotten",
+                    entry.tenant
+                );
+            }
+        }
+        *self.kept.lock() = next.clone();
+        self.keep(&next)?;
+        Ok(())
     }
 
     /// Changes the budget of the tenant that has a salt; a salt without one becomes a tenant of its
@@ -215,7 +252,7 @@ impl TenantBudgets {
         let before = budget_of(engine, salt);
         engine.set_budget(salt, budget)?;
         let tenant = name_of(engine, salt);
-        let over = self.configured_with(salt).map(|it| it.budget.into());
+        let over = self.configured_with(salt);
         let budget = budget.into();
         let mut next = self.kept.lock().clone();
         next.retain(|it| it.tenant != tenant);

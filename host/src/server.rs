@@ -30,7 +30,7 @@ use crate::{
     service::{Service, ServiceHandler, ServiceSettings},
     state_dir::StateDir,
     telemetry::Log,
-    tenancy::Tenancy,
+    tenancy::{Tenancy, TenantFile},
     watchdog::{BEAT, Heart, Watchdog},
 };
 
@@ -214,6 +214,7 @@ impl Server {
         let admin = Admin::new(AdminParts {
             service: Arc::clone(&service),
             budgets: self.budgets,
+            tenant_file: TenantFile::new(config.clone(), Arc::clone(&service)),
             supervisor: Arc::clone(&supervisor),
             transport: transport.stats(),
             registry,
@@ -369,6 +370,12 @@ async fn observe(
             }
             if let Some(tls) = tls {
                 tls.refresh();
+            }
+            if is_asked
+                && admin.tenant_file.exists()
+                && let Err(error) = admin.tenant_file.reload(&admin.budgets)
+            {
+                tracing::error!("tenants stay as they were: {error}");
             }
         });
         if let Err(error) = look.await {

@@ -564,7 +564,12 @@ pub struct Worker {
 impl Worker {
     /// Registers a float16 worker of 2 layers, hidden size 16: 2 KiB a chunk of 16 tokens.
     pub async fn register(server: &Server, id: u64, model: &str) -> Self {
-        let mut client = Client::connect(&server.url).await;
+        Self::register_at(&server.url, id, model).await
+    }
+
+    /// The same, through another listener.
+    pub async fn register_at(url: &str, id: u64, model: &str) -> Self {
+        let mut client = Client::connect(url).await;
         let reply = client.call(14, &[registration(id, model)]).await.value();
         let name = field(&reply, "shm_name").as_str().unwrap().to_owned();
         Self {

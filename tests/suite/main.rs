@@ -21,3 +21,4 @@ mod simulate;
 mod start_up;
 mod state;
 mod store_retrieve;
+mod tenants;

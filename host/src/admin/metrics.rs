@@ -58,6 +58,12 @@ struct TenantLabels {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct DeniedLabels {
+    tenant: String,
+    reason: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct LoopLabels {
     name: String,
 }
@@ -96,6 +102,7 @@ pub(super) fn render(admin: &Admin) -> Result<String, fmt::Error> {
     let own = now.sub_registry_with_prefix("stockade");
     read_engine_details(&engine, own);
     read_tenants(&engine, own);
+    read_denials(admin, own);
     read_transport(admin, own);
     read_plugins(admin, own);
     read_server(admin, own);
@@ -344,6 +351,23 @@ fn read_tenants(status: &EngineStatus, registry: &mut Registry) {
     registry.register_with_unit("tenant_floor", help, Unit::Bytes, floor);
     let help = "Bytes of a tenant's objects evicted so far";
     registry.register_with_unit("tenant_evicted", help, Unit::Bytes, evicted);
+}
+
+/// What connections named and did not get. Tenants that requests name cannot make labels.
+fn read_denials(admin: &Admin, registry: &mut Registry) {
+    let denied = Family::<DeniedLabels, Counter>::default();
+    for count in admin.service.tenancy().audit().counts() {
+        let labels = DeniedLabels {
+            tenant: count.tenant().to_owned(),
+            reason: count.reason.name(),
+        };
+        denied.get_or_create(&labels).inc_by(count.count);
+    }
+    registry.register(
+        "tenant_denied",
+        "Requests that named what their connection's tenant may not have, by reason",
+        denied,
+    );
 }
 
 fn read_transport(admin: &Admin, registry: &mut Registry) {

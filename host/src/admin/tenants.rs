@@ -5,6 +5,7 @@ use std::{num::NonZeroU32, sync::Arc};
 use axum::{
     Extension, Json,
     extract::{Path, State},
+    http::StatusCode,
 };
 use serde::{Deserialize, Deserializer};
 use serde_json::{Map, Value, json};
@@ -292,4 +293,18 @@ pub(super) async fn put(
         "cap_bytes": budget.cap_bytes,
         "survives_restart": admin.budgets.survives_restart(),
     })))
+}
+
+/// Reads the tenants of the file again; all of them are put in force, or none.
+pub(super) async fn reload(
+    State(admin): Shared,
+    Extension(caller): Extension<Caller>,
+) -> Result<Json<Value>, Problem> {
+    tracing::info!("{} asked for the tenants to be read again", caller.name);
+    let shared = Arc::clone(&admin);
+    let count = tokio::task::spawn_blocking(move || shared.tenant_file.reload(&shared.budgets))
+        .await
+        .map_err(|error| Problem::internal("reload-failed", error.to_string()))?
+        .map_err(|error| Problem::new(StatusCode::CONFLICT, "bad-tenants", error))?;
+    Ok(Json(json!({"status": "ok", "tenants": count})))
 }

@@ -37,6 +37,8 @@ enum Action {
         /// The salt; `_default` for requests without one
         cache_salt: String,
     },
+    /// Have the server read the tenants of its configuration file again
+    Reload,
     /// Change a tenant's floor, weight or cap; what is not named stays as it is
     Budget {
         /// Name as `list` shows it
@@ -87,6 +89,7 @@ impl TenantCommand {
                 remote.put(&format!("/quota/{cache_salt}"), &json!({"limit_gb": gib}))?
             }
             Action::Unlimit { cache_salt } => remote.delete(&format!("/quota/{cache_salt}"))?,
+            Action::Reload => remote.post("/v1/config/reload")?,
             Action::Budget {
                 name,
                 floor_gb,
@@ -125,6 +128,7 @@ impl TenantCommand {
                 Some("removed") => format!("{cache_salt}: no limit, {}\n", how_long(&answer)),
                 _ => format!("{cache_salt}: had no limit\n"),
             }),
+            Action::Reload => print(&format!("{} tenants are in force\n", answer["tenants"])),
             Action::Budget { name, .. } => {
                 let size = |field: &str| answer[field].as_f64().map_or("none".to_owned(), bytes);
                 print(&format!(

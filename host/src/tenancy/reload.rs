@@ -2,17 +2,11 @@
 
 use std::sync::Arc;
 
-use parking_lot::Mutex;
-use stockade_cache::Tenant;
-
-use super::Tenancy;
-use crate::{config::Config, service::Service};
+use crate::{budgets::TenantBudgets, config::Config, service::Service};
 
 /// Reads the tenants of the configuration file again, and puts them in force.
 pub struct TenantFile {
     config: Config,
-    /// Those in force that a file has given.
-    current: Mutex<Vec<Tenant>>,
     service: Arc<Service>,
 }
 
@@ -20,11 +14,7 @@ impl TenantFile {
     /// The tenants that `service` was started with.
     #[must_use]
     pub fn new(config: Config, service: Arc<Service>) -> Self {
-        Self {
-            current: Mutex::new(config.tenants.clone()),
-            config,
-            service,
-        }
+        Self { config, service }
     }
 
     /// Whether there is a file to read.
@@ -38,23 +28,21 @@ impl TenantFile {
     ///
     /// # Errors
     /// One sentence that names the key and the way out. Everything stays as it was then.
-    pub fn reload(&self) -> Result<usize, String> {
+    pub fn reload(&self, budgets: &TenantBudgets) -> Result<usize, String> {
         let (tenants, rules) = self
             .config
             .reread_tenants()
             .map_err(|error| error.to_string())?;
-        let mut current = self.current.lock();
-        let tenancy: &Tenancy = self.service.tenancy();
+        let tenancy = self.service.tenancy();
+        let count = tenants.len();
         // Who may have what first: a salt that goes to another tenant must not be used by the
         // old one while it counts for the new one.
         let before = tenancy.rules();
         tenancy.replace(Arc::new(rules));
-        if let Err(error) = self.service.engine().replace_tenants(&current, &tenants) {
+        if let Err(error) = budgets.reconfigure(self.service.engine(), tenants) {
             tenancy.replace(before);
             return Err(format!("tenants: {error}"));
         }
-        let count = tenants.len();
-        *current = tenants;
         tracing::info!(count, "tenants were read again");
         Ok(count)
     }

@@ -450,12 +450,24 @@ fn tenants_of_another_configuration_take_the_place_of_the_last_ones() {
     // What was set while it ran holds as long as the configuration says nothing new.
     assert_eq!(of("kept").tenant.budget, budget(10, 1, Some(50)));
     assert_eq!(of("everybody else").tenant.budget, budget(0, 1, None));
-    for (name, pages) in [("kept", 3), ("changed", 3), ("new", 3), ("everybody else", 6)] {
+    for (name, pages) in [
+        ("kept", 3),
+        ("changed", 3),
+        ("new", 3),
+        ("everybody else", 6),
+    ] {
         assert_eq!(used(&cache, name), pages, "{name}");
     }
     cache.replace_tenants(&after, &before).unwrap();
     cache.check_invariants().unwrap();
-    assert_eq!((used(&cache, "changed"), used(&cache, "gone"), used(&cache, "rest")), (6, 3, 3));
+    assert_eq!(
+        (
+            used(&cache, "changed"),
+            used(&cache, "gone"),
+            used(&cache, "rest")
+        ),
+        (6, 3, 3)
+    );
 }
 
 #[test]

@@ -1,0 +1,381 @@
+//! Strangers on one server: what a connection may name, and what it must never learn.
+
+use std::path::{Path, PathBuf};
+
+use bytes::Bytes;
+use rmpv::Value;
+use stockade_tests::{
+    Client, Key, Server, Worker, field, lookup, lookup_free, pack, registration, tokens,
+};
+
+const CHUNK: usize = 16;
+const SALT_A: &str = "salt-of-a-59c1";
+const SALT_B: &str = "salt-of-b-e07d";
+
+/// A server with a listener per name, on local sockets, and the tenants of `tables`.
+struct House {
+    directory: tempfile::TempDir,
+    server: Server,
+}
+
+impl House {
+    fn start(listeners: &[&str], tables: &str, flags: &[&str]) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let file = write_file(directory.path(), listeners, tables);
+        let flags = [&["--config", file.to_str().unwrap()], flags].concat();
+        let server = Server::start(&flags);
+        Self { directory, server }
+    }
+
+    /// Two tenants, each with a listener of its own name.
+    fn of_two() -> Self {
+        let tables = format!(
+            "[tenants.a]\nsalts = ['{SALT_A}']\nlisteners = ['a']\n\
+             [tenants.b]\nsalts = ['{SALT_B}']\nlisteners = ['b']\n"
+        );
+        Self::start(&["a", "b"], &tables, &[])
+    }
+
+    fn url(&self, listener: &str) -> String {
+        url(self.directory.path(), listener)
+    }
+
+    fn rewrite(&self, listeners: &[&str], tables: &str) {
+        write_file(self.directory.path(), listeners, tables);
+    }
+
+    async fn denied(&self, tenant: &str, reason: &str) -> u64 {
+        let (_, body) = self.server.http("GET", "/metrics", "").await;
+        let sample =
+            format!("stockade_tenant_denied_total{{tenant=\"{tenant}\",reason=\"{reason}\"}} ");
+        let line = body.lines().find_map(|line| line.strip_prefix(&sample));
+        line.map_or(0, |count| count.parse().unwrap())
+    }
+}
+
+fn url(directory: &Path, listener: &str) -> String {
+    format!("ipc://{}/{listener}.sock", directory.display())
+}
+
+fn write_file(directory: &Path, listeners: &[&str], tables: &str) -> PathBuf {
+    let listeners = listeners.iter().map(|name| {
+        let endpoint = url(directory, name);
+        format!("[[listener]]\nname = '{name}'\nendpoint = '{endpoint}'\n")
+    });
+    let path = directory.join("stockade.toml");
+    std::fs::write(&path, listeners.collect::<String>() + tables).unwrap();
+    path
+}
+
+fn salted(key: &Key, salt: &str, request: &str) -> Key {
+    Key {
+        salt: salt.to_owned(),
+        request_id: request.to_owned(),
+        ..key.clone()
+    }
+}
+
+#[tokio::test]
+async fn equal_prompts_and_numbers_of_two_tenants_never_meet() {
+    let mut house = House::of_two();
+    // The same worker number, model, prompt and request ids on both sides, and no salt.
+    let mut a = Worker::register_at(&house.url("a"), 1, "m").await;
+    let mut b = Worker::register_at(&house.url("b"), 1, "m").await;
+    let prompt = tokens(3 * CHUNK, 1);
+    let key = Key::new("m", &prompt, Some(0), "r");
+    assert!(a.store(&key, |_| 0xaa).await);
+    assert_eq!(lookup_free(&mut a.client, &key).await, 3);
+    assert_eq!(lookup_free(&mut b.client, &key).await, 0, "a cross hit");
+    assert!(b.store(&key, |_| 0xbb).await, "b stores its own");
+    for (worker, byte) in [(&mut a, 0xaa), (&mut b, 0xbb)] {
+        assert_eq!(lookup(&mut worker.client, &key).await, 3);
+        let chunks = worker.retrieve(&key).await.unwrap();
+        assert!(chunks.iter().flatten().all(|&found| found == byte));
+    }
+
+    // A salt that is its own may be sent, one that is not is a miss, whoever has it or nobody.
+    let own = salted(&key, SALT_A, "own");
+    assert_eq!(lookup_free(&mut a.client, &own).await, 3);
+    for forged in [SALT_A, "nobody's", "stockade-denied"] {
+        let key = salted(&key, forged, "forged");
+        assert_eq!(lookup(&mut b.client, &key).await, 0, "{forged}");
+        assert!(b.retrieve(&key).await.is_none(), "{forged}");
+        assert!(b.prepare_store(&key).await.is_empty(), "{forged}");
+        assert!(!b.commit_store(&key).await, "{forged}");
+        assert_eq!(lookup_free(&mut b.client, &key).await, 0, "{forged}");
+    }
+    // Nor does the open listener lead to what is bound elsewhere.
+    let mut open = Worker::register(&house.server, 1, "m").await;
+    let forged = salted(&key, SALT_A, "forged");
+    assert_eq!(lookup_free(&mut open.client, &forged).await, 0);
+    let nobodys = salted(&key, "nobody's", "w");
+    assert!(open.store(&nobodys, |_| 1).await, "other salts are as ever");
+    assert_eq!(lookup_free(&mut open.client, &nobodys).await, 3);
+
+    assert!(house.denied("b", "foreign_salt").await >= 9);
+    assert!(house.denied("(none)", "foreign_salt").await >= 1);
+    assert_eq!(house.denied("a", "foreign_salt").await, 0);
+    let line = house.server.wait_for_line("denied: lookup from ipc://");
+    assert!(
+        line.contains("listener b") && line.contains("salt_blake3="),
+        "{line}"
+    );
+    assert!(!house.server.log().join("\n").contains(SALT_A));
+}
+
+#[tokio::test]
+async fn no_operation_reaches_into_another_tenant() {
+    let house = House::of_two();
+    let mut a = Worker::register_at(&house.url("a"), 7, "m").await;
+    let mut b = Client::connect(&house.url("b")).await;
+    let key = Key::new("m", &tokens(2 * CHUNK, 2), Some(0), "shared-id");
+    assert!(a.store(&key, |_| 0xa1).await);
+    assert_eq!(lookup(&mut a.client, &key).await, 2);
+
+    // Without a registration of its own, b learns nothing of a's model or worker.
+    assert_eq!(lookup(&mut b, &key).await, 0);
+    let data = Value::Binary(Vec::new());
+    let commit = b.call(17, &[key.value(), 7.into(), data]).await.value();
+    assert_eq!(
+        commit,
+        Value::from(false),
+        "a worker of that number is not b's"
+    );
+    // Neither its end of the session, nor of the worker, nor its clearing, is a's.
+    for (operation, arguments) in [
+        (Value::from("end_session"), vec!["shared-id".into()]),
+        (
+            Value::from("unregister_kv_cache_engine_driven_context"),
+            vec![7.into()],
+        ),
+        (Value::from("clear"), vec![true.into()]),
+        (
+            Value::from("free_lookup_locks"),
+            vec![key.value(), 1.into()],
+        ),
+    ] {
+        assert_eq!(b.call(operation, &arguments).await.value(), Value::Nil);
+    }
+    let chunks = a.retrieve(&key).await.expect("a's locks are a's");
+    assert!(chunks.iter().flatten().all(|&byte| byte == 0xa1));
+    assert_eq!(
+        lookup_free(&mut a.client, &key).await,
+        2,
+        "nothing was cleared"
+    );
+
+    // Events of a are a's, also those of what goes.
+    let mut events = async |listener: &str| {
+        let mut client = Client::connect(&house.url(listener)).await;
+        let arguments = [9.into(), "m".into(), 0.into(), 100.into()];
+        let batch = client.call("subscribe_kv_events", &arguments).await.value();
+        field(&batch, "events").as_array().unwrap().len()
+    };
+    assert_eq!(events("b").await, 0);
+    assert_eq!(events("a").await, 2);
+    let mut client = Client::connect(&house.url("a")).await;
+    client.call("clear", &[false.into()]).await.value();
+    assert_eq!(events("b").await, 0);
+    assert!(events("a").await > 2);
+    assert_eq!(
+        lookup_free(&mut a.client, &key).await,
+        0,
+        "its own clearing is"
+    );
+}
+
+#[tokio::test]
+async fn a_stream_of_events_ends_by_nobody_else_who_calls_itself_the_same() {
+    let house = House::of_two();
+    let mut a = Worker::register_at(&house.url("a"), 1, "m").await;
+    let mut stream = Client::connect(&house.url("a")).await;
+    let arguments = [1.into(), "m".into(), 0.into(), 100.into()];
+    stream.call("subscribe_kv_events", &arguments).await.value();
+    let mut b = Client::connect(&house.url("b")).await;
+    b.call("subscribe_kv_events", &arguments).await.value();
+    // The credit for the next batch, which the next store fills.
+    stream
+        .send(vec![
+            pack(&0.into()),
+            Bytes::new(),
+            Bytes::from_static(b"ack"),
+        ])
+        .await;
+    let key = Key::new("m", &tokens(CHUNK, 3), Some(0), "w");
+    assert!(a.store(&key, |_| 1).await);
+    let batch = stream.receive().await;
+    let payload = rmpv::decode::read_value(&mut &batch[2][..]).expect("the stream was ended");
+    assert_eq!(field(&payload, "events").as_array().unwrap().len(), 1);
+}
+
+#[tokio::test]
+async fn whose_a_local_process_is_the_kernel_says() {
+    let uid = rustix::process::getuid().as_raw();
+    let tables = format!(
+        "[tenants.mine]\nsalts = ['{SALT_A}']\nlisteners = ['shared']\nuids = [{uid}]\n\
+         [tenants.other]\nsalts = ['{SALT_B}']\nlisteners = ['shared', 'foreign']\nuids = [{}]\n",
+        uid + 1
+    );
+    let house = House::start(&["shared", "foreign"], &tables, &[]);
+    let mut mine = Worker::register_at(&house.url("shared"), 1, "m").await;
+    let key = Key::new("m", &tokens(CHUNK, 4), Some(0), "r");
+    assert!(mine.store(&key, |_| 1).await);
+    assert_eq!(
+        lookup_free(&mut mine.client, &salted(&key, SALT_A, "q")).await,
+        1
+    );
+    assert_eq!(
+        lookup_free(&mut mine.client, &salted(&key, SALT_B, "q")).await,
+        0
+    );
+
+    let mut stranger = Client::connect(&house.url("foreign")).await;
+    let refusal = stranger.call(14, &[registration(1, "m")]).await.error();
+    assert!(
+        refusal.contains("no tenant of listener foreign"),
+        "{refusal}"
+    );
+    assert_eq!(stranger.call(24, &[]).await.value(), Value::from("OK"));
+    for salt in ["", SALT_A, SALT_B] {
+        assert_eq!(lookup(&mut stranger, &salted(&key, salt, "s")).await, 0);
+    }
+    stranger.call("clear", &[true.into()]).await.value();
+    assert_eq!(lookup_free(&mut mine.client, &key).await, 1);
+    assert!(house.denied("(stranger)", "stranger").await >= 4);
+    assert_eq!(house.denied("(stranger)", "scope").await, 1);
+}
+
+#[tokio::test]
+async fn requests_without_a_salt_get_what_the_tenant_says() {
+    let tables = "[tenants.several]\nsalts = ['x', 'y']\ndefault_salt = 'y'\nlisteners = ['a']\n\
+                  [tenants.strict]\nsalts = ['z']\nunsalted = 'refuse'\nlisteners = ['b']\n";
+    let house = House::start(&["a", "b"], tables, &[]);
+    let key = Key::new("m", &tokens(CHUNK, 5), Some(0), "r");
+    let mut several = Worker::register_at(&house.url("a"), 1, "m").await;
+    assert!(several.store(&key, |_| 1).await);
+    for (salt, found) in [("", 1), ("y", 1), ("x", 0)] {
+        let key = salted(&key, salt, "q");
+        assert_eq!(
+            lookup_free(&mut several.client, &key).await,
+            found,
+            "{salt}"
+        );
+    }
+    let mut strict = Worker::register_at(&house.url("b"), 1, "m").await;
+    assert!(!strict.store(&key, |_| 1).await);
+    assert_eq!(lookup_free(&mut strict.client, &key).await, 0);
+    assert!(strict.store(&salted(&key, "z", "w"), |_| 1).await);
+    assert_eq!(
+        lookup_free(&mut strict.client, &salted(&key, "z", "q")).await,
+        1
+    );
+    assert!(house.denied("strict", "unsalted").await >= 3);
+}
+
+#[tokio::test]
+async fn a_tenant_without_the_segment_moves_its_kv_inline() {
+    let tables = format!(
+        "[tenants.far]\nsalts = ['{SALT_A}']\nlisteners = ['far']\nshared_memory = false\n"
+    );
+    let house = House::start(&["far"], &tables, &[]);
+    let mut client = Client::connect(&house.url("far")).await;
+    let registered = client.call(14, &[registration(1, "m")]).await.value();
+    assert_eq!(field(&registered, "shm_name").as_str(), Some(""));
+    assert_eq!(field(&registered, "pool_size").as_u64(), Some(0));
+    let key = Key::new("m", &tokens(CHUNK, 6), Some(0), "r");
+    let bytes = vec![0x5a; 2 * 2 * CHUNK * 16 * 2];
+    let data = stockade_wire::pickle::write_tensors(&[(
+        stockade_wire::Dtype::Float16,
+        &[2, 2, CHUNK as u64, 16],
+        &bytes,
+    )])
+    .unwrap();
+    let prepared = client.call(16, &[key.value(), 1.into()]).await.value();
+    let context = field(&prepared, "context").as_map().unwrap();
+    assert!(context.is_empty(), "slots for nobody: {prepared}");
+    let stored = client
+        .call(17, &[key.value(), 1.into(), Value::Binary(data)])
+        .await;
+    assert_eq!(stored.value(), Value::from(true));
+    assert_eq!(lookup(&mut client, &key).await, 1);
+    let answer = client.call(18, &[key.value(), 1.into()]).await.value();
+    assert_eq!(field(&answer, "success").as_bool(), Some(true));
+    let data = Bytes::copy_from_slice(field(&answer, "data").as_slice().unwrap());
+    let tensors = stockade_wire::pickle::read_tensors(&data).unwrap();
+    let returned: Vec<u8> = tensors[0].parts().flatten().copied().collect();
+    assert_eq!(returned, bytes);
+}
+
+#[tokio::test]
+async fn tenants_of_a_changed_file_are_in_force_without_a_restart() {
+    let mut house = House::of_two();
+    let mut a = Worker::register_at(&house.url("a"), 1, "m").await;
+    let key = Key::new("m", &tokens(2 * CHUNK, 7), Some(0), "r");
+    assert!(a.store(&key, |_| 0x11).await);
+    assert_eq!(lookup(&mut a.client, &key).await, 2);
+
+    // What cannot be is refused as a whole, by HTTP and by signal.
+    house.rewrite(
+        &["a", "b"],
+        "[tenants.a]\nsalts = ['q']\nlisteners = ['nowhere']\n",
+    );
+    let (status, body) = house.server.http("POST", "/v1/config/reload", "").await;
+    assert_eq!(status, 409, "{body}");
+    assert!(
+        body.contains("no listener") && body.contains("nowhere"),
+        "{body}"
+    );
+    house.server.signal(rustix::process::Signal::HUP);
+    house.server.wait_for_line("tenants stay as they were");
+
+    // a gets a second salt as its default and a budget; b is gone, c has its listener.
+    let tables = format!(
+        "[tenants.a]\nsalts = ['{SALT_A}', 'second']\ndefault_salt = 'second'\nlisteners = ['a']\nfloor_gb = 0.01\n\
+         [tenants.c]\nsalts = ['c']\nlisteners = ['b']\n"
+    );
+    house.rewrite(&["a", "b"], &tables);
+    let (status, body) = house.server.http("POST", "/v1/config/reload", "").await;
+    assert_eq!(status, 200, "{body}");
+    // The session that was alive goes on: its connection, its locks, its worker. What it has
+    // looked up before was under the other salt, which it still has.
+    let old = salted(&key, SALT_A, "r");
+    let chunks = a
+        .retrieve(&old)
+        .await
+        .expect("the locks outlive the reload");
+    assert!(chunks.iter().flatten().all(|&byte| byte == 0x11));
+    assert_eq!(
+        lookup_free(&mut a.client, &key).await,
+        0,
+        "the default is new"
+    );
+    assert_eq!(
+        lookup_free(&mut a.client, &salted(&key, SALT_A, "q")).await,
+        2
+    );
+    let tenants = house.server.json("/v1/tenants").await;
+    let tenants = tenants["tenants"].as_array().unwrap();
+    let names: Vec<_> = tenants
+        .iter()
+        .map(|it| it["name"].as_str().unwrap())
+        .collect();
+    assert!(names.contains(&"c") && !names.contains(&"b"), "{names:?}");
+    let floor = tenants.iter().find(|it| it["name"] == "a").unwrap()["floor_bytes"].clone();
+    assert_eq!(floor, 10_737_418);
+
+    house.rewrite(&["a", "b"], "");
+    house.server.signal(rustix::process::Signal::HUP);
+    house
+        .server
+        .wait_for_line("tenants were read again count=0");
+    assert_eq!(
+        lookup_free(&mut a.client, &salted(&key, SALT_A, "q")).await,
+        0,
+        "another realm's model"
+    );
+    let mut again = Worker::register_at(&house.url("b"), 1, "m").await;
+    assert_eq!(
+        lookup_free(&mut again.client, &salted(&key, SALT_A, "q")).await,
+        2
+    );
+}
