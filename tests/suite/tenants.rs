@@ -165,7 +165,7 @@ async fn no_operation_reaches_into_another_tenant() {
     );
 
     // Events of a are a's, also those of what goes.
-    let mut events = async |listener: &str| {
+    let events = async |listener: &str| {
         let mut client = Client::connect(&house.url(listener)).await;
         let arguments = [9.into(), "m".into(), 0.into(), 100.into()];
         let batch = client.call("subscribe_kv_events", &arguments).await.value();
