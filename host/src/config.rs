@@ -144,13 +144,18 @@ struct File {
 fn read_file(path: &std::path::Path) -> anyhow::Result<File> {
     let text =
         std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
-    toml::from_str(&text).map_err(|error| {
+    parse_file(&text).map_err(|error| anyhow::anyhow!("{} {error}", path.display()))
+}
+
+/// The error says in which line.
+fn parse_file(text: &str) -> Result<File, String> {
+    toml::from_str(text).map_err(|error| {
         // The whole error is a drawing of several lines; its message and line are one sentence.
         let line = error
             .span()
             .map_or(1, |span| 1 + text[..span.start].matches('\n').count());
         let message = error.message().replace('\n', " ");
-        anyhow::anyhow!("{} line {line}: {message}", path.display())
+        format!("line {line}: {message}")
     })
 }
 
@@ -221,12 +226,25 @@ impl Config {
     /// # Errors
     /// One sentence that names the flag or key and the way out.
     pub fn load(flags: Settings) -> Result<Self, UsageError> {
-        let mut file = match &flags.config {
+        let file = match &flags.config {
             Some(path) => {
                 read_file(path).map_err(|error| UsageError(format!("--config: {error:#}")))?
             }
             None => File::default(),
         };
+        Self::over(flags, file)
+    }
+
+    /// [`load`](Self::load) with `text` as what the file of `--config` holds.
+    ///
+    /// # Errors
+    /// One sentence that names the line, flag or key and the way out.
+    pub fn from_text(flags: Settings, text: &str) -> Result<Self, UsageError> {
+        let file = parse_file(text).map_err(|error| UsageError(format!("--config: {error}")))?;
+        Self::over(flags, file)
+    }
+
+    fn over(flags: Settings, mut file: File) -> Result<Self, UsageError> {
         let in_file = |error| UsageError(format!("--config: {error}"));
         file.plugins.check().map_err(in_file)?;
         let path = flags.config.clone();

@@ -1,13 +1,94 @@
 #!/usr/bin/env python3
-"""Writes the seeds of the fuzz targets from the recorded frames and pickles of host/wire/tests/golden."""
+"""Writes the seeds of the fuzz targets: frames and pickles from host/wire/tests/golden, the manifests
+of the examples, and what stands here."""
 
 import json
 import pathlib
+import re
 import struct
 
 HERE = pathlib.Path(__file__).resolve().parent
 GOLDEN = HERE.parent.parent / "host/wire/tests/golden"
 MAX_SEED_BYTES = 4096
+
+MANIFEST = b"""
+enabled = true
+restart = "on-failure"
+stop_grace_seconds = 5
+sandbox = true
+env = ["HOME", "A_*"]
+[directories]
+"/data" = { host = "/tmp/x", access = "read-write" }
+[limits]
+memory_mib = 64
+cpu_percent = 10
+log_lines_per_second = 100
+log_kib_per_second = 64
+table_elements = 1000
+cpu_burst_ms = 100
+cpu_weight = 100
+start_seconds = 10
+run_seconds = 0
+host_call_seconds = 10
+environment_kib = 256
+open_files = 32
+directory_mib = 64
+[process]
+required = ["landlock", "seccomp"]
+network = false
+unix_sockets = true
+user = "nobody"
+memory_mib = 100
+cpu_seconds = 10
+open_files = 64
+file_mib = 10
+processes = 8
+tmp_mib = 16
+"""
+CONFIG = b"""
+[serve]
+host = "0.0.0.0"
+port = 5555
+chunk-size = 256
+l1-align-bytes = 4096
+eviction-policy = "S3FIFO"
+eviction-trigger-watermark = 0.8
+eviction-ratio = 0.2
+l1-write-ttl-seconds = 600
+listen = ["ipc:///tmp/s", "tcp://127.0.0.1:1"]
+runtime-plugin-locations = ["a.wasm"]
+runtime-plugin-config = "{\\"key\\": 1}"
+worker-reap-timeout-seconds = 120.0
+worker-registration-grace-seconds = 3600.0
+native-plugins = "confined"
+log-level = "info"
+log-format = "json"
+[[listener]]
+name = "default"
+mechanism = "null"
+[[listener]]
+name = "local"
+endpoint = "ipc:///tmp/t"
+ipc-mode = "0660"
+[tenants.a]
+salts = ["red", "blue"]
+floor_gb = 0.25
+weight = 2
+cap_gb = 0.5
+[tenants.rest]
+weight = 1
+[plugins]
+require_signatures = false
+compile_seconds = 10
+[plugins.a]
+enabled = true
+env = []
+directories = { "/data" = "read-only" }
+limits = { memory_mib = 10 }
+[plugins."*".process]
+network = false
+"""
+LOG = b"plain\r\n\n\xc3\xa4\xe2\x80\xae\x1b[31mred\0\xff\ttab\nno end" + bytes(300)
 
 
 def write(target, name, data):
@@ -61,6 +142,17 @@ def main():
         write("zmtp_decoder", name, data)
     for path in sorted((GOLDEN / "pickle").glob("*.pkl")):
         write("pickle", path.stem, path.read_bytes())
+    for target, text in (("manifest", MANIFEST), ("config_file", CONFIG)):
+        write(target, "everything", text)
+        tables = re.split(rb"(?m)^(?=\[)", text)
+        for number, table in enumerate(tables):
+            write(target, f"table-{number}", table)
+        # The fuzzer cannot guess names that are compared by code that has no counters.
+        words = sorted(set(re.findall(rb"[A-Za-z][A-Za-z_-]{2,}", text)))
+        lines = [b'"' + word + b'"' for word in words]
+        (HERE / f"{target}.dict").write_bytes(b"\n".join(lines) + b"\n")
+    write("log_stream", "plain", b"\x03" + LOG)
+    write("log_stream", "repeated", b"\xe0" + LOG)
 
 
 main()

@@ -239,10 +239,6 @@ impl Manifest {
             path: path.clone(),
             cause,
         };
-        let invalid = |reason: String| ManifestError::Invalid {
-            path: path.clone(),
-            reason,
-        };
         let file = match fs::File::open(&path) {
             Ok(file) => file,
             Err(cause) if cause.kind() == io::ErrorKind::NotFound => {
@@ -254,16 +250,28 @@ impl Manifest {
         file.take(MAX_MANIFEST_BYTES + 1)
             .read_to_end(&mut bytes)
             .map_err(unreadable)?;
+        Ok((Self::parse(&path, &bytes)?, Some(bytes)))
+    }
+
+    /// Reads a manifest from its text; `path` is what errors call it.
+    ///
+    /// # Errors
+    /// [`ManifestError::Invalid`], which names the field.
+    pub fn parse(path: &Path, bytes: &[u8]) -> Result<Self, ManifestError> {
+        let invalid = |reason: String| ManifestError::Invalid {
+            path: path.to_owned(),
+            reason,
+        };
         if bytes.len() as u64 > MAX_MANIFEST_BYTES {
             return Err(invalid(format!(
                 "it has more than the {MAX_MANIFEST_BYTES} bytes allowed"
             )));
         }
-        let text = std::str::from_utf8(&bytes).map_err(|error| invalid(error.to_string()))?;
+        let text = std::str::from_utf8(bytes).map_err(|error| invalid(error.to_string()))?;
         let manifest: Self = toml::from_str(text)
             .map_err(|error| invalid(error.to_string().trim_end().replace('\n', " ")))?;
         manifest.check().map_err(invalid)?;
-        Ok((manifest, Some(bytes)))
+        Ok(manifest)
     }
 
     /// Where the manifest of `plugin` is, if it has one.

@@ -4,6 +4,7 @@
 
 use bytes::Bytes;
 use libfuzzer_sys::fuzz_target;
+use stockade_fuzz as _;
 use stockade_wire::{Limits, decode, error_reply};
 
 /// The input is frames, each after its length in two bytes.

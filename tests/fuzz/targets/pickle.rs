@@ -1,8 +1,10 @@
 //! Pickles from a stranger: nothing panics, tensors are views of what arrived, and what is read
 //! can be written and read again.
 #![no_main]
+#![allow(clippy::expect_used, reason = "a target fails by panicking")]
 
 use libfuzzer_sys::fuzz_target;
+use stockade_fuzz as _;
 use stockade_wire::{read_tensors, write_tensors};
 
 /// Elements may overlap, so a tensor can be larger than its storage; this much is copied.
@@ -12,7 +14,10 @@ fuzz_target!(|input: &[u8]| {
     let Ok(tensors) = read_tensors(input) else {
         return;
     };
-    let total: u64 = tensors.iter().map(|tensor| tensor.byte_len()).fold(0, u64::saturating_add);
+    let total: u64 = tensors
+        .iter()
+        .map(|tensor| tensor.byte_len())
+        .fold(0, u64::saturating_add);
     if total > COPIED_BYTES {
         return;
     }

@@ -4,14 +4,16 @@
 
 use bytes::BufMut;
 use libfuzzer_sys::fuzz_target;
+use stockade_fuzz as _;
 use stockade_transport::{
     Limits, Mechanism, Principal, ProtocolError,
     zmtp::{Authenticator, Event, Outbound, Session},
 };
 
+/// Small, so that short inputs reach them.
 const LIMITS: Limits = Limits {
-    max_frame_bytes: 8 << 10,
-    max_message_bytes: 16 << 10,
+    max_frame_bytes: 512,
+    max_message_bytes: 1024,
     max_frames: 8,
     skip_factor: 4,
 };
@@ -27,7 +29,11 @@ impl Authenticator for Anybody {
     }
 }
 
-fn events(mechanism: Mechanism, stream: &[u8], piece: usize) -> (Vec<Event>, Option<ProtocolError>) {
+fn events(
+    mechanism: Mechanism,
+    stream: &[u8],
+    piece: usize,
+) -> (Vec<Event>, Option<ProtocolError>) {
     let mut out = Outbound::default();
     let mut session = Session::accept(mechanism, LIMITS, &mut out);
     let mut events = Vec::new();
