@@ -422,14 +422,20 @@ impl Client {
         message.unwrap().into_vec()
     }
 
+    /// Sends a request without waiting for its reply; returns its uid.
+    pub async fn post(&mut self, operation: &Value, arguments: &[Value]) -> u64 {
+        let uid = self.next_uid;
+        self.next_uid += 1;
+        let mut frames = vec![pack(&Value::from(uid)), pack(operation)];
+        frames.extend(arguments.iter().map(pack));
+        self.send(frames).await;
+        uid
+    }
+
     /// One request and its reply; `operation` is a legacy number or a name.
     pub async fn call(&mut self, operation: impl Into<Value>, arguments: &[Value]) -> Reply {
         let operation = operation.into();
-        let uid = self.next_uid;
-        self.next_uid += 1;
-        let mut frames = vec![pack(&Value::from(uid)), pack(&operation)];
-        frames.extend(arguments.iter().map(pack));
-        self.send(frames).await;
+        let uid = self.post(&operation, arguments).await;
         let reply = self.receive().await;
         assert_eq!(
             unpack(&reply[0]),
