@@ -18,16 +18,26 @@ fn bench(server: &Server, flags: &[&str]) -> Command {
 fn every_workload_runs_without_an_error_and_takes_turns() {
     let server = Server::start(&[]);
     let other = Server::start(&["--shm-name", ""]);
+    let plots = tempfile::tempdir().unwrap();
     let output = bench(&server, &["--compare", &other.url])
         .args(["--workload", "noop,chunk-size,ping,lookup-miss,lookup-hit"])
         .args(["--workload", "store,retrieve,chat", "--tokens", "64"])
-        .args(["--clients", "2", "--in-flight", "4", "--seconds", "0.05"])
+        .args(["--clients", "1,2", "--in-flight", "4", "--seconds", "0.05"])
+        .arg("--plot")
+        .arg(plots.path())
         .output()
         .unwrap();
     let problem = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{problem}");
     let rows: Vec<Value> = serde_json::from_slice(&output.stdout).unwrap();
-    assert_eq!(rows.len(), 16, "eight workloads on two servers");
+    assert_eq!(
+        rows.len(),
+        32,
+        "eight workloads of two sizes on two servers"
+    );
+    let plot = std::fs::read_to_string(plots.path().join("throughput-over-clients.svg")).unwrap();
+    assert!(plot.contains("retrieve") && plot.contains(&other.url));
+    assert!(!plots.path().join("latency-over-tokens.svg").exists());
     for row in &rows {
         assert!(row["rounds"].as_u64().unwrap() > 0, "{row}");
         assert_eq!(row["errors"], 0, "{row}");

@@ -2,9 +2,10 @@
 
 mod client;
 mod echo;
+mod plot;
 mod workload;
 
-use std::{io::Write as _, time::Duration};
+use std::{io::Write as _, path::PathBuf, time::Duration};
 
 use anyhow::{Context as _, ensure};
 use clap::Args;
@@ -65,6 +66,10 @@ pub struct BenchCommand {
     /// Print JSON instead of a table
     #[arg(long)]
     json: bool,
+    /// Directory for latency-over-tokens.svg and throughput-over-clients.svg, each where several
+    /// sizes were measured
+    #[arg(long, value_name = "DIRECTORY")]
+    plot: Option<PathBuf>,
     /// Be the echo that `--compare-echo` starts
     #[arg(long, hide = true)]
     serve_echo: bool,
@@ -170,6 +175,13 @@ impl BenchCommand {
             super::print(&format!("{}\n", serde_json::to_string_pretty(&rows)?))?;
         } else {
             super::print(&table(&rows))?;
+        }
+        if let Some(directory) = &self.plot {
+            let written = plot::draw(directory, &rows).context("--plot")?;
+            ensure!(
+                !written.is_empty(),
+                "--plot: there is no line to draw; give --tokens or --clients several sizes"
+            );
         }
         let failed: u64 = rows.iter().map(|row| row.errors).sum();
         let first = rows.iter().find_map(|row| row.first_error.clone());
