@@ -50,5 +50,15 @@ fi
 say "packaging"
 packaging/check.sh
 
+say "the programs' hardening"
+tests/hardening.sh "${CARGO_TARGET_DIR:-target}/debug/stockade" "${CARGO_TARGET_DIR:-target}/debug/stockade-keeper"
+
+say "no phone-home"
+tests/no_phone_home.sh "${CARGO_TARGET_DIR:-target}/debug/stockade"
+
+# 50 rounds; the head of tests/chaos/main.rs says how to run more, and one again.
+say "chaos"
+cargo test -p stockade-tests --test chaos --locked
+
 say "the product from outside"
 cargo test -p stockade-tests --test suite --locked

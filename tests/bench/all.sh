@@ -1,0 +1,104 @@
+#!/usr/bin/env bash
+# all.sh LMCACHE [--short]
+#
+# Fills the tables of docs/benchmarks.md in one run: Stockade beside LMCache 0.5.6 and beside a bare
+# echo, turn by turn; starts; idle memory; sleeping and spinning plugins; how cost grows. LMCACHE is
+# the program of a virtual environment with lmcache==0.5.6, or - to leave it out. Raw output goes to
+# docs/benchmarks/ (with --short to target/bench, in turns too short to mean anything). Needs pyzmq
+# and msgspec in the Python of PYTHON (python3) for the spinning plugins, a release build, an otherwise
+# idle machine, and about an hour.
+set -euo pipefail
+
+lmcache=${1:?give the path of lmcache, or -}
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+target=${CARGO_TARGET_DIR:-target}
+program=$target/release/stockade out=docs/benchmarks turns=3 long=1 starts=15 short=
+if [ "${2-}" = --short ]; then
+  program=$target/debug/stockade out=$target/bench turns=1 long=0.05 starts=2 short=--short
+fi
+[ -x "$program" ] || { echo "there is no $program: cargo build --release" >&2; exit 1; }
+mkdir -p "$out"
+
+scratch=$(mktemp -d)
+ours='' theirs=''
+end() {
+  for process in $ours $theirs; do kill -TERM "$process" 2> /dev/null || true; done
+  for process in $ours $theirs; do wait "$process" 2> /dev/null || true; done
+  rm -rf "$scratch"
+}
+trap end EXIT
+
+ports=($(python3 -c '
+import socket
+sockets = [socket.socket() for _ in range(4)]
+for it in sockets: it.bind(("127.0.0.1", 0))
+print(*(it.getsockname()[1] for it in sockets))'))
+url=tcp://127.0.0.1:${ports[0]}
+raw=$out/bench.txt
+
+say() { printf '\n## %s\n' "$*" | tee -a "$raw"; }
+measure() {                             # BENCH FLAGS...: the command, then its table
+  printf '\n$ stockade bench %s\n' "$*" | tee -a "$raw"
+  "$program" bench --url "$url" --turns "$turns" --seconds "$long" "$@" 2>> "$scratch/progress" | tee -a "$raw"
+}
+await() {                               # URL: until a server answers there
+  for _ in $(seq 1200); do
+    ! "$program" bench --url "$1" --workload noop --turns 1 --seconds 0.01 > /dev/null 2>&1 || return 0
+    sleep 0.1
+  done
+  echo "no answer from $1" >&2
+  cat "$scratch"/*.log >&2
+  exit 1
+}
+
+{
+  echo "Stockade $("$program" --version), $(git rev-parse --short HEAD), $(date -u +%FT%TZ)"
+  echo "$(nproc) x $(sed -n 's/^model name.*: //p' /proc/cpuinfo | head -n 1), Linux $(uname -r), load $(cut -d ' ' -f 1-3 /proc/loadavg)"
+} | tee "$raw"
+
+"$program" serve --host 127.0.0.1 --port "${ports[0]}" --http-port "${ports[1]}" --l1-size-gb 2 \
+  --plugin-cache-dir "$scratch/cache" 2> "$scratch/stockade.log" &
+ours=$!
+await "$url"
+if [ "$lmcache" != - ]; then
+  "$lmcache" server --host 127.0.0.1 --port "${ports[2]}" --http-port "${ports[3]}" --l1-size-gb 2 \
+    --eviction-policy LRU > "$scratch/lmcache.log" 2>&1 &
+  theirs=$!
+  await "tcp://127.0.0.1:${ports[2]}"
+  peer=(--compare "tcp://127.0.0.1:${ports[2]}")
+
+  say "beside LMCache"
+  measure "${peer[@]}" --workload noop,ping --clients 1,16
+  measure "${peer[@]}" --workload lookup-miss,lookup-hit --tokens 1024,8192,32768,131072 --chunk-kib 16 --plot "$scratch"
+  cp "$scratch/latency-over-tokens.svg" "$out/"
+  measure "${peer[@]}" --workload store,retrieve,chat --tokens 256,32768
+  measure "${peer[@]}" --workload store,retrieve --tokens 256 --chunk-kib 32768
+fi
+
+say "beside a bare echo"
+measure --compare-echo --workload noop,chunk-size --clients 1,4,16 --plot "$scratch"
+cp "$scratch/throughput-over-clients.svg" "$out/"
+measure --compare-echo --workload noop --clients 16 --in-flight 16
+# What two requests cost on this machine right after a copy of this size, whoever answers them.
+measure --compare-echo --workload store --tokens 256 --chunk-kib 32768,256
+
+end
+ours='' theirs='' scratch=$(mktemp -d)
+
+say "start, idle memory"
+python3 tests/bench/start.py --server "$program" --starts "$starts" | tee -a "$raw"
+
+say "growth"
+python3 tests/bench/growth.py --server "$program" --output "$out" $short | tee -a "$raw"
+
+say "spinning plugins"
+"${PYTHON:-python3}" tests/bench/spinning_plugins.py --server "$program" --rounds "$((turns * 2))" --seconds "$long" | tee -a "$raw"
+
+if [ -z "$short" ]; then
+  say "sleeping plugins"
+  cargo run --quiet --release -p stockade-sandbox --example density 2>&1 | tee -a "$raw"
+  say "the transport alone"
+  cargo run --quiet --release -p stockade-transport --example echo -- compare 2>&1 | tee -a "$raw"
+  say "the cache engine"
+  cargo bench -p stockade-cache 2>&1 | tee -a "$raw"
+fi
