@@ -80,7 +80,8 @@ measure --compare-echo --workload noop,chunk-size --clients 1,4,16 --plot "$scra
 cp "$scratch/throughput-over-clients.svg" "$out/"
 measure --compare-echo --workload noop --clients 16 --in-flight 16
 # What two requests cost on this machine right after a copy of this size, whoever answers them.
-measure --compare-echo --workload store --tokens 256 --chunk-kib 32768,256
+measure --compare-echo --workload store,retrieve --tokens 256 --chunk-kib 256
+measure --compare-echo --workload store,retrieve --tokens 256 --chunk-kib 32768
 
 end
 ours='' theirs='' scratch=$(mktemp -d)

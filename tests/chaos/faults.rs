@@ -127,7 +127,7 @@ impl Fault {
                 // Some die with clients at work, whose replies never come.
                 let mut victim = rng
                     .bool()
-                    .then(|| Victim::start(&world.ipc(), rng.u64(..), Step::Never));
+                    .then(|| Victim::start_with_doomed_server(&world.ipc(), rng.u64(..)));
                 let after = rng.u64(..20_000);
                 world.note(format!(
                     "{name}: after {after} us, client {}",
@@ -136,7 +136,7 @@ impl Fault {
                 tokio::time::sleep(Duration::from_micros(after)).await;
                 let started = world.restart_after_kill();
                 if let Some(victim) = &mut victim {
-                    victim.kill();
+                    victim.kill_after_server();
                 }
                 return started;
             }

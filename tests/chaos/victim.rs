@@ -89,6 +89,9 @@ impl Step {
     }
 }
 
+/// Exit code of a victim that has read what was never stored there.
+const WRONG_BYTE: i32 = 86;
+
 /// A victim as its murderer has it.
 pub(crate) struct Victim {
     child: Child,
@@ -99,10 +102,20 @@ pub(crate) struct Victim {
 impl Victim {
     /// Starts one that will stop at `step`.
     pub(crate) fn start(url: &str, seed: u64, step: Step) -> Self {
+        Self::spawn(url, seed, step, Stdio::inherit())
+    }
+
+    /// Starts one that works until its server is killed, of which it need not complain.
+    pub(crate) fn start_with_doomed_server(url: &str, seed: u64) -> Self {
+        Self::spawn(url, seed, Step::Never, Stdio::null())
+    }
+
+    fn spawn(url: &str, seed: u64, step: Step, errors: Stdio) -> Self {
         let mut child = Command::new(std::env::current_exe().unwrap())
             .args(["victim", url, &seed.to_string(), &format!("{step:?}")])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
+            .stderr(errors)
             .spawn()
             .unwrap();
         let output = std::io::BufReader::new(child.stdout.take().unwrap());
@@ -136,16 +149,33 @@ impl Victim {
         self.input.write_all(b"go\n").unwrap();
     }
 
-    /// Its end.
+    /// Its end, which must not have come before.
     pub(crate) fn kill(&mut self) {
         let _ = self.child.kill();
-        let _ = self.child.wait();
+        let status = self.child.wait().unwrap();
+        assert_eq!(
+            status.code(),
+            None,
+            "a client ended by itself; its stderr says why"
+        );
+    }
+
+    /// Its end, which the server's may have brought about before.
+    pub(crate) fn kill_after_server(&mut self) {
+        let _ = self.child.kill();
+        let status = self.child.wait().unwrap();
+        assert_ne!(
+            status.code(),
+            Some(WRONG_BYTE),
+            "a client read a wrong byte"
+        );
     }
 }
 
 impl Drop for Victim {
     fn drop(&mut self) {
-        self.kill();
+        let _ = self.child.kill();
+        let _ = self.child.wait();
     }
 }
 
@@ -395,8 +425,8 @@ impl Life {
         }
         // Bytes count only after a commit that says they were held all the time.
         let is_valid = client.call(19, arguments).await == Reply::Value(true.into());
-        if is_valid {
-            hit.compare(&chunks);
+        if is_valid && std::panic::catch_unwind(|| hit.compare(&chunks)).is_err() {
+            std::process::exit(WRONG_BYTE);
         }
         if let Step::PreparedRetrieve | Step::MidCopyOut = self.stop {
             self.conclude(self.stop, if is_valid { "committed" } else { "refused" });

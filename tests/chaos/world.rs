@@ -16,6 +16,10 @@ use stockade_tests::{PATIENCE, Server, binary, root, wait_for};
 const HISTORY: usize = 12;
 /// Slots of 128 KiB make the pool of the harness hold 512 chunks, so that eviction runs all the time.
 const SLOT_BYTES: u64 = 128 << 10;
+/// Leases that end only when their owner does: what that leaves behind is not hidden by their expiry.
+const LONG_LEASES: &str = "3600";
+/// Leases that run out before anybody is missed.
+const SHORT_LEASES: &str = "1";
 
 /// Everything that faults happen to.
 pub(crate) struct World {
@@ -28,6 +32,7 @@ pub(crate) struct World {
     /// Chunks whose bytes an audit has compared.
     pub(crate) chunks_compared: u64,
     history: VecDeque<String>,
+    restarts: usize,
 }
 
 impl World {
@@ -48,7 +53,7 @@ impl World {
         .unwrap();
         let clock_library = find_clock_library();
         fs::write(directory.path().join("clock"), "+0").unwrap();
-        let server = start(&directory, clock_library.as_deref());
+        let server = start(&directory, clock_library.as_deref(), LONG_LEASES);
         let mut world = Self {
             server,
             directory,
@@ -56,6 +61,7 @@ impl World {
             clock_library,
             chunks_compared: 0,
             history: VecDeque::new(),
+            restarts: 0,
         };
         world.note(format!("began with seed {seed}"));
         world
@@ -115,7 +121,9 @@ impl World {
             below.len()
         ));
         let started = Instant::now();
-        self.server = start(&self.directory, self.clock_library.as_deref());
+        self.restarts += 1;
+        let leases = [LONG_LEASES, SHORT_LEASES][self.restarts % 2];
+        self.server = start(&self.directory, self.clock_library.as_deref(), leases);
         started
     }
 
@@ -162,7 +170,11 @@ pub(crate) fn slot_bytes() -> u64 {
     SLOT_BYTES
 }
 
-fn start(directory: &tempfile::TempDir, clock_library: Option<&std::path::Path>) -> Server {
+fn start(
+    directory: &tempfile::TempDir,
+    clock_library: Option<&std::path::Path>,
+    lease_seconds: &str,
+) -> Server {
     let path = |name: &str| directory.path().join(name).display().to_string();
     let ipc = format!("ipc://{}", path("socket"));
     let plugins = path("plugins");
@@ -176,8 +188,8 @@ fn start(directory: &tempfile::TempDir, clock_library: Option<&std::path::Path>)
         ["--worker-reap-timeout-seconds", "0.4"],
         ["--worker-registration-grace-seconds", "0.4"],
         ["--session-ttl-seconds", "0.4"],
-        ["--l1-write-ttl-seconds", "1"],
-        ["--l1-read-ttl-seconds", "1"],
+        ["--l1-write-ttl-seconds", lease_seconds],
+        ["--l1-read-ttl-seconds", lease_seconds],
         ["--runtime-plugin-locations", &plugins],
     ];
     let clock = path("clock");

@@ -54,13 +54,20 @@ fn every_workload_runs_without_an_error_and_takes_turns() {
 fn the_echo_is_measured_beside_the_server() {
     let server = Server::start(&[]);
     let output = bench(&server, &["--compare-echo", "--workload", "noop,ping"])
+        .args(["--workload", "store,retrieve", "--tokens", "64"])
         .args(["--seconds", "0.05"])
         .output()
         .unwrap();
-    let rows: Vec<Value> = serde_json::from_slice(&output.stdout).unwrap();
     let problem = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(rows.len(), 3, "an echo cannot ping: {problem}");
-    assert!(rows[0]["rate_speedup"].as_f64().unwrap() > 0.0);
+    assert!(output.status.success(), "{problem}");
+    let rows: Vec<Value> = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(rows.len(), 7, "an echo cannot ping: {problem}");
+    for pair in [&rows[..2], &rows[3..5], &rows[5..]] {
+        assert_eq!(pair[0]["workload"], pair[1]["workload"]);
+        assert!(pair[0]["rate_speedup"].as_f64().unwrap() > 0.0);
+    }
+    // The floor copies as the server's client does.
+    assert!(rows[4]["gib_per_second"].as_f64().unwrap() > 0.0);
 }
 
 #[test]

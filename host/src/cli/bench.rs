@@ -2,6 +2,7 @@
 
 mod client;
 mod echo;
+mod floor;
 mod plot;
 mod workload;
 
@@ -26,7 +27,8 @@ pub struct BenchCommand {
     /// A second server that takes turns with the first; X says how many times the first is faster
     #[arg(long, value_name = "URL", conflicts_with = "compare_echo")]
     compare: Option<String>,
-    /// Take turns with a bare ZeroMQ echo instead, for noop and chunk-size
+    /// Take turns with a bare ZeroMQ echo instead, for noop and chunk-size; for store and retrieve
+    /// with the same requests to the echo around the same copy
     #[arg(long)]
     compare_echo: bool,
     /// What to do, one after the other
@@ -216,7 +218,16 @@ impl BenchCommand {
     /// meets all of them alike.
     async fn cell(&self, cell: Cell, urls: &[&str]) -> anyhow::Result<Vec<Row>> {
         let mut fleets = Vec::new();
-        for url in urls {
+        let chunk_tokens = match cell.workload.moves_bytes() && self.compare_echo {
+            true => Some(
+                client::Client::connect(&self.url)
+                    .await?
+                    .chunk_size()
+                    .await?,
+            ),
+            false => None,
+        };
+        for (place, url) in urls.iter().enumerate() {
             let mut fleet = Vec::new();
             for index in 0..cell.clients {
                 let load = Load {
@@ -225,6 +236,7 @@ impl BenchCommand {
                     chunk_bytes: self.chunk_kib.max(1) << 10,
                     in_flight: self.in_flight,
                     salt: self.cache_salt.clone(),
+                    echo_chunk_tokens: chunk_tokens.filter(|_| place > 0),
                     seed: fastrand::u64(..1 << 62) & !0xffff | index as u64,
                 };
                 let client = LoadClient::prepare(url, load).await;

@@ -488,14 +488,14 @@ fn word(seed: u64, index: u64, place: u64) -> u64 {
         .wrapping_add(place)
 }
 
-fn fill(chunk: &mut [u8], seed: u64, index: u64) {
+pub(super) fn fill(chunk: &mut [u8], seed: u64, index: u64) {
     for (place, bytes) in (0..).zip(chunk.chunks_mut(8)) {
         let word = word(seed, index, place).to_le_bytes();
         bytes.copy_from_slice(&word[..bytes.len()]);
     }
 }
 
-fn verify(chunk: &[u8], seed: u64, index: u64) -> anyhow::Result<()> {
+pub(super) fn verify(chunk: &[u8], seed: u64, index: u64) -> anyhow::Result<()> {
     for (place, bytes) in (0..).zip(chunk.chunks(8)) {
         let expected = word(seed, index, place).to_le_bytes();
         ensure!(

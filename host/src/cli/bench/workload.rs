@@ -7,7 +7,10 @@ use clap::ValueEnum;
 use hdrhistogram::Histogram;
 use stockade_wire::Operation;
 
-use super::client::{Client, Layout, Prompt, Worker, pack};
+use super::{
+    client::{Client, Layout, Prompt, Worker, pack},
+    floor::Floor,
+};
 
 /// Longest latency that is told apart, in nanoseconds.
 const MAX_LATENCY_NS: u64 = 120_000_000_000;
@@ -63,7 +66,12 @@ impl Workload {
 
     /// Whether an echo can answer it.
     pub(super) fn suits_echo(self) -> bool {
-        matches!(self, Self::Noop | Self::ChunkSize)
+        matches!(self, Self::Noop | Self::ChunkSize) || self.moves_bytes()
+    }
+
+    /// Whether it is a copy between two requests.
+    pub(super) fn moves_bytes(self) -> bool {
+        matches!(self, Self::Store | Self::Retrieve)
     }
 }
 
@@ -136,6 +144,8 @@ pub(super) struct Load {
     pub(super) chunk_bytes: usize,
     pub(super) in_flight: usize,
     pub(super) salt: String,
+    /// The measured server's tokens per chunk, when this client's peer is an echo.
+    pub(super) echo_chunk_tokens: Option<usize>,
     /// Tells this client's keys from every other client's.
     pub(super) seed: u64,
 }
@@ -151,6 +161,7 @@ pub(super) struct LoadClient {
 enum Kind {
     Plain(Client),
     Worker(Box<Worker>),
+    Floor(Box<Floor>),
 }
 
 impl LoadClient {
@@ -165,6 +176,16 @@ impl LoadClient {
             load.seed,
             &load.salt,
         );
+        if let Some(chunk_tokens) = load.echo_chunk_tokens {
+            let layout = Layout::of(chunk_tokens, load.chunk_bytes);
+            let floor = Floor::connect(url, layout, load.tokens, load.seed).await?;
+            return Ok(Self {
+                load,
+                worker: Kind::Floor(Box::new(floor)),
+                prompt: whole_chunks(prompt, chunk_tokens),
+                round: 0,
+            });
+        }
         let worker = if is_worker {
             let mut client = Client::connect(url).await?;
             let chunk_tokens = client.chunk_size().await?;
@@ -240,7 +261,7 @@ impl LoadClient {
     pub(super) async fn finish(self) -> anyhow::Result<()> {
         match self.worker {
             Kind::Worker(worker) => worker.unregister().await,
-            Kind::Plain(_) => Ok(()),
+            Kind::Plain(_) | Kind::Floor(_) => Ok(()),
         }
     }
 
@@ -254,6 +275,7 @@ impl LoadClient {
         let client = match &mut self.worker {
             Kind::Plain(client) => client,
             Kind::Worker(worker) => &mut worker.client,
+            Kind::Floor(_) => bail!("a floor has only transfers"),
         };
         let start = Instant::now();
         // Uids count up, so the oldest in flight is first.
@@ -278,6 +300,19 @@ impl LoadClient {
     async fn once(&mut self, samples: &mut Samples) -> anyhow::Result<()> {
         let request = self.request();
         let (seed, round) = (self.load.seed, self.round);
+        if let Kind::Floor(floor) = &mut self.worker {
+            let transfer = match self.load.workload {
+                Workload::Store => {
+                    let prompt = self.prompt.clone().renamed(round);
+                    floor.store(&prompt, &request, seed).await?
+                }
+                _ => floor.retrieve(&self.prompt, &request, seed).await?,
+            };
+            samples.record(transfer.server);
+            samples.bytes += transfer.bytes as u64;
+            samples.transfer += transfer.whole;
+            return Ok(());
+        }
         let Kind::Worker(worker) = &mut self.worker else {
             bail!("only a worker has prompts");
         };
