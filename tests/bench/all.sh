@@ -4,9 +4,9 @@
 # Fills the tables of docs/benchmarks.md in one run: Stockade beside LMCache 0.5.6 and beside a bare
 # echo, turn by turn; starts; idle memory; sleeping and spinning plugins; how cost grows. LMCACHE is
 # the program of a virtual environment with lmcache==0.5.6, or - to leave it out. Raw output goes to
-# docs/benchmarks/ (with --short to target/bench, in turns too short to mean anything). Needs pyzmq
-# and msgspec in the Python of PYTHON (python3) for the spinning plugins, a release build, an otherwise
-# idle machine, and about an hour.
+# docs/benchmarks/ (with --short to target/bench, in turns too short to mean anything). The spinning
+# plugins need pyzmq and msgspec, which the Python beside LMCACHE has; PYTHON names another one. Needs
+# a release build, an otherwise idle machine, and about an hour.
 set -euo pipefail
 
 lmcache=${1:?give the path of lmcache, or -}
@@ -93,7 +93,12 @@ say "growth"
 python3 tests/bench/growth.py --server "$program" --output "$out" $short | tee -a "$raw"
 
 say "spinning plugins"
-"${PYTHON:-python3}" tests/bench/spinning_plugins.py --server "$program" --rounds "$((turns * 2))" --seconds "$long" | tee -a "$raw"
+python=${PYTHON:-$(dirname "$lmcache")/python}
+if "$python" -c 'import msgspec, zmq' 2> /dev/null; then
+  "$python" tests/bench/spinning_plugins.py --server "$program" --rounds "$((turns * 2))" --seconds "$long" | tee -a "$raw"
+else
+  echo "NOT MEASURED: $python has no msgspec and zmq" | tee -a "$raw"
+fi
 
 if [ -z "$short" ]; then
   say "sleeping plugins"
