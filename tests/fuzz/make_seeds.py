@@ -151,6 +151,20 @@ def main():
         words = sorted(set(re.findall(rb"[A-Za-z][A-Za-z_-]{2,}", text)))
         lines = [b'"' + word + b'"' for word in words]
         (HERE / f"{target}.dict").write_bytes(b"\n".join(lines) + b"\n")
+    digest = b"ab" * 32
+    for name, text in {
+        "key": b"org/model@00010203@0@" + digest + b"@red",
+        "file": b"org-SEP-model@0x00010203@0@" + digest + b"@red.data",
+        "parts": b"\x01\0\0\0\x02\0\0\0org/model-SEP|red",
+        "fs": b'{"type": "fs", "base_path": "/d", "max_capacity_gb": 1.5, "eviction": {"eviction_policy": "LRU"}}',
+        "resp": b'{"type": "resp", "host": "h", "port": 6379, "username": "u", "password": "p", "num_workers": 4}',
+        "s3": b'{"type": "s3", "s3_endpoint": "https://h", "s3_region": "r", "shared": true, "persist_enabled": true}',
+        "faults": b'{"type": "fault_inject", "rate": 0.5, "seed": 1, "inner": {"type": "mock", "max_size_gb": 1}}',
+    }.items():
+        write("l2_names", name, text)
+    words = re.findall(rb'"([a-z_0-9]+)":', b"".join((HERE / "seeds/l2_names").joinpath(it).read_bytes() for it in ("fs", "resp", "s3", "faults")))
+    lines = [b'"\\"' + word + b'\\""' for word in sorted({*words, b"fs", b"resp", b"s3", b"mock"})]
+    (HERE / "l2_names.dict").write_bytes(b"\n".join([*lines, b'"-SEP-"', b'".data"', b'"@"']) + b"\n")
     write("log_stream", "plain", b"\x03" + LOG)
     write("log_stream", "repeated", b"\xe0" + LOG)
 

@@ -15,7 +15,7 @@ set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 here=tests/fuzz
-all=(decode_request pickle zmtp_decoder manifest config_file log_stream)
+all=(decode_request pickle zmtp_decoder manifest config_file log_stream l2_names)
 bound=-max_total_time=60 jobs=1 record=false sanitizer=false targets=()
 while [ $# -gt 0 ]; do
   case $1 in
