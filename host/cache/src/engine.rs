@@ -1,6 +1,7 @@
 //! The front door of the cache.
 
 mod config;
+mod listed;
 mod observer;
 mod status;
 mod tenant;
@@ -8,11 +9,12 @@ mod tenant;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 
 pub use config::{EngineConfig, Prefault};
+pub use listed::Listed;
 pub use observer::{CacheObserver, RemoveReason};
 pub use status::{
     Cleared, Committed, EndedOwner, EngineStatus, PrefixLock, ReadLease, Reservation, SaltUsage,
@@ -22,8 +24,10 @@ pub use tenant::{Budget, EVERYBODY_ELSE, MAX_TENANTS, Tenant, TenantUsage, check
 
 use crate::clock::{Clock, SystemClock};
 use crate::error::{BudgetError, CacheError, LeaseError, ReadError, ReserveError};
-use crate::key::{CacheSalt, ObjectKey};
+use crate::eviction::Ranker;
+use crate::key::{CacheSalt, KeyScope, ObjectKey};
 use crate::l1::lease::{LeaseId, OwnerId};
+use crate::l1::ranking::Orders;
 use crate::l1::{L1, L1Settings, Notice, Pinned};
 use crate::shm_pool::prefault::{Goal, PrefaultTarget, PrefaultThread};
 use crate::shm_pool::slot_allocator::SlotAllocator;
@@ -33,6 +37,9 @@ use crate::sync::{Mutex, MutexGuard, RwLock, unlock_fair};
 /// Objects handled per hold of the mutex in work that nobody waits for. At well under a
 /// microsecond each, a request never waits longer for it than for another request.
 const BACKGROUND_BATCH: u32 = 256;
+
+/// Such batches that one page of a listing looks through.
+const LIST_STEPS: u32 = 64;
 
 /// The cache of one server: keys, leases, pool and eviction behind one short mutex.
 ///
@@ -54,6 +61,7 @@ struct Inner {
     clock: Box<dyn Clock>,
     l1: Mutex<L1>,
     observer: RwLock<Option<Arc<dyn CacheObserver>>>,
+    ranker: RwLock<Option<Arc<dyn Ranker>>>,
     /// Held by the one thread that tells the observer; others leave their notices to it.
     telling: Mutex<()>,
     /// Held by the one thread that evicts at the watermark.
@@ -102,6 +110,7 @@ impl CacheEngine {
             clock,
             l1: Mutex::new(l1),
             observer: RwLock::new(None),
+            ranker: RwLock::new(None),
             telling: Mutex::new(()),
             maintaining: Mutex::new(()),
             mending: Mutex::new(()),
@@ -217,7 +226,21 @@ impl CacheEngine {
     /// # Errors
     /// [`LeaseError`]; nothing is published then.
     pub fn commit(&self, owner: OwnerId, lease: LeaseId) -> Result<Committed, LeaseError> {
-        self.inner.with_l1(|l1, _| l1.commit(owner, lease))
+        self.commit_for(owner, lease, None)
+    }
+
+    /// As [`commit`](Self::commit), and names the request for the observer.
+    ///
+    /// # Errors
+    /// As [`commit`](Self::commit).
+    pub fn commit_for(
+        &self,
+        owner: OwnerId,
+        lease: LeaseId,
+        request: Option<&Arc<str>>,
+    ) -> Result<Committed, LeaseError> {
+        self.inner
+            .with_l1(|l1, now| l1.commit(now, owner, lease, request))
     }
 
     /// Takes the lease's slots back; returns how many there were.
@@ -306,7 +329,61 @@ impl CacheEngine {
     /// chunks become victims before earlier ones, as at the end of a session in LMCache
     /// (`end_session` in `v1/multiprocess/modules/lookup.py`).
     pub fn touch(&self, keys: &[ObjectKey]) {
-        self.inner.with_l1(|l1, _| l1.touch(keys));
+        self.touch_for(keys, None);
+    }
+
+    /// As [`touch`](Self::touch), and names the request for who ranks.
+    pub fn touch_for(&self, keys: &[ObjectKey], request: Option<&Arc<str>>) {
+        self.inner.with_l1(|l1, now| l1.touch(now, keys, request));
+    }
+
+    /// Has `ranker` order the keys of the tenants that it ranks when [`maintain`](Self::maintain)
+    /// evicts, in place of the one before.
+    pub fn set_ranker(&self, ranker: Arc<dyn Ranker>) {
+        *self.inner.ranker.write() = Some(ranker);
+    }
+
+    /// Readable objects whose scope is `wanted`, at most `most`, from the place `start` on; with
+    /// where to go on, unless that was the end. Looks at so many objects at once only, so that
+    /// pages may have less, or nothing. What changes meanwhile may be missed or come twice.
+    pub fn list(
+        &self,
+        start: u32,
+        most: usize,
+        wanted: &dyn Fn(&KeyScope) -> bool,
+    ) -> (Vec<Listed>, Option<u32>) {
+        let mut found = Vec::new();
+        let mut next = start;
+        for _ in 0..LIST_STEPS {
+            let end = next.saturating_add(BACKGROUND_BATCH);
+            let step = self
+                .inner
+                .with_l1_fairly(|l1, now| l1.list_range(now, next..end, wanted, most, &mut found));
+            match step {
+                None => return (found, None),
+                Some(at) if at < end => return (found, Some(at)),
+                Some(at) => next = at,
+            }
+        }
+        (found, Some(next))
+    }
+
+    /// Asks that the readable ones among `keys` be evicted last, for `time`; returns how many
+    /// those are. `None`, and nothing changes, when too many objects would be kept so.
+    pub fn keep(&self, keys: &[ObjectKey], holder: u64, time: Duration) -> Option<usize> {
+        self.inner
+            .with_l1(|l1, now| l1.keep(now, keys, holder, time))
+    }
+
+    /// Ends what [`keep`](Self::keep) began for this holder and these keys; returns how many
+    /// there were.
+    pub fn end_keeping(&self, keys: &[ObjectKey], holder: u64) -> usize {
+        self.inner.with_l1(|l1, _| l1.end_keeping(keys, holder))
+    }
+
+    /// Ends all that [`keep`](Self::keep) began for this holder.
+    pub fn end_holder(&self, holder: u64) {
+        self.inner.with_l1(|l1, _| l1.end_holder(holder));
     }
 
     /// Withdraws all readable objects. Locked ones are kept unless `force`; with `force`
@@ -421,14 +498,33 @@ impl CacheEngine {
             .with_l1_fairly(|l1, _| l1.evict_over_caps(steps))
             .is_exhausted
         {}
-        let mut wanted = self.inner.with_l1(|l1, _| l1.bytes_over_watermark());
+        let ranker = self.inner.ranker.read().clone();
+        let mut wanted = self.inner.with_l1(|l1, now| {
+            l1.expire_hints(now);
+            l1.bytes_over_watermark()
+        });
         while wanted > 0 {
-            let round = self
-                .inner
-                .with_l1_fairly(|l1, _| l1.evict_some(wanted, steps));
-            wanted = wanted.saturating_sub(round.freed_bytes);
-            if round.is_exhausted {
-                break;
+            // How much is freed before the ranker is asked again, and in which order.
+            let mut goal = wanted;
+            let mut orders = Orders::default();
+            if let Some(ranker) = &ranker {
+                let (candidates, enough) = self
+                    .inner
+                    .with_l1_fairly(|l1, now| l1.candidates(now, wanted, &**ranker));
+                if !candidates.is_empty() {
+                    orders = Orders::ask(&**ranker, candidates);
+                    goal = enough;
+                }
+            }
+            while goal > 0 {
+                let round = self
+                    .inner
+                    .with_l1_fairly(|l1, _| l1.evict_ordered(goal, steps, &mut orders));
+                wanted = wanted.saturating_sub(round.freed_bytes);
+                goal = goal.saturating_sub(round.freed_bytes);
+                if round.is_exhausted {
+                    return;
+                }
             }
         }
     }
@@ -504,8 +600,16 @@ impl Inner {
             if let Some(observer) = observer {
                 for notice in notices {
                     match notice {
-                        Notice::Stored(keys) => observer.stored(&keys),
-                        Notice::Removed(keys, reason) => observer.removed(&keys, reason),
+                        Notice::Stored {
+                            keys,
+                            object_bytes,
+                            request,
+                        } => observer.stored_for(&keys, object_bytes, request.as_ref()),
+                        Notice::Removed {
+                            keys,
+                            bytes,
+                            reason,
+                        } => observer.removed_with(&keys, &bytes, reason),
                         Notice::AllocationFailed {
                             needed_bytes,
                             free_bytes,

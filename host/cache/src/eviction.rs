@@ -9,7 +9,10 @@ pub mod isolated_lru;
 pub mod lru;
 pub mod noop;
 mod order;
+mod ranker;
 pub mod s3_fifo;
+
+pub use ranker::{Candidate, Ranker};
 
 use std::fmt;
 use std::str::FromStr;

@@ -5,8 +5,11 @@
 
 mod budgets;
 mod inspection;
+mod keep_hints;
 pub(crate) mod lease;
+mod listing;
 mod notices;
+pub(crate) mod ranking;
 mod reading;
 mod reclaim;
 mod scope_table;
@@ -14,6 +17,7 @@ mod slab;
 mod stage;
 mod tally;
 pub(crate) mod tenants;
+mod uses;
 mod withdrawing;
 mod writing;
 
@@ -29,6 +33,7 @@ use slab::Slab;
 use stage::{Event, Outcome, Stage};
 use tally::Tally;
 use tenants::{Place, TenantId, Tenants};
+use uses::Uses;
 
 use crate::engine::EndedOwner;
 use crate::error::LeaseError;
@@ -36,6 +41,7 @@ use crate::eviction::PolicyKind;
 use crate::key::{ChunkHash, KeyScope, ObjectKey};
 use crate::shm_pool::Slot;
 use crate::shm_pool::slot_allocator::SlotAllocator;
+use keep_hints::KeepHints;
 use lease::{Effect, Ending, Holding, Lease, LeaseId, LeaseTable, OwnerId};
 
 /// Number of an object; also its number in the eviction policy.
@@ -125,6 +131,7 @@ struct Counters {
     evicted_objects: u64,
     evicted_bytes: u64,
     demand_evicted_objects: u64,
+    ranked_objects: u64,
     corrupt_objects: u64,
     allocation_failures: u64,
     expired_write_leases: u64,
@@ -156,6 +163,8 @@ pub(crate) struct L1 {
     owned_locks: u64,
     counters: Counters,
     notices: Notices,
+    uses: Uses,
+    keep_hints: KeepHints,
 }
 
 /// Finds scopes by address first: keys of one row share theirs.
@@ -192,6 +201,8 @@ impl L1 {
             owned_locks: 0,
             counters: Counters::default(),
             notices: Notices::default(),
+            uses: Uses::default(),
+            keep_hints: KeepHints::default(),
         }
     }
 
@@ -358,6 +369,7 @@ impl L1 {
     /// Drops an object's entry; its range is left to the caller.
     fn forget(&mut self, id: ObjectId) -> Option<(u64, u64)> {
         let object = self.objects.remove(id)?;
+        self.keep_hints.forget(id);
         self.tally.subtract(&object);
         self.tenants.subtract(&object);
         self.scopes.subtract(object.scope, object.footprint);

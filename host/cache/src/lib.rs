@@ -32,7 +32,7 @@ pub use engine::{
     Reservation, SaltUsage, Tenant, TenantUsage, check_tenants,
 };
 pub use error::{BudgetError, CacheError, LeaseError, ReadError, ReserveError};
-pub use eviction::PolicyKind;
+pub use eviction::{Candidate, PolicyKind, Ranker};
 pub use key::{CacheSalt, ChunkHash, KeyScope, ObjectKey, SaltError, kv_rank};
 pub use l1::lease::{LeaseId, OwnerId};
 pub use shm_pool::segment::remove_dead_segments;

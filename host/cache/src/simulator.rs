@@ -7,6 +7,7 @@
 mod trace;
 mod workload;
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 pub use trace::{Trace, TraceRequest};
@@ -14,21 +15,25 @@ pub use workload::{UnknownWorkload, Workload};
 
 use crate::engine::Tenant;
 use crate::error::BudgetError;
-use crate::eviction::PolicyKind;
+use crate::eviction::{PolicyKind, Ranker};
 use crate::key::ObjectKey;
 use crate::l1::lease::OwnerId;
+use crate::l1::ranking::Orders;
 use crate::l1::{L1, L1Settings};
 use crate::shm_pool::slot_allocator::SlotAllocator;
 
 /// Requests between two reports of progress.
 const PROGRESS_STEP: usize = 1024;
 
+/// Time from one request to the next, for who ranks by time.
+const REQUEST_INTERVAL: Duration = Duration::from_millis(1);
+
 /// Objects looked at per round of eviction at the watermark, as in the engine.
 const EVICTION_STEP: usize = 256;
 
 /// The pool to simulate; the fields mean what they mean in
 /// [`EngineConfig`](crate::EngineConfig).
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct SimulatedPool {
     /// Bytes of the pool.
     pub capacity_bytes: u64,
@@ -42,6 +47,18 @@ pub struct SimulatedPool {
     pub eviction_ratio: f64,
     /// Who may use how much.
     pub tenants: Vec<Tenant>,
+    /// Who ranks at the watermark in place of the policy, if anybody does.
+    pub ranker: Option<Arc<dyn Ranker>>,
+}
+
+impl std::fmt::Debug for SimulatedPool {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("SimulatedPool")
+            .field("capacity_bytes", &self.capacity_bytes)
+            .field("policy", &self.policy)
+            .field("is_ranked", &self.ranker.is_some())
+            .finish_non_exhaustive()
+    }
 }
 
 impl SimulatedPool {
@@ -54,6 +71,7 @@ impl SimulatedPool {
             trigger_watermark: 0.8,
             eviction_ratio: 0.2,
             tenants: Vec::new(),
+            ranker: None,
         }
     }
 }
@@ -105,9 +123,11 @@ pub fn simulate(
 }
 
 struct Replay {
+    ranker: Option<Arc<dyn Ranker>>,
     l1: L1,
     owner: OwnerId,
     now: Instant,
+    served: u64,
     done: Simulated,
 }
 
@@ -129,9 +149,11 @@ impl Replay {
         }
         let owner = l1.new_owner();
         Ok(Self {
+            ranker: pool.ranker.clone(),
             l1,
             owner,
             now: Instant::now(),
+            served: 0,
             done: Simulated::default(),
         })
     }
@@ -139,6 +161,11 @@ impl Replay {
     /// What an engine does for one request: look up, read, compute and store the rest, end.
     fn serve(&mut self, request: &TraceRequest<'_>) {
         let rows: Vec<Vec<ObjectKey>> = request.rows().collect();
+        // Only who ranks wants a clock and names.
+        self.now += REQUEST_INTERVAL;
+        self.served += 1;
+        let ranked = self.ranker.is_some();
+        let name: Option<Arc<str>> = ranked.then(|| format!("r{}", self.served).into());
         let mut hit_chunks = 0;
         if request.is_lookup {
             let found = self.l1.lock_prefix(self.now, self.owner, &rows, 1);
@@ -155,12 +182,21 @@ impl Replay {
             let missing = row.get(hit_chunks..).unwrap_or_default();
             self.store(missing, request.object_bytes);
             if request.is_lookup {
-                self.l1.touch(row);
+                self.l1.touch(self.now, row, name.as_ref());
             }
         }
         let mut wanted = self.l1.bytes_over_watermark();
         while wanted > 0 {
-            let round = self.l1.evict_some(wanted, EVICTION_STEP);
+            let mut goal = wanted;
+            let mut orders = Orders::default();
+            if let Some(ranker) = &self.ranker {
+                let (candidates, enough) = self.l1.candidates(self.now, wanted, &**ranker);
+                if !candidates.is_empty() {
+                    orders = Orders::ask(&**ranker, candidates);
+                    goal = enough;
+                }
+            }
+            let round = self.l1.evict_ordered(goal, EVICTION_STEP, &mut orders);
             wanted = wanted.saturating_sub(round.freed_bytes);
             if round.is_exhausted {
                 break;
@@ -173,7 +209,7 @@ impl Replay {
         match reserved.map(|reservation| reservation.lease) {
             Ok(Some(lease)) => {
                 // The lease is fresh and ours, so this publishes all of it.
-                let _ = self.l1.commit(self.owner, lease);
+                let _ = self.l1.commit(self.now, self.owner, lease, None);
             }
             Ok(None) => {}
             Err(_) => self.done.refused_objects += keys.len() as u64,

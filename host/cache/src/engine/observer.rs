@@ -1,5 +1,7 @@
 //! Who is told what happens in the cache.
 
+use std::sync::Arc;
+
 use crate::key::ObjectKey;
 
 /// Why an object is no longer found.
@@ -23,6 +25,19 @@ pub trait CacheObserver: Send + Sync {
     /// These objects became readable, in the order of their reservation.
     fn stored(&self, keys: &[ObjectKey]) {
         let _ = keys;
+    }
+
+    /// As [`stored`](Self::stored), which it calls, with the bytes of each object and the request
+    /// that they were stored for.
+    fn stored_for(&self, keys: &[ObjectKey], object_bytes: u64, request: Option<&Arc<str>>) {
+        let _ = (object_bytes, request);
+        self.stored(keys);
+    }
+
+    /// As [`removed`](Self::removed), which it calls, with the bytes of each object.
+    fn removed_with(&self, keys: &[ObjectKey], bytes: &[u64], reason: RemoveReason) {
+        let _ = bytes;
+        self.removed(keys, reason);
     }
 
     /// These objects are not found any more.

@@ -113,6 +113,8 @@ pub struct EngineStatus {
     pub evicted_bytes: u64,
     /// Objects evicted because a reservation needed their place.
     pub demand_evicted_objects: u64,
+    /// Objects evicted at the watermark in an order from outside.
+    pub ranked_evicted_objects: u64,
     /// Objects withdrawn because their bytes were wrong or cut off.
     pub corrupt_objects: u64,
     /// Reservations that found no room.

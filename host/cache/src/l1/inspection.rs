@@ -36,6 +36,7 @@ impl L1 {
             evicted_objects: self.counters.evicted_objects,
             evicted_bytes: self.counters.evicted_bytes,
             demand_evicted_objects: self.counters.demand_evicted_objects,
+            ranked_evicted_objects: self.counters.ranked_objects,
             corrupt_objects: self.counters.corrupt_objects,
             allocation_failures: self.counters.allocation_failures,
             expired_write_leases: self.counters.expired_write_leases,

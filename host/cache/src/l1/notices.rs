@@ -1,6 +1,7 @@
 //! What the observer is to hear, in the order in which it happened.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 
 use crate::engine::RemoveReason;
 use crate::key::ObjectKey;
@@ -12,10 +13,18 @@ const MAX_WAITING_KEYS: usize = 1 << 18;
 /// One thing that happened.
 #[derive(Debug)]
 pub(crate) enum Notice {
-    /// Objects became readable.
-    Stored(Vec<ObjectKey>),
-    /// Objects are no longer found.
-    Removed(Vec<ObjectKey>, RemoveReason),
+    /// Objects of one length became readable, stored for a request.
+    Stored {
+        keys: Vec<ObjectKey>,
+        object_bytes: u64,
+        request: Option<Arc<str>>,
+    },
+    /// Objects, of so many bytes each, are no longer found.
+    Removed {
+        keys: Vec<ObjectKey>,
+        bytes: Vec<u64>,
+        reason: RemoveReason,
+    },
     /// A reservation failed for want of room.
     AllocationFailed {
         needed_bytes: u64,
@@ -27,7 +36,7 @@ pub(crate) enum Notice {
 impl Notice {
     fn weight(&self) -> usize {
         match self {
-            Self::Stored(keys) | Self::Removed(keys, _) => keys.len().max(1),
+            Self::Stored { keys, .. } | Self::Removed { keys, .. } => keys.len().max(1),
             Self::AllocationFailed { .. } => 1,
         }
     }
@@ -74,17 +83,26 @@ impl Notices {
     }
 
     /// Adds to the removals reported last, if they have the same reason.
-    pub(super) fn push_removed(&mut self, key: ObjectKey, reason: RemoveReason) {
+    pub(super) fn push_removed(&mut self, key: ObjectKey, length: u64, reason: RemoveReason) {
         match self.waiting.back_mut() {
-            Some(Notice::Removed(keys, last)) if *last == reason => {
+            Some(Notice::Removed {
+                keys,
+                bytes,
+                reason: last,
+            }) if *last == reason => {
                 if self.weight >= MAX_WAITING_KEYS {
                     self.dropped += 1;
                     return;
                 }
                 self.weight += 1;
                 keys.push(key);
+                bytes.push(length);
             }
-            _ => self.push(Notice::Removed(vec![key], reason)),
+            _ => self.push(Notice::Removed {
+                keys: vec![key],
+                bytes: vec![length],
+                reason,
+            }),
         }
     }
 

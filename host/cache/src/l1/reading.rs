@@ -1,6 +1,7 @@
 //! Read locks: taken by lookups, handed to readers, given back.
 
 use std::ops::Range;
+use std::sync::Arc;
 use std::time::Instant;
 
 use super::lease::{Ending, Holding, Lease, LeaseId, LookupLease, OwnerId, ReadingLease};
@@ -35,6 +36,7 @@ impl L1 {
             for row in (0..rows.len()).rev() {
                 if let Some(&object) = objects.get(row * chunks + chunk) {
                     self.lock(object, u64::from(readers));
+                    self.uses.asked(object, now, chunk);
                     if let Some(found) = self.objects.get(object) {
                         self.tenants.touch(found.tenant, found.place);
                     }
@@ -238,14 +240,15 @@ impl L1 {
         self.end_lease(reader, lease, Ending::Finish).is_ok()
     }
 
-    pub(crate) fn touch(&mut self, keys: &[ObjectKey]) {
+    pub(crate) fn touch(&mut self, now: Instant, keys: &[ObjectKey], request: Option<&Arc<str>>) {
         let mut cursor = ScopeCursor::default();
-        for key in keys.iter().rev() {
+        for (chunk, key) in keys.iter().enumerate().rev() {
             if let Some(id) = self.find(&mut cursor, key)
                 && let Some(object) = self.objects.get(id)
                 && object.is_readable()
             {
                 self.tenants.session_ended(object.tenant, object.place);
+                self.uses.ended(id, now, chunk, request);
             }
         }
     }

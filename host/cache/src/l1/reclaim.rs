@@ -32,7 +32,7 @@ pub(super) enum Shortage {
 
 /// What one step of a search found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Step {
+pub(super) enum Step {
     /// This object goes, unless it is restored.
     Victim(ObjectId),
     /// The next in order cannot go now.
@@ -65,26 +65,6 @@ impl L1 {
         (used * self.settings.eviction_ratio).ceil() as u64
     }
 
-    /// Evicts in policy order until `bytes` are free or `max_steps` objects were looked at.
-    pub(crate) fn evict_some(&mut self, bytes: u64, max_steps: usize) -> EvictionRound {
-        let mut round = EvictionRound::default();
-        let mut search = Search::default();
-        for _ in 0..max_steps {
-            if round.freed_bytes >= bytes {
-                break;
-            }
-            match self.take_victim(&mut search) {
-                Step::Victim(id) => round.freed_bytes += self.evict_taken(id),
-                Step::PassedOver => {}
-                Step::Exhausted => {
-                    round.is_exhausted = true;
-                    break;
-                }
-            }
-        }
-        round
-    }
-
     /// Evicts from tenants whose cap was lowered below what they use, until none is left
     /// that can give more or `max_steps` objects were looked at.
     pub(crate) fn evict_over_caps(&mut self, max_steps: usize) -> EvictionRound {
@@ -92,12 +72,13 @@ impl L1 {
         let over: Vec<TenantId> = self.tenants.over_cap().collect();
         let mut steps = 0;
         for tenant in over {
+            let mut search = Search::default();
             while self.tenants.beyond_cap(tenant, 0).is_some() {
                 if steps == max_steps {
                     return round;
                 }
                 steps += 1;
-                let Some(id) = self.tenants.take_of(tenant) else {
+                let Some(id) = self.take_of(&mut search, tenant) else {
                     break;
                 };
                 if self.claim_victim(tenant, id).is_some() {
@@ -110,9 +91,12 @@ impl L1 {
     }
 
     /// Takes the object that goes next out of its order.
-    fn take_victim(&mut self, search: &mut Search) -> Step {
+    pub(super) fn take_victim(&mut self, search: &mut Search) -> Step {
         let Some((tenant, id)) = self.tenants.take(search) else {
-            return Step::Exhausted;
+            return match self.spare_no_longer(search) {
+                true => Step::PassedOver,
+                false => Step::Exhausted,
+            };
         };
         let Some(object) = self.objects.get(id) else {
             return Step::PassedOver;
@@ -122,12 +106,27 @@ impl L1 {
             self.tenants.park(tenant, place);
             return Step::PassedOver;
         }
+        if self.is_spared(search, tenant, id) {
+            return Step::PassedOver;
+        }
         if !self.tenants.may_take(search, tenant, footprint) {
             self.tenants.pass_over(search, tenant, place);
             return Step::PassedOver;
         }
         self.tenants.accept(search, tenant, footprint);
         Step::Victim(id)
+    }
+
+    /// Takes the next object of one tenant, those that are hinted at last.
+    fn take_of(&mut self, search: &mut Search, tenant: TenantId) -> Option<ObjectId> {
+        loop {
+            match self.tenants.take_of(tenant) {
+                Some(id) if self.is_spared(search, tenant, id) => {}
+                Some(id) => return Some(id),
+                None if self.spare_no_longer(search) => {}
+                None => return None,
+            }
+        }
     }
 
     /// Marks an object just taken as going and returns its place in the pool; if it cannot
@@ -204,11 +203,12 @@ impl L1 {
         bytes: u64,
         victims: &mut Vec<ObjectId>,
     ) -> Result<(), Shortage> {
+        let mut search = Search::default();
         while let Some((beyond, cap_bytes)) = self.tenants.beyond_cap(tenant, bytes) {
             let is_hopeless = victims.is_empty() && beyond > self.tenants.evictable_bytes(tenant);
             let next = match is_hopeless {
                 true => None,
-                false => self.tenants.take_of(tenant),
+                false => self.take_of(&mut search, tenant),
             };
             let Some(id) = next else {
                 return Err(Shortage::Cap { tenant, cap_bytes });
@@ -397,7 +397,7 @@ impl L1 {
     }
 
     /// Evicts an object that was taken; returns the bytes that are free now.
-    fn evict_taken(&mut self, id: ObjectId) -> u64 {
+    pub(super) fn evict_taken(&mut self, id: ObjectId) -> u64 {
         match self.drop_taken(id) {
             Some((offset, footprint)) => {
                 self.allocator.free(offset, footprint);

@@ -112,6 +112,8 @@ pub(super) struct Search {
     asking: Vec<TenantId>,
     /// Those that may give, the one most above its share on top; made at the first victim.
     givers: Option<BinaryHeap<Giver>>,
+    /// Nothing else is left, so what should go last goes.
+    pub(super) ignores_hints: bool,
 }
 
 /// Ordered by how far above its share it is; among equals those that ask give first.
@@ -121,8 +123,14 @@ impl Search {
     pub(super) fn on_behalf_of(asking: impl IntoIterator<Item = TenantId>) -> Self {
         Self {
             asking: asking.into_iter().collect(),
-            givers: None,
+            ..Self::default()
         }
+    }
+
+    /// Looks at all that is in order again, also at what should go last.
+    pub(super) fn begin_again(&mut self) {
+        self.givers = None;
+        self.ignores_hints = true;
     }
 
     fn giver(&self, id: TenantId, entry: &Entry) -> Option<Giver> {
@@ -415,15 +423,7 @@ impl Tenants {
     /// Takes the next object of the tenant most above its share; it may be in use. The
     /// caller answers with `accept`, `park` or `pass_over`.
     pub(super) fn take(&mut self, search: &mut Search) -> Option<(TenantId, ObjectId)> {
-        let mut givers = match search.givers.take() {
-            Some(givers) => givers,
-            None => {
-                let entries = self.entries.iter();
-                entries
-                    .filter_map(|(id, entry)| search.giver(id, entry))
-                    .collect()
-            }
-        };
+        let mut givers = self.givers(search);
         let mut taken = None;
         while let Some(&(_, _, tenant)) = givers.peek() {
             taken = self.take_of(tenant).map(|id| (tenant, id));
@@ -434,6 +434,31 @@ impl Tenants {
         }
         search.givers = Some(givers);
         taken
+    }
+
+    /// The tenant whose turn it is to give.
+    pub(super) fn giver(&self, search: &mut Search) -> Option<TenantId> {
+        let givers = self.givers(search);
+        let tenant = givers.peek().map(|&(_, _, tenant)| tenant);
+        search.givers = Some(givers);
+        tenant
+    }
+
+    fn givers(&self, search: &mut Search) -> BinaryHeap<Giver> {
+        search.givers.take().unwrap_or_else(|| {
+            let entries = self.entries.iter();
+            entries
+                .filter_map(|(id, entry)| search.giver(id, entry))
+                .collect()
+        })
+    }
+
+    /// Numbers and names of all tenants.
+    pub(super) fn names(&self) -> Vec<(TenantId, Arc<str>)> {
+        let entries = self.entries.iter();
+        entries
+            .map(|(id, entry)| (id, Arc::clone(&entry.name)))
+            .collect()
     }
 
     /// The object just taken by the search will go, unless it is untaken.

@@ -104,7 +104,8 @@ impl L1 {
         if self.notices.is_wanted()
             && let Some(key) = self.key_of(id)
         {
-            self.notices.push_removed(key, reason);
+            let bytes = self.objects.get(id).map_or(0, |object| object.length);
+            self.notices.push_removed(key, bytes, reason);
         }
     }
 }

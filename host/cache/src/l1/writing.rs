@@ -269,8 +269,10 @@ impl L1 {
 
     pub(crate) fn commit(
         &mut self,
+        now: Instant,
         owner: OwnerId,
         lease: LeaseId,
+        request: Option<&Arc<str>>,
     ) -> Result<Committed, LeaseError> {
         let EndedLease {
             admitted,
@@ -280,10 +282,16 @@ impl L1 {
         // Last chunk first, so that of one prefix the later chunks are evicted first.
         for &id in admitted.iter().rev() {
             self.rank(id);
+            self.uses.stored(id, now);
         }
         if self.notices.is_wanted() && !admitted.is_empty() {
             let keys = admitted.iter().filter_map(|&id| self.key_of(id)).collect();
-            self.notices.push(Notice::Stored(keys));
+            let first = admitted.first().and_then(|&id| self.objects.get(id));
+            self.notices.push(Notice::Stored {
+                keys,
+                object_bytes: first.map_or(0, |object| object.length),
+                request: request.cloned(),
+            });
         }
         Ok(Committed {
             admitted: admitted.len(),

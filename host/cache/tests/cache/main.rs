@@ -16,6 +16,7 @@ mod lmcache_defects;
 mod model;
 mod observer;
 mod policies;
+mod ranking;
 mod shared_memory;
 mod simulator;
 mod tenants;
