@@ -249,6 +249,14 @@ impl SlotAllocator {
 }
 
 #[cfg(test)]
+#[allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
+mod exhaustive;
+
+#[cfg(test)]
 mod tests {
     #![allow(
         clippy::unwrap_used,
