@@ -280,3 +280,46 @@ async fn a_removed_segment_does_not_stop_the_server() {
     drop((worker, late));
     siege.withstood("a removed segment").await;
 }
+
+/// Whoever maps the pool can write anywhere in it. What lies there is then what was written, but
+/// which slots are whose is kept elsewhere.
+#[tokio::test]
+async fn a_scribbled_segment_costs_its_bytes_and_no_bookkeeping() {
+    use std::os::unix::fs::FileExt as _;
+    let mut siege = Siege::begin(&[]).await;
+    let mut worker = Worker::register(&siege.server, 1, "m").await;
+    let key = Key::new("m", &tokens(64, 10), Some(0), "w");
+    assert!(worker.store(&key, |_| 1).await);
+    let pending = Key::new("m", &tokens(64, 11), Some(0), "p");
+    assert_eq!(worker.prepare_store(&pending).await.len(), 4);
+    let segment = std::fs::OpenOptions::new()
+        .write(true)
+        .open(&worker.segment)
+        .unwrap();
+    let length = segment.metadata().unwrap().len();
+    let noise = vec![0xff_u8; 1 << 20];
+    for offset in (0..length).step_by(noise.len()) {
+        segment.write_all_at(&noise, offset).unwrap();
+    }
+    assert_eq!(segment.metadata().unwrap().len(), length);
+    let read = Key {
+        request_id: "r".to_owned(),
+        ..key.clone()
+    };
+    assert_eq!(lookup(&mut worker.client, &read).await, 4);
+    let bytes = worker.retrieve(&read).await.unwrap();
+    assert!(bytes.concat().iter().all(|&byte| byte == 0xff));
+    assert!(worker.commit_store(&pending).await);
+    let fresh = Key::new("m", &tokens(64, 12), Some(0), "f");
+    assert!(worker.store(&fresh, |index| index as u8).await);
+    assert_eq!(lookup(&mut worker.client, &fresh).await, 4);
+    let bytes = worker.retrieve(&fresh).await.unwrap();
+    for (index, chunk) in bytes.iter().enumerate() {
+        assert!(chunk.iter().all(|&byte| byte == index as u8), "{index}");
+    }
+    let cleared = siege.server.http("POST", "/cache/clear", "").await;
+    assert_eq!(cleared.0, 200, "{cleared:?}");
+    assert_eq!(used_bytes(&siege.server).await, 0);
+    drop(worker);
+    siege.withstood("a scribbled segment").await;
+}
