@@ -47,6 +47,15 @@ else
   echo "THE DASHBOARD IS NOT TESTED: there is no chromium with chromedriver (Debian: chromium-driver)"
 fi
 
+say "traces, with a receiver of OpenTelemetry's own"
+traces=${CARGO_TARGET_DIR:-target}/traces-venv
+[[ -x $traces/bin/python ]] || python3 -m venv "$traces"
+if "$traces/bin/pip" install --quiet --requirement tests/traces/requirements.txt; then
+  "$traces/bin/python" tests/traces/test_traces.py
+else
+  echo "TRACES ARE NOT TESTED: the packages of tests/traces/requirements.txt cannot be had"
+fi
+
 say "packaging"
 packaging/check.sh
 

@@ -13,6 +13,7 @@ mod tenant;
 use std::io::Write as _;
 
 use clap::{CommandFactory as _, FromArgMatches as _, Parser, Subcommand, error::ErrorKind};
+use serde_json::json;
 
 pub use bench::BenchCommand;
 pub use config_check::ConfigCommand;
@@ -61,11 +62,17 @@ pub enum Tool {
     Completions {
         /// The shell
         shell: clap_complete::Shell,
+        /// Print the script as a JSON document
+        #[arg(long)]
+        json: bool,
     },
     /// Print the manual page, of a sub-command if one is named
     Man {
         /// Sub-command
         command: Option<String>,
+        /// Print the page as a JSON document
+        #[arg(long)]
+        json: bool,
     },
 }
 
@@ -83,8 +90,20 @@ impl Tool {
             Self::Bench(command) => command.run(),
             Self::Simulate(command) => command.run(),
             Self::Config(command) => print(&command.check()?),
-            Self::Completions { shell } => print(&shell::completions(&mut Cli::command(), shell)),
-            Self::Man { command } => print(&shell::man(Cli::command(), command.as_deref())?),
+            Self::Completions { shell, json } => {
+                let script = shell::completions(&mut Cli::command(), shell);
+                match json {
+                    true => print_json(&json!({"shell": shell.to_string(), "script": script})),
+                    false => print(&script),
+                }
+            }
+            Self::Man { command, json } => {
+                let page = shell::man(Cli::command(), command.as_deref())?;
+                match json {
+                    true => print_json(&json!({"command": command, "roff": page})),
+                    false => print(&page),
+                }
+            }
         }
     }
 }
@@ -174,4 +193,31 @@ fn bytes(value: f64) -> String {
         value /= 1024.0;
     }
     format!("{value:.1} TiB")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Programs read what people read: every command but the server itself has `--json`.
+    #[test]
+    fn every_command_has_json() {
+        fn leaves(command: &clap::Command, path: &str, found: &mut Vec<(String, bool)>) {
+            let path = format!("{path} {}", command.get_name());
+            let mut inner = command.get_subcommands().peekable();
+            if inner.peek().is_none() {
+                let has = command.get_arguments().any(|it| it.get_id() == "json");
+                found.push((path, has));
+                return;
+            }
+            inner.for_each(|inner| leaves(inner, &path, found));
+        }
+        let mut command = Cli::command();
+        command.build();
+        let mut found = Vec::new();
+        leaves(&command, "", &mut found);
+        let without: Vec<_> = found.iter().filter(|(_, has)| !has).collect();
+        assert!(found.len() > 15, "{found:?}");
+        assert_eq!(without, [&(" stockade serve".to_owned(), false)]);
+    }
 }

@@ -19,7 +19,7 @@ use stockade_sandbox::{NativePolicy, Policy};
 pub use listeners::{DEFAULT as DEFAULT_LISTENER, ListenerConfig, Users};
 pub use settings::Settings;
 
-use crate::{admin::TlsFiles, tenancy::Rules};
+use crate::{admin::TlsFiles, tenancy::Rules, traces::TraceSettings};
 
 /// One GiB, the unit that LMCache calls GB.
 const GIB: f64 = (1u64 << 30) as f64;
@@ -125,6 +125,8 @@ pub struct Config {
     pub http_socket: Option<PathBuf>,
     /// Whether anybody may call the HTTP API from anywhere.
     pub http_insecure: bool,
+    /// Where traces go; `None` to make none.
+    pub traces: Option<TraceSettings>,
     /// Most verbose level that is logged.
     pub log_level: tracing::Level,
     /// Shape of log lines.
@@ -422,6 +424,11 @@ impl Config {
                 );
             }
         };
+        let traces = traces(
+            settings.enable_tracing.unwrap_or(false),
+            settings.otlp_endpoint.as_deref(),
+            settings.tracing_sample_rate,
+        )?;
         let level = settings.log_level.as_deref().unwrap_or("info");
         let log_format = match settings.log_format.as_deref().unwrap_or("human") {
             "human" => LogFormat::Human,
@@ -484,11 +491,37 @@ impl Config {
             http_tls,
             http_socket: settings.http_socket,
             http_insecure,
+            traces,
             log_level: tracing::Level::from_str(level).map_err(|_| {
                 format!("--log-level {level}: give error, warn, info, debug or trace")
             })?,
             log_format,
         })
+    }
+}
+
+/// LMCache wants an endpoint for traces too; one without traces it would push metrics to.
+fn traces(
+    is_on: bool,
+    endpoint: Option<&str>,
+    sample_rate: Option<f64>,
+) -> Result<Option<TraceSettings>, String> {
+    let sample_rate = fraction("tracing-sample-rate", sample_rate.unwrap_or(1.0))?;
+    match (is_on, endpoint) {
+        (false, None) => Ok(None),
+        (true, None) => Err(
+            "--enable-tracing needs --otlp-endpoint: say where an OTLP receiver listens, for example http://localhost:4317"
+                .to_owned(),
+        ),
+        (false, Some(_)) => Err(
+            "--otlp-endpoint alone would have nothing to say, because metrics are scraped at /metrics here: give --enable-tracing with it, or leave it out"
+                .to_owned(),
+        ),
+        (true, Some(endpoint)) => Ok(Some(TraceSettings {
+            endpoint: TraceSettings::endpoint(endpoint)
+                .map_err(|error| format!("--otlp-endpoint: {error}"))?,
+            sample_rate,
+        })),
     }
 }
 

@@ -10,6 +10,7 @@ pub mod cli;
 pub mod config;
 pub mod telemetry;
 pub mod tenancy;
+pub mod traces;
 pub mod watchdog;
 
 pub mod budgets;

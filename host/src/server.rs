@@ -31,6 +31,7 @@ use crate::{
     state_dir::StateDir,
     telemetry::Log,
     tenancy::{Tenancy, TenantFile},
+    traces::Traces,
     watchdog::{BEAT, Heart, Watchdog},
 };
 
@@ -45,6 +46,8 @@ const GROWTH_AHEAD_BYTES: u64 = 1 << 30;
 const SEGMENT_PREFIX: &str = "stockade-";
 /// What plugins get to end by themselves when the server stops; their own grace may be shorter.
 const PLUGIN_GRACE: Duration = Duration::from_secs(5);
+/// What the receiver of traces gets to take the last ones.
+const TRACES_GRACE: Duration = Duration::from_secs(2);
 
 /// A server with everything found, checked, mapped and bound, that does not answer yet.
 pub struct Server {
@@ -172,6 +175,14 @@ impl Server {
         let mut registry = Registry::default();
         let tenancy = Arc::new(Tenancy::new(Arc::clone(&config.tenant_rules)));
         warn_of_open_listeners(&config);
+        let (traces, export) = match &config.traces {
+            Some(settings) => {
+                let (traces, export) = Traces::start(settings, &config.instance_id)?;
+                tracing::info!("traces go to {}", settings.endpoint);
+                (traces, Some(export))
+            }
+            None => (Traces::default(), None),
+        };
         let service = Service::new(
             Arc::clone(&self.engine),
             TokenHasher::new(config.chunk_size),
@@ -184,6 +195,7 @@ impl Server {
                 write_ttl: config.l1_write_ttl,
                 read_ttl: config.l1_read_ttl,
                 kv_event_log_size: config.kv_event_log_size,
+                traces,
             },
             &mut registry,
         );
@@ -321,6 +333,10 @@ impl Server {
             {
                 tracing::warn!("a task did not end in time and is dropped");
             }
+        }
+        if let Some(export) = export {
+            service.end_sessions();
+            export.finish(TRACES_GRACE).await;
         }
         tracing::info!("stopped");
         Ok(())

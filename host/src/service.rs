@@ -20,7 +20,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use bytes::Bytes;
@@ -51,6 +51,7 @@ use tokio::{runtime::Handle, sync::Notify};
 use crate::{
     telemetry::CauseLimiter,
     tenancy::{Caller, DENIED_SALT, Tenancy},
+    traces::{Answered, Place, Traces},
 };
 
 pub use latencies::Snapshot as LatencySnapshot;
@@ -81,6 +82,8 @@ pub struct ServiceSettings {
     pub read_ttl: Duration,
     /// Records kept for KV-event subscribers.
     pub kv_event_log_size: usize,
+    /// Where the spans of requests go.
+    pub traces: Traces,
 }
 
 /// Shortest and longest time between two looks at a process whose connection has closed. A
@@ -122,6 +125,7 @@ impl Service {
             Arc::clone(&tenancy),
         ));
         engine.set_observer(Arc::clone(&events) as _);
+        let sessions = Sessions::new(settings.traces.clone());
         Arc::new(Self {
             engine,
             hasher,
@@ -129,7 +133,7 @@ impl Service {
             settings,
             limits: stockade_wire::Limits::default(),
             workers: Workers::default(),
-            sessions: Sessions::default(),
+            sessions,
             events,
             p2p: P2pTasks::default(),
             metrics: ServiceMetrics::register(registry),
@@ -222,9 +226,18 @@ impl Service {
     /// Decodes, runs and encodes one request.
     fn answer(self: &Arc<Self>, peer: &Arc<Peer>, frames: Frames) -> Option<Frames> {
         let started = Instant::now();
+        let traces = &self.settings.traces;
+        let began = traces.is_on().then(SystemTime::now);
         let (envelope, request) = match stockade_wire::decode(frames, &self.limits) {
             Ok(decoded) => decoded,
-            Err(rejected) => return self.reject(peer, &rejected),
+            Err(rejected) => {
+                if let Some(began) = began {
+                    let reason = rejected.error.reason();
+                    let span = Answered::rejected(rejected.operation, reason);
+                    traces.answered(&Place::Alone, began, span);
+                }
+                return self.reject(peer, &rejected);
+            }
         };
         match &request {
             Request::StreamAck => {
@@ -239,6 +252,8 @@ impl Service {
         }
         let operation = request.operation()?;
         let caller = self.tenancy.caller(peer);
+        // Before, because the request may end its session; held until its span is handed in.
+        let place = began.map(|_| self.sessions.place(&caller, &request));
         let run = || match &request {
             Request::SubscribeKvEvents {
                 instance_id,
@@ -261,11 +276,26 @@ impl Service {
             }
             request => self.run(&caller, peer, request).map(Some),
         };
+        let mut failure = "refused";
         let answer = catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|_| {
+            failure = "panic";
             self.metrics.failed(Some(operation), "panic");
             Err("the server failed at this request and goes on; its log says more".to_owned())
         });
         self.metrics.answered(operation, started.elapsed());
+        if let (Some(began), Some(place)) = (began, place) {
+            // Or the request began it.
+            let place = match place {
+                Place::Alone => self.sessions.place(&caller, &request),
+                known => known,
+            };
+            let span = Answered::of(&request, self.hasher.chunk_size());
+            let span = match &answer {
+                Ok(response) => span.with(response.as_ref()),
+                Err(_) => span.failed(failure),
+            };
+            traces.answered(&place, began, span);
+        }
         match answer {
             Ok(response) => response.map(|response| reply(&envelope, &response)),
             Err(sentence) => {
@@ -606,6 +636,17 @@ impl Service {
     #[must_use]
     pub fn activity(&self) -> Activity {
         self.metrics.activity()
+    }
+
+    /// Ends all sessions, when no request can come any more; their traces become whole.
+    pub fn end_sessions(&self) {
+        self.sessions.reap(Duration::ZERO, &self.engine);
+    }
+
+    /// Where the spans of requests go.
+    #[must_use]
+    pub fn traces(&self) -> &Traces {
+        &self.settings.traces
     }
 
     /// Request sessions, and those of them whose lookup nobody has asked for yet.

@@ -403,6 +403,10 @@ async fn secrets_stay_where_they_were_put() {
         ("HF_TOKEN", secret("hf")),
         ("REDIS_PASSWORD", secret("redis")),
         ("STOCKADE_UNKNOWN_SECRET", secret("unknown")),
+        (
+            "OTEL_EXPORTER_OTLP_HEADERS",
+            format!("authorization={}", secret("otlp")),
+        ),
     ];
     let environment: Vec<_> = environment
         .iter()
@@ -414,6 +418,10 @@ async fn secrets_stay_where_they_were_put() {
         "trace",
         "--http-token-file",
         tokens.to_str().unwrap(),
+        // Nobody listens there, so that what an exporter says of its failures is seen as well.
+        "--enable-tracing",
+        "--otlp-endpoint",
+        "127.0.0.1:1",
         "--runtime-plugin-locations",
         script.to_str().unwrap(),
         guest.to_str().unwrap(),
@@ -447,6 +455,7 @@ async fn secrets_stay_where_they_were_put() {
             }
         }
     }
+    server.wait_for_line("spans were not taken");
     wait_for("the log of the plugins", || {
         let log = server.log();
         log.iter()

@@ -1,6 +1,9 @@
 //! The HTTP API and the command line in front of it: documents, errors, log level, logs.
 
-use std::process::Command;
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    process::Command,
+};
 
 use stockade_tests::{Client, Key, Server, Worker, binary, root, tokens, wait_for};
 
@@ -173,8 +176,8 @@ fn metrics_page(metrics: &std::collections::BTreeMap<&str, (&str, &str)>) -> Str
         OpenMetrics text at `/metrics`, on the HTTP port and on `--prometheus-port`. This page is\n\
         written by a test (`STOCKADE_BLESS=1 cargo test -p stockade-tests --test suite metrics`).\n\n\
         Labels whose values come from clients (`cache_salt`, `model_name`) are bounded: counters have 256\n\
-        values each and one, `other`, for the rest; `stockade_salt_*` has the 256 salts with the most\n\
-        bytes. Series of what has not happened yet are absent. What the data-path probe does counts\n\
+        values each and one, `other`, for the rest, and 512 pairs of both; `stockade_salt_*` has the 256\n\
+        salts with the most bytes. Series of what has not happened yet are absent. What the data-path probe does counts\n\
         under the salt `stockade-probe`.\n"
         .to_owned();
     for (prefix, title) in [
@@ -190,6 +193,65 @@ fn metrics_page(metrics: &std::collections::BTreeMap<&str, (&str, &str)>) -> Str
         }
     }
     page
+}
+
+/// Clients name tenants and models; how many series that makes is for us to say.
+#[tokio::test]
+async fn names_that_clients_choose_make_a_bounded_number_of_series() {
+    const NAMES: usize = 300;
+    let server = Server::start(&[]);
+    let mut client = Client::connect(&server.url).await;
+    let long = "x".repeat(500);
+    for number in 0..NAMES {
+        let model = format!("model-{number}-{long}");
+        let mut worker = Worker::register(&server, number as u64, &model).await;
+        let mut key = Key::new(&model, &tokens(16, 1), Some(0), &format!("r{number}"));
+        key.salt = format!("salt-{number}");
+        assert!(worker.store(&key, |_| 3).await);
+        assert_eq!(stockade_tests::lookup(&mut client, &key).await, 1);
+        // Further pairs of names that are known already.
+        for other in 1..4 {
+            key.salt = format!("salt-{}", (number + other * 50) % 200);
+            assert_eq!(stockade_tests::lookup(&mut client, &key).await, 0);
+        }
+        // Operations are named by clients, too.
+        let _ = client.call(format!("operation-{number}"), &[]).await;
+    }
+    let text = server.http("GET", "/metrics", "").await.1;
+    const LABELS: [&str; 3] = ["cache_salt", "model_name", "operation"];
+    let mut series = BTreeMap::<&str, usize>::new();
+    let mut values = BTreeMap::<(&str, &str), BTreeSet<&str>>::new();
+    for line in text.lines().filter(|line| !line.starts_with('#')) {
+        let Some((name, labels)) = line.split_once('{') else {
+            continue;
+        };
+        *series.entry(name).or_default() += 1;
+        for label in LABELS {
+            let Some((_, value)) = labels.split_once(&format!("{label}=\"")) else {
+                continue;
+            };
+            let value = value.split('"').next().unwrap();
+            assert!(value.len() <= 128, "{line}");
+            values.entry((name, label)).or_default().insert(value);
+        }
+    }
+    for ((name, label), values) in &values {
+        // 256 of their own and one for the rest.
+        assert!(
+            values.len() <= 257,
+            "{name} has {} of {label}",
+            values.len()
+        );
+        let foreign = values.iter().find(|it| it.starts_with("operation-"));
+        assert_eq!(foreign, None, "{name}");
+    }
+    let salts = &values[&("stockade_stored_bytes_total", "cache_salt")];
+    assert!(salts.len() == 257 && salts.contains("other"), "{salts:?}");
+    // Each of them may be bounded, and their pairs must be as well.
+    assert_eq!(series["lmcache_mp_lookups_requests_total"], 513);
+    let (name, most) = series.iter().max_by_key(|(_, count)| **count).unwrap();
+    assert!(*most <= 1000, "{name} has {most} series");
+    assert!(!text.contains(&"x".repeat(129)), "a name is cut");
 }
 
 /// The queries of LMCache's own Grafana dashboard over the tiers that exist here.

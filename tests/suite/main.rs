@@ -22,3 +22,4 @@ mod start_up;
 mod state;
 mod store_retrieve;
 mod tenants;
+mod traces;

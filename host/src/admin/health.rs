@@ -9,6 +9,7 @@ use axum::{
     response::{IntoResponse as _, Response},
 };
 use serde_json::{Value, json};
+use stockade_sandbox::{PluginState, PluginStatus};
 
 use super::{Shared, access::Caller, problem::Problem};
 use crate::service::ProbeReport;
@@ -52,7 +53,27 @@ fn verdict(complaint: Option<String>, well: &str) -> Response {
     }
 }
 
-/// Every loop, and what the data path said last.
+/// What an operator should know that no restart of the server mends: plugins that do not run and
+/// will not by themselves.
+pub(super) fn notes(plugins: &[PluginStatus]) -> Vec<String> {
+    let stuck = |state| {
+        matches!(
+            state,
+            PluginState::Refused | PluginState::Quarantined | PluginState::Failed
+        )
+    };
+    let note = |plugin: &PluginStatus| {
+        let (name, state) = (&plugin.name, plugin.state.name());
+        match &plugin.last_end {
+            Some(why) => format!("plugin `{name}` is {state}: {why}"),
+            None => format!("plugin `{name}` is {state}"),
+        }
+    };
+    let plugins = plugins.iter().filter(|it| stuck(it.state));
+    plugins.map(note).collect()
+}
+
+/// Every loop, and notes on what else does not run, which turn nothing red.
 pub(super) async fn health(State(admin): Shared) -> Response {
     let loops: Vec<Value> = admin
         .watchdog
@@ -75,6 +96,7 @@ pub(super) async fn health(State(admin): Shared) -> Response {
         "status": if reason.is_none() { "healthy" } else { "unhealthy" },
         "reason": reason,
         "loops": loops,
+        "notes": notes(&admin.supervisor.snapshot()),
     });
     (status, Json(body)).into_response()
 }

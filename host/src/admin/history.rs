@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 use super::{
     Admin, Shared,
     access::{Caller, Role},
+    health::notes,
     plugins::plugin_json,
     tenants::tenant_json,
 };
@@ -130,18 +131,15 @@ pub(super) async fn stats(State(admin): Shared) -> Json<Value> {
             (operation.name().to_owned(), document)
         })
         .collect();
-    let plugins: Vec<_> = admin
-        .supervisor
-        .snapshot()
-        .iter()
-        .map(plugin_json)
-        .collect();
+    let snapshot = admin.supervisor.snapshot();
+    let plugins: Vec<_> = snapshot.iter().map(plugin_json).collect();
     let last = admin.history.points.lock().back().map(point_json);
     Json(json!({
         "unix_ms": unix_ms(),
         "version": env!("CARGO_PKG_VERSION"),
         "instance_id": admin.config.pointer("/mp_config/instance_id"),
         "complaint": admin.watchdog.complaint(),
+        "notes": notes(&snapshot),
         "pool": {
             "used_bytes": engine.used_bytes,
             "capacity_bytes": engine.capacity_bytes,

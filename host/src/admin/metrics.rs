@@ -210,6 +210,28 @@ fn read_server(admin: &Admin, registry: &mut Registry) {
         "Log lines that stderr did not take in time",
         admin.log.lost_lines(),
     );
+    if let Some(spans) = admin.service.traces().counts() {
+        counter(
+            registry,
+            "trace_spans_exported",
+            "Spans that the OTLP receiver took",
+            spans.exported.load(Ordering::Relaxed),
+        );
+        let dropped = Family::<ReasonLabels, Counter>::default();
+        for (reason, count) in [
+            ("queue_full", &spans.queue_full),
+            ("export_failed", &spans.export_failed),
+        ] {
+            dropped
+                .get_or_create(&ReasonLabels { reason })
+                .inc_by(count.load(Ordering::Relaxed));
+        }
+        registry.register(
+            "trace_spans_dropped",
+            "Spans that were lost, by reason",
+            dropped,
+        );
+    }
     let denied = Family::<ReasonLabels, Counter>::default();
     for (reason, count) in [
         ("unauthenticated", &admin.denied.unauthenticated),
@@ -327,7 +349,8 @@ fn read_tenants(status: &EngineStatus, registry: &mut Registry) {
     let used = Family::<TenantLabels, Gauge>::default();
     let share = Family::<TenantLabels, Gauge>::default();
     let floor = Family::<TenantLabels, Gauge>::default();
-    let evicted = Family::<TenantLabels, Gauge>::default();
+    let cap = Family::<TenantLabels, Gauge>::default();
+    let evicted = Family::<TenantLabels, Counter>::default();
     let signed = |value: u64| i64::try_from(value).unwrap_or(i64::MAX);
     for usage in &status.tenants {
         let labels = TenantLabels {
@@ -338,9 +361,10 @@ fn read_tenants(status: &EngineStatus, registry: &mut Registry) {
         floor
             .get_or_create(&labels)
             .set(signed(usage.tenant.budget.floor_bytes));
-        evicted
-            .get_or_create(&labels)
-            .set(signed(usage.evicted_bytes));
+        if let Some(bytes) = usage.tenant.budget.cap_bytes {
+            cap.get_or_create(&labels).set(signed(bytes));
+        }
+        evicted.get_or_create(&labels).inc_by(usage.evicted_bytes);
     }
     let bytes = Unit::Bytes;
     let help = "Bytes of the pool a tenant uses, reservations included";
@@ -349,6 +373,8 @@ fn read_tenants(status: &EngineStatus, registry: &mut Registry) {
     registry.register_with_unit("tenant_share", help, Unit::Bytes, share);
     let help = "Bytes no other tenant can push a tenant below";
     registry.register_with_unit("tenant_floor", help, Unit::Bytes, floor);
+    let help = "Bytes a tenant never goes beyond; absent without a cap";
+    registry.register_with_unit("tenant_cap", help, Unit::Bytes, cap);
     let help = "Bytes of a tenant's objects evicted so far";
     registry.register_with_unit("tenant_evicted", help, Unit::Bytes, evicted);
 }

@@ -152,8 +152,8 @@ impl PluginCommand {
             Action::Prove { files, only, local } => {
                 local::prove_limits(files, only.as_deref(), local, remote.is_json())
             }
-            Action::Keygen { file } => local::keygen(file),
-            Action::Sign { file, key } => local::sign(file, key),
+            Action::Keygen { file } => local::keygen(file, remote.is_json()),
+            Action::Sign { file, key } => local::sign(file, key, remote.is_json()),
         }
     }
 

@@ -127,6 +127,9 @@ fn render(server: &str, stats: &Value, history: &Value) -> String {
         "Stockade {} at {server}: {health}\n\n",
         stats["version"].as_str().unwrap_or("?")
     );
+    for note in stats["notes"].as_array().unwrap_or(&none) {
+        text.push_str(&format!("note: {}\n", note.as_str().unwrap_or_default()));
+    }
     let mut line = |label: &str, value: String| {
         text.push_str(&format!("{label:<11}{value}\n"));
     };
@@ -221,7 +224,7 @@ mod tests {
     #[test]
     fn a_look_shows_what_the_documents_say() {
         let stats = json!({
-            "version": "1", "complaint": null,
+            "version": "1", "complaint": null, "notes": ["plugin `x` is refused: why"],
             "pool": {"used_bytes": 512.0, "capacity_bytes": 1024.0, "objects": 3, "evicted_objects": 0, "eviction_policy": "LRU"},
             "lookups": {"hit_rate": 0.25, "hit_tokens": 1, "requested_tokens": 4},
             "now": {"hit_rate": 0.5, "requests_per_second": 12.0, "p50_seconds": 0.00002, "p99_seconds": 0.004},
@@ -234,6 +237,7 @@ mod tests {
         let text = render("http://x", &stats, &history);
         for part in [
             "healthy",
+            "note: plugin `x` is refused: why",
             "50.0 %",
             "512 B of 1.0 KiB",
             "▁█ ",

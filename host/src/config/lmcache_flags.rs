@@ -55,7 +55,6 @@ const NO_L2: &str = "there is no second tier in this release; leave it out and s
 const NO_COORDINATOR: &str = "there is no coordinator client in this release; leave it out";
 const NO_GDS: &str = "the pool lives in host memory; leave it out and use --l1-size-gb";
 const NO_DEVDAX: &str = "the pool is a shared-memory segment; leave it out and use --l1-size-gb";
-const NO_OTEL: &str = "traces are not exported in this release; leave it out and scrape /metrics";
 const NO_SCRIPT: &str =
     "running callers' scripts in the server is remote code execution; write a plugin";
 const NO_HASH_LOG: &str = "lookup hashes are not logged in this release; leave it out";
@@ -145,8 +144,6 @@ const FLAGS: &[LmcacheFlag] = &[
         0,
         "use --log-level error for a quiet server",
     ),
-    refused("enable-tracing", 0, NO_OTEL),
-    refused("otlp-endpoint", 1, NO_OTEL),
     ignored("event-bus-queue-size", 1, "there is no event bus to size"),
     ignored("metrics-sample-rate", 1, "every event is counted"),
     refused("lookup-hash-log-dir", 1, NO_HASH_LOG),

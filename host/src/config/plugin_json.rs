@@ -102,8 +102,9 @@ impl Config {
                 "metrics_enabled": true,
                 "grpc_metrics_enabled": false,
                 "logging_enabled": true,
-                "tracing_enabled": false,
-                "otlp_endpoint": null,
+                "tracing_enabled": self.traces.is_some(),
+                // It holds no password; that is checked.
+                "otlp_endpoint": self.traces.as_ref().map(|traces| &traces.endpoint),
                 "prometheus_port": self.prometheus_port.unwrap_or(http_port),
                 "metrics_sample_rate": 1.0,
                 "lookup_hash_log": {

@@ -249,6 +249,31 @@ pub struct Settings {
         help_heading = "HTTP and logs"
     )]
     pub http_insecure: Option<bool>,
+    /// Export OpenTelemetry traces, a span for each request; needs --otlp-endpoint
+    #[arg(
+        long,
+        num_args = 0,
+        default_missing_value = "true",
+        env = "STOCKADE_ENABLE_TRACING",
+        help_heading = "HTTP and logs"
+    )]
+    pub enable_tracing: Option<bool>,
+    /// OTLP receiver that speaks gRPC, for example http://localhost:4317
+    #[arg(
+        long,
+        value_name = "URL",
+        env = "STOCKADE_OTLP_ENDPOINT",
+        help_heading = "HTTP and logs"
+    )]
+    pub otlp_endpoint: Option<String>,
+    /// Share of the engines' requests that is traced, 0 to 1 [default: 1.0] (ours)
+    #[arg(
+        long,
+        value_name = "SHARE",
+        env = "STOCKADE_TRACING_SAMPLE_RATE",
+        help_heading = "HTTP and logs"
+    )]
+    pub tracing_sample_rate: Option<f64>,
     /// error, warn, info, debug or trace [default: info] (ours)
     #[arg(long, env = "STOCKADE_LOG_LEVEL", help_heading = "HTTP and logs")]
     pub log_level: Option<String>,
@@ -315,6 +340,9 @@ impl Settings {
             http_client_ca,
             http_socket,
             http_insecure,
+            enable_tracing,
+            otlp_endpoint,
+            tracing_sample_rate,
             log_level,
             log_format,
             config,

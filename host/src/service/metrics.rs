@@ -21,6 +21,9 @@ use super::latencies::Latencies;
 
 /// Tenants and models get series of their own up to this many; further ones share `other`.
 const MAX_LABEL_VALUES: usize = 256;
+/// Pairs of a model and a tenant get series of their own up to this many; else each of the two
+/// alone being bounded would allow their product.
+const MAX_LABEL_PAIRS: usize = 512;
 /// Longest label value in bytes.
 const MAX_LABEL_BYTES: usize = 128;
 
@@ -82,11 +85,34 @@ impl Names {
     }
 }
 
+/// The pairs of them that were seen.
+#[derive(Default)]
+struct Pairs(Mutex<std::collections::HashSet<ModelSaltLabels>>);
+
+impl Pairs {
+    fn bounded(&self, labels: ModelSaltLabels) -> ModelSaltLabels {
+        let mut known = self.0.lock();
+        if known.contains(&labels) {
+            return labels;
+        }
+        if known.len() >= MAX_LABEL_PAIRS {
+            let other = ClientLabel(Arc::from("other"));
+            return ModelSaltLabels {
+                model_name: other.clone(),
+                cache_salt: other,
+            };
+        }
+        known.insert(labels.clone());
+        labels
+    }
+}
+
 /// Metrics of the request path; LMCache's names where the meaning is LMCache's
 /// (`docs/design/v1/mp_observability/METRICS.md` there).
 pub(crate) struct ServiceMetrics {
     salts: Names,
     models: Names,
+    pairs: Pairs,
     lookups: Family<ModelSaltLabels, Counter>,
     lookup_requested_tokens: Family<ModelSaltLabels, Counter>,
     lookup_hit_tokens: Family<ModelSaltLabels, Counter>,
@@ -149,6 +175,7 @@ impl ServiceMetrics {
         let metrics = Self {
             salts: Names::default(),
             models: Names::default(),
+            pairs: Pairs::default(),
             lookups: Family::default(),
             lookup_requested_tokens: Family::default(),
             lookup_hit_tokens: Family::default(),
@@ -279,10 +306,10 @@ impl ServiceMetrics {
     }
 
     pub(crate) fn looked_up(&self, model: &str, salt: &str, requested: usize, hit: usize) {
-        let labels = ModelSaltLabels {
+        let labels = self.pairs.bounded(ModelSaltLabels {
             model_name: self.models.label(model),
             cache_salt: self.salts.label(salt),
-        };
+        });
         self.totals
             .requested_tokens
             .fetch_add(requested as u64, Ordering::Relaxed);
@@ -338,11 +365,12 @@ impl ServiceMetrics {
         self.totals
             .retrieved_bytes
             .fetch_add(bytes, Ordering::Relaxed);
+        let labels = self.pairs.bounded(ModelSaltLabels {
+            model_name: self.models.label(model),
+            cache_salt: labels.cache_salt,
+        });
         self.loaded_chunks
-            .get_or_create(&ModelSaltLabels {
-                model_name: self.models.label(model),
-                cache_salt: labels.cache_salt,
-            })
+            .get_or_create(&labels)
             .inc_by(chunks as u64);
     }
 

@@ -79,6 +79,9 @@ impl Service {
             chunks * chunk_size,
             found.hit_chunks * chunk_size,
         );
+        if let Some(trace) = &session.trace {
+            trace.looked_up(chunks * chunk_size, found.hit_chunks * chunk_size);
+        }
         session.result = Some(found.hit_chunks);
         session.lookup = Some(Lookup {
             lease: found.lease,

@@ -11,7 +11,9 @@ use std::{
 
 use parking_lot::Mutex;
 use stockade_cache::{CacheEngine, ChunkHash, KeyScope, LeaseId, OwnerId, TokenHasher};
-use stockade_wire::{RequestId, TokenIds};
+use stockade_wire::{Request, RequestId, TokenIds};
+
+use crate::traces::{Place, SessionTrace, Traces, request_id};
 
 use crate::tenancy::{Caller, Realm};
 
@@ -46,6 +48,8 @@ pub(crate) struct Session {
     hashes: Vec<ChunkHash>,
     /// The tokens that `hashes` cover.
     hashed: Option<TokenIds>,
+    /// `None` when the request is not traced.
+    pub(crate) trace: Option<Arc<SessionTrace>>,
     kept: Arc<AtomicUsize>,
 }
 
@@ -132,9 +136,28 @@ struct Entry {
 pub(crate) struct Sessions {
     entries: Mutex<HashMap<SessionId, Entry>>,
     kept: Arc<AtomicUsize>,
+    traces: Traces,
 }
 
 impl Sessions {
+    /// No sessions yet; those to come are traced as `traces` says.
+    pub(crate) fn new(traces: Traces) -> Self {
+        Self {
+            traces,
+            ..Self::default()
+        }
+    }
+
+    /// Where the span of a request belongs.
+    pub(crate) fn place(&self, caller: &Caller, request: &Request) -> Place {
+        let session = request_id(request).and_then(|id| self.get(&SessionId::new(caller, id)));
+        let Some(session) = session else {
+            return Place::Alone;
+        };
+        let trace = session.lock().trace.clone();
+        trace.map_or(Place::Unsampled, Place::Under)
+    }
+
     /// The session of a request, made at its first use.
     pub(crate) fn get_or_create(&self, id: SessionId, engine: &CacheEngine) -> Arc<Mutex<Session>> {
         let now = Instant::now();
@@ -154,6 +177,7 @@ impl Sessions {
                 lookup: None,
                 hashes: Vec::new(),
                 hashed: None,
+                trace: self.traces.session(&id.request),
                 kept: Arc::clone(&self.kept),
             }));
             entries.insert(

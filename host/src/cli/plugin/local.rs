@@ -17,7 +17,7 @@ use stockade_sandbox::{
     wasm::{self, ModuleFacts},
 };
 
-use super::super::print;
+use super::super::{print, print_json};
 use crate::{config::PluginSettings, server::wasm_config};
 
 /// Settings of the server that the plugin would run in.
@@ -242,7 +242,10 @@ pub(super) fn prove_limits(
             print(&format!("{name}\n"))?;
         }
         let tell = |proof: &Proof| {
-            if !is_json {
+            if is_json {
+                // Progress, for people who wait for the document; its loss costs nothing.
+                let _ = writeln!(std::io::stderr(), "{name}: {} tried", proof.what);
+            } else {
                 let verdict = if proof.holds { "holds " } else { "BROKEN" };
                 // Whoever closed our output wants the exit code alone.
                 let _ = print(&format!(
@@ -304,7 +307,7 @@ impl Drop for Scratch {
 ///
 /// # Errors
 /// When the file exists or cannot be written.
-pub(super) fn keygen(file: &Path) -> anyhow::Result<()> {
+pub(super) fn keygen(file: &Path, is_json: bool) -> anyhow::Result<()> {
     let mut random = [0; 32];
     fs::File::open("/dev/urandom")
         .and_then(|mut source| source.read_exact(&mut random))
@@ -320,14 +323,20 @@ pub(super) fn keygen(file: &Path) -> anyhow::Result<()> {
         .write_all(key.to_text().as_bytes())
         .and_then(|()| output.sync_all())
         .with_context(|| file.display().to_string())?;
-    print(&format!("{}\n", key.public()))
+    match is_json {
+        true => print_json(&json!({
+            "secret_key_file": file.display().to_string(),
+            "public_key": key.public().to_string(),
+        })),
+        false => print(&format!("{}\n", key.public())),
+    }
 }
 
 /// Signs a plugin and its manifest; the signature goes beside them.
 ///
 /// # Errors
 /// When a file cannot be read or written, or the key is none.
-pub(super) fn sign(file: &Path, key: &Path) -> anyhow::Result<()> {
+pub(super) fn sign(file: &Path, key: &Path, is_json: bool) -> anyhow::Result<()> {
     let text = fs::read_to_string(key).with_context(|| key.display().to_string())?;
     let key: SecretKey = text.parse().map_err(anyhow::Error::msg)?;
     let plugin = fs::read(file).with_context(|| file.display().to_string())?;
@@ -341,5 +350,11 @@ pub(super) fn sign(file: &Path, key: &Path) -> anyhow::Result<()> {
     let path = loader::signature_path(file);
     fs::write(&path, key.sign(&plugin, manifest.as_deref()))
         .with_context(|| path.display().to_string())?;
-    print(&format!("{} by {}\n", path.display(), key.public()))
+    match is_json {
+        true => print_json(&json!({
+            "signature_file": path.display().to_string(),
+            "public_key": key.public().to_string(),
+        })),
+        false => print(&format!("{} by {}\n", path.display(), key.public())),
+    }
 }
