@@ -4,13 +4,13 @@
 //! `[tenants.<name>]`, over a restart too if there is a state directory, until the file says
 //! something else about that tenant than when HTTP set it; then the file holds again.
 
-use std::num::NonZeroU32;
+use std::{num::NonZeroU32, path::Path};
 
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use stockade_cache::{Budget, BudgetError, CacheEngine, CacheSalt, Tenant, TenantUsage};
 
-use crate::state_dir::{StateDir, StateError, StateFile};
+use crate::state_dir::{StateDir, StateError, StateFile, read_document};
 
 /// Its name in the state directory.
 const FILE: &str = "tenant-budgets.json";
@@ -108,15 +108,9 @@ impl TenantBudgets {
         let Some(file) = &budgets.file else {
             return Ok(budgets);
         };
-        let Some(document) = file.read::<Document>()? else {
+        let Some(document) = read(file.path())? else {
             return Ok(budgets);
         };
-        if document.version != VERSION {
-            return Err(file.unusable(format!(
-                "it is of version {}, and this server knows {VERSION}: start the server that wrote it, or remove it",
-                document.version
-            )));
-        }
         let found = document.budgets.len();
         let mut kept = Vec::with_capacity(found);
         for mut entry in document.budgets {
@@ -287,6 +281,28 @@ impl TenantBudgets {
             version: VERSION,
             budgets: budgets.to_vec(),
         })
+    }
+}
+
+/// Whether what a state directory holds of budgets can be read; changes and locks nothing.
+///
+/// # Errors
+/// [`StateError`] if the document is broken.
+pub fn check(state_dir: &Path) -> Result<(), StateError> {
+    read(&state_dir.join(FILE)).map(|_| ())
+}
+
+fn read(path: &Path) -> Result<Option<Document>, StateError> {
+    let document: Option<Document> = read_document(path)?;
+    match document {
+        Some(document) if document.version != VERSION => Err(StateError::Unusable {
+            path: path.to_owned(),
+            why: format!(
+                "it is of version {}, and this server knows {VERSION}: start the server that wrote it, or remove it",
+                document.version
+            ),
+        }),
+        document => Ok(document),
     }
 }
 

@@ -130,14 +130,7 @@ impl StateFile {
     /// # Errors
     /// [`StateError`], with the line, if it is anything else than such a document.
     pub fn read<T: DeserializeOwned>(&self) -> Result<Option<T>, StateError> {
-        let Some(bytes) = read_own_file(&self.path)? else {
-            return Ok(None);
-        };
-        serde_json::from_slice(&bytes).map(Some).map_err(|error| {
-            self.unusable(format!(
-                "{error}; restore it from a copy, or remove it to start without what it held"
-            ))
-        })
+        read_document(&self.path)
     }
 
     /// Replaces the document as a whole: after a crash at any moment the old or the new one is
@@ -160,6 +153,25 @@ impl StateFile {
             why,
         }
     }
+}
+
+/// A JSON document that a server wrote; `None` when there is no file. For those who look at a
+/// directory without opening it.
+///
+/// # Errors
+/// [`StateError`], with the line, if it is anything else than such a document.
+pub fn read_document<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, StateError> {
+    let Some(bytes) = read_own_file(path)? else {
+        return Ok(None);
+    };
+    serde_json::from_slice(&bytes)
+        .map(Some)
+        .map_err(|error| StateError::Unusable {
+            path: path.to_owned(),
+            why: format!(
+                "{error}; restore it from a copy, or remove it to start without what it held"
+            ),
+        })
 }
 
 /// Replaces a file (mode 0600) as a whole and makes it last: temporary file, fsync, rename, fsync of

@@ -115,7 +115,13 @@ async fn every_error_is_a_problem_with_a_code() {
 #[tokio::test]
 async fn metrics_have_the_golden_names_and_the_documented_ones() {
     let hello = root().join("tests/guests/sleep_loop.wat");
-    let mut server = Server::start(&["--runtime-plugin-locations", hello.to_str().unwrap()]);
+    let mut server = Server::start(&[
+        "--runtime-plugin-locations",
+        hello.to_str().unwrap(),
+        "--enable-tracing",
+        "--otlp-endpoint",
+        "127.0.0.1:1",
+    ]);
     server.wait_for_line("serving on");
     let mut worker = Worker::register(&server, 7, "m").await;
     let key = Key::new("m", &tokens(32, 1), Some(0), "r");

@@ -230,6 +230,27 @@ async fn what_cannot_be_run_is_named_and_costs_only_itself() {
     assert!(metrics.contains(hit), "{metrics}");
     let states = metrics.matches("state=\"refused\"} 1").count();
     assert_eq!(states, 7, "{metrics}");
+    // Noted, and no reason to take the server out of service.
+    let health = server.json("/v1/health").await;
+    let notes = health["notes"].as_array().unwrap();
+    assert!(
+        health["status"] == "healthy" && notes.len() == 7,
+        "{health}"
+    );
+    for (name, reason) in refused {
+        let start = format!("plugin `{name}` is refused: ");
+        let said = |note: &serde_json::Value| {
+            let note = note.as_str().unwrap();
+            note.starts_with(&start) && note.contains(reason)
+        };
+        assert!(notes.iter().any(said), "{name}: {health}");
+    }
+    let status = std::process::Command::new(stockade_tests::binary())
+        .args(["status", "--server", &format!("http://{}", server.http)])
+        .output()
+        .unwrap();
+    let status = String::from_utf8_lossy(&status.stdout).into_owned();
+    assert_eq!(status.matches("note: plugin `").count(), 7, "{status}");
 }
 
 #[test]

@@ -35,6 +35,18 @@ impl Place {
         Server::start(&["--config", &file, "--state-dir", &state])
     }
 
+    /// What a check of the settings that must fail says.
+    fn check(&self) -> String {
+        let output = Command::new(binary())
+            .args(["config", "check", "--l1-size-gb", "0.0625", "--config"])
+            .arg(self.path("stockade.toml"))
+            .args(["--state-dir", &self.path("state")])
+            .output()
+            .unwrap();
+        assert!(!output.status.success());
+        String::from_utf8_lossy(&output.stderr).into_owned()
+    }
+
     /// What a start that must fail says.
     fn refusal(&self) -> String {
         let output = Command::new(binary())
@@ -185,6 +197,14 @@ async fn a_directory_that_cannot_be_used_stops_the_start_and_is_named() {
             said.contains("tenant-budgets.json") && said.contains(why),
             "{text}: {said}"
         );
+        // Whether the pool can keep it is found out with the pool; the rest before.
+        if !["cap of", "cache_salt"].contains(&why) {
+            let said = place.check();
+            assert!(
+                said.contains("tenant-budgets.json") && said.contains(why),
+                "{said}"
+            );
+        }
     }
     fs::write(&path, good).unwrap();
     drop(place.start());

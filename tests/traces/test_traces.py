@@ -1,7 +1,9 @@
 """Traces as an OTLP receiver that shares no code with the server gets them.
 
 The receiver is Google's gRPC with OpenTelemetry's own message definitions; the packages are in
-requirements.txt. With STOCKADE_OTELCOL=FILE the released OpenTelemetry Collector receives them too.
+requirements.txt. With STOCKADE_OTELCOL=FILE the OpenTelemetry Collector receives them too; where no
+release of it can be had, `builder --config tests/traces/collector.yaml` makes one from Go modules
+(`go install go.opentelemetry.io/collector/cmd/builder@v0.165.0`).
 Needs a built server; says loudly what is missing and skips otherwise.
 """
 
@@ -184,17 +186,7 @@ class Traces(unittest.TestCase):
         key = self.client.key(list(range(end)), end, request_id, rank)
         return {**key, "cache_salt": SALT_CANARY, "request_configs": {"lmcache.tag.x": TAG_CANARY}}
 
-    def test_every_request_has_a_span_under_its_engines_request(self):
-        receiver = self.receiver()
-        server = self.server(
-            "--enable-tracing",
-            "--otlp-endpoint",
-            f"127.0.0.1:{receiver.port}",
-            "--instance-id",
-            "instance-7",
-            OTEL_EXPORTER_OTLP_HEADERS="x-scope=blue",
-        )
-        connection, operation = self.connect(server), self.client.Operation
+    def register(self, connection):
         context = {
             "instance_id": 7,
             "model_name": self.client.MODEL,
@@ -206,8 +198,21 @@ class Traces(unittest.TestCase):
             "use_mla": False,
             "num_physical_slots": None,
         }
+        connection.call(self.client.Operation.REGISTER_KV_CACHE_ENGINE_DRIVEN_CONTEXT, context)
+
+    def test_every_request_has_a_span_under_its_engines_request(self):
+        receiver = self.receiver()
+        server = self.server(
+            "--enable-tracing",
+            "--otlp-endpoint",
+            f"127.0.0.1:{receiver.port}",
+            "--instance-id",
+            "instance-7",
+            OTEL_EXPORTER_OTLP_HEADERS="x-scope=blue",
+        )
+        connection, operation = self.connect(server), self.client.Operation
         before = time.time_ns()
-        connection.call(operation.REGISTER_KV_CACHE_ENGINE_DRIVEN_CONTEXT, context)
+        self.register(connection)
         connection.call(operation.LOOKUP, self.key(4, "r-1", None), 1)
         connection.call(operation.QUERY_PREFETCH_STATUS, "r-1")
         connection.call(operation.PREPARE_RETRIEVE, self.key(4, "r-1", 0), 7)
@@ -355,16 +360,21 @@ class Traces(unittest.TestCase):
         self.addCleanup(collector.kill)
         server = self.server("--enable-tracing", "--otlp-endpoint", f"http://127.0.0.1:{port}")
         connection, operation = self.connect(server), self.client.Operation
+        self.register(connection)
 
         def arrived():
             # The collector may not listen yet; what it missed is counted as dropped.
             connection.call(operation.LOOKUP, self.key(1, "r-1", None), 1)
             connection.call(operation.END_SESSION, "r-1")
-            return "Name           : lookup" in seen.read_text()
+            text = seen.read_text()
+            return all(f"Name           : {name}\n" in text for name in ("request", "lookup", "end_session"))
 
         wait_for("a span in the collector", arrived)
         text = seen.read_text()
         self.assertIn("service.name: Str(stockade)", text)
+        root = re.search(r"Trace ID +: (\w+)\n +Parent ID +: *\n +ID +: (\w+)\n +Name +: request\n", text)
+        part = re.search(r"Trace ID +: (\w+)\n +Parent ID +: (\w+)\n +ID +: \w+\n +Name +: lookup\n", text)
+        self.assertEqual(part.groups(), root.groups())
         self.assertIn("session_id: Str(r-1)", text)
         if os.environ.get("STOCKADE_SHOW"):
             print(text, file=sys.stderr)

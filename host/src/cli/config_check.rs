@@ -5,6 +5,7 @@ use serde_json::json;
 
 use crate::{
     admin::Tokens,
+    budgets,
     config::{Config, Settings, UsageError},
 };
 
@@ -38,6 +39,9 @@ impl ConfigCommand {
         if let Some(path) = &config.http_token_file {
             Tokens::read(path)
                 .map_err(|error| UsageError(format!("--http-token-file: {error:#}")))?;
+        }
+        if let Some(path) = &config.state_dir {
+            budgets::check(path).map_err(|error| UsageError(format!("--state-dir: {error}")))?;
         }
         if !json {
             return Ok("the settings are good\n".to_owned());
