@@ -39,7 +39,10 @@ raw=$out/bench.txt
 say() { printf '\n## %s\n' "$*" | tee -a "$raw"; }
 measure() {                             # BENCH FLAGS...: the command, then its table
   printf '\n$ stockade bench %s\n' "$*" | tee -a "$raw"
-  "$program" bench --url "$url" --turns "$turns" --seconds "$long" "$@" 2>> "$scratch/progress" | tee -a "$raw"
+  if ! "$program" bench --url "$url" --turns "$turns" --seconds "$long" "$@" 2> "$scratch/progress" | tee -a "$raw"; then
+    tail -n 3 "$scratch/progress"
+    exit 1
+  fi
 }
 await() {                               # URL: until a server answers there
   for _ in $(seq 1200); do
@@ -68,7 +71,8 @@ if [ "$lmcache" != - ]; then
   peer=(--compare "tcp://127.0.0.1:${ports[2]}")
 
   say "beside LMCache"
-  measure "${peer[@]}" --workload noop,ping --clients 1,16
+  measure "${peer[@]}" --workload noop --clients 1,16
+  measure "${peer[@]}" --workload ping
   measure "${peer[@]}" --workload lookup-miss,lookup-hit --tokens 1024,8192,32768,131072 --chunk-kib 16 --plot "$scratch"
   cp "$scratch/latency-over-tokens.svg" "$out/"
   measure "${peer[@]}" --workload store,retrieve,chat --tokens 256,32768

@@ -156,9 +156,10 @@ def main():
             for thread in (*loads, reloader):
                 thread.start()
             begun = time.monotonic()
-            while time.monotonic() - begun < settings.minutes * 60:
-                time.sleep(max(0.0, interval - 2))
-                rows = server.bench(*PROBE, "--seconds", 1 if interval >= 60 else 0.3)
+            for tick in range(1, round(settings.minutes * 60 / interval) + 1):
+                time.sleep(max(0.0, begun + tick * interval - time.monotonic()))
+                # A fifth of the time, so that a p99 stands on enough rounds.
+                rows = server.bench(*PROBE, "--seconds", interval / 20)
                 sample = {"minute": round((time.monotonic() - begun) / 60, 3), **server.sample()}
                 for row in rows:
                     sample |= {f"{row['workload']}_p50_us": row["p50_us"], f"{row['workload']}_p99_us": row["p99_us"]}

@@ -476,6 +476,16 @@ impl CacheEngine {
         self.inner.with_l1(|l1, _| l1.withdraw_unheld(keys))
     }
 
+    /// Whether [`maintain`](Self::maintain) has something to do that should not wait for its turn: the
+    /// pool is above its watermark, or part of its memory is not prepared yet.
+    ///
+    /// To be asked after a store, so that one that needs no eviction wakes no thread.
+    #[must_use]
+    pub fn wants_maintenance(&self) -> bool {
+        let is_prepared = self.prefault.as_ref().is_none_or(PrefaultThread::has_ended);
+        !is_prepared || self.inner.with_l1(|l1, _| l1.bytes_over_watermark() > 0)
+    }
+
     /// Does what time brings: ends leases whose deadline has come, evicts above the
     /// watermark, and looks after the segment. To be called every 100 ms to 1 s.
     ///

@@ -141,7 +141,10 @@ impl Service {
                 Ok(Response::Bool(false))
             }
             Ok(_) => {
-                self.stored.notify_one();
+                // Waking the maintenance takes time that the reply waits for, and a core.
+                if self.engine.wants_maintenance() {
+                    self.stored.notify_one();
+                }
                 self.metrics.stored(
                     range.salt(),
                     slots.len(),

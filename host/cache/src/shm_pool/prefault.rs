@@ -87,6 +87,11 @@ impl PrefaultThread {
         })
     }
 
+    /// Whether it has come to the end of the pool, or given up.
+    pub(crate) fn has_ended(&self) -> bool {
+        self.thread.as_ref().is_none_or(JoinHandle::is_finished)
+    }
+
     /// Lets a thread that waits for the pool to fill look again.
     pub(crate) fn nudge(&self) {
         self.stop.changed.notify_all();

@@ -20,6 +20,24 @@ fn a_store_evicts_as_many_as_it_needs_and_the_oldest_tail_first() {
 }
 
 #[test]
+fn maintenance_is_wanted_above_the_watermark_only() {
+    let cache = open(EngineConfig {
+        trigger_watermark: 0.5,
+        eviction_ratio: 0.5,
+        ..config(8, Backing::Private)
+    });
+    for chunk in 0..3 {
+        cache.store(&keys(chunk..chunk + 1), 0);
+        assert!(!cache.wants_maintenance(), "{chunk}");
+    }
+    cache.store(&keys(3..4), 0);
+    assert!(cache.wants_maintenance());
+    cache.maintain();
+    assert_eq!(cache.status().readable_objects, 2);
+    assert!(!cache.wants_maintenance());
+}
+
+#[test]
 fn lookups_and_ends_of_sessions_touch_but_reads_do_not() {
     let cache = private(3);
     for chunk in 0..3 {
