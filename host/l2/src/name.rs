@@ -29,8 +29,8 @@ pub enum NameError {
     /// LMCache's rule for salts is broken.
     #[error("cache salt {0:?} is too long or contains '@', '/', '\\' or NUL")]
     Salt(String),
-    /// `a/b` and `a-SEP-b` would share their files.
-    #[error("model name {0:?} contains \"-SEP-\", which stands for '/' in file names")]
+    /// `a/b` and `a-SEP-b` would share their files, and so would `a-SEP/b` and `a/SEP-b`.
+    #[error("model name {0:?} reads as another one once \"-SEP-\" stands for '/' in file names")]
     Ambiguous(String),
     /// The file system would not take it.
     #[error("the file name would have {0} bytes, more than {MAX_FILE_NAME}")]
@@ -118,14 +118,13 @@ impl ObjectName {
     /// # Errors
     /// [`NameError`] if another name would have the same file, or no file may have the name.
     pub fn file_name(&self) -> Result<String, NameError> {
-        if self.model_name.contains(SLASH) {
+        let model = self.model_name.replace('/', SLASH);
+        if model.replace(SLASH, "/") != *self.model_name {
             return Err(NameError::Ambiguous(self.model_name.to_string()));
         }
         let mut file = format!(
-            "{}@{:#010x}@{:x}@",
-            self.model_name.replace('/', SLASH),
-            self.kv_rank,
-            self.object_group_id
+            "{model}@{:#010x}@{:x}@",
+            self.kv_rank, self.object_group_id
         );
         self.push_tail(&mut file);
         file.push_str(EXTENSION);
@@ -220,6 +219,17 @@ mod tests {
     }
 
     #[test]
+    fn a_slash_beside_sep_does_not_share_the_file_of_another_model() {
+        // Both would be `a-SEP-SEP-b`; only one of them is what is read back.
+        let read_back = |model: &str| {
+            let file = name(model, 0, 0, "").file_name().ok()?;
+            ObjectName::from_file_name(&file)
+        };
+        assert_eq!(read_back("a/SEP-b"), Some(name("a/SEP-b", 0, 0, "")));
+        assert_eq!(read_back("a-SEP/b"), None);
+    }
+
+    #[test]
     fn other_files_are_not_taken_for_objects() {
         let hash = "ab".repeat(32);
         assert!(ObjectName::from_file_name(&format!("m@0x00000000@0@{hash}.data")).is_some());
@@ -251,7 +261,7 @@ mod tests {
                     prop_assert!(!file.contains('/'));
                     prop_assert_eq!(ObjectName::from_file_name(&file), Some(name));
                 }
-                Err(NameError::Ambiguous(_)) => prop_assert!(model.contains("-SEP-")),
+                Err(NameError::Ambiguous(_)) => prop_assert!(model.contains("-SEP")),
                 Err(NameError::TooLong(bytes)) => prop_assert!(bytes > MAX_FILE_NAME),
                 Err(other) => prop_assert!(false, "{}", other),
             }
