@@ -122,10 +122,7 @@ impl ObjectName {
         if model.replace(SLASH, "/") != *self.model_name {
             return Err(NameError::Ambiguous(self.model_name.to_string()));
         }
-        let mut file = format!(
-            "{model}@{:#010x}@{:x}@",
-            self.kv_rank, self.object_group_id
-        );
+        let mut file = format!("{model}@{:#010x}@{:x}@", self.kv_rank, self.object_group_id);
         self.push_tail(&mut file);
         file.push_str(EXTENSION);
         if file.len() > MAX_FILE_NAME {
