@@ -117,7 +117,7 @@ pub(crate) fn truth(value: Value<'_>) -> bool {
         Value::Float(value) => value != 0.0,
         Value::Str(bytes) | Value::Bin(bytes) => !bytes.is_empty(),
         Value::Array { len } | Value::Map { len } => len != 0,
-        Value::Ext => true,
+        Value::Ext { .. } => true,
     }
 }
 

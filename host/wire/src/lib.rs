@@ -19,6 +19,7 @@ pub mod dtype;
 pub mod error;
 pub mod frame;
 pub mod key;
+pub mod kv_cache;
 pub mod kv_event;
 mod msgpack;
 pub mod operation;
@@ -33,6 +34,10 @@ pub use dtype::Dtype;
 pub use error::{DecodeError, FieldProblem, Rejected, Unit};
 pub use frame::{Envelope, Limits, decode};
 pub use key::{CacheKey, RequestConfigs};
+pub use kv_cache::{
+    EngineGroup, EngineKind, IpcTensor, KvCacheRegistration, KvLayout, KvListLayout, LayoutHints,
+    ShmTensor,
+};
 pub use kv_event::{KvEvent, KvEventBatch, KvEventKind};
 pub use operation::Operation;
 pub use pickle::{PickleError, PickledTensor, read_tensors, write_tensors};

@@ -24,7 +24,7 @@ pub(crate) enum Value<'a> {
     Bin(&'a [u8]),
     Array { len: u32 },
     Map { len: u32 },
-    Ext,
+    Ext { code: i8, data: &'a [u8] },
 }
 
 impl Value<'_> {
@@ -38,7 +38,7 @@ impl Value<'_> {
             Self::Bin(_) => "bin",
             Self::Array { .. } => "array",
             Self::Map { .. } => "map",
-            Self::Ext => "ext",
+            Self::Ext { .. } => "ext",
         }
     }
 }
@@ -172,9 +172,9 @@ impl<'a> Reader<'a> {
     }
 
     fn ext(&mut self, len: u32) -> Read<Value<'a>> {
-        let [_type] = self.array()?;
-        self.slice(len)?;
-        Ok(Value::Ext)
+        let code = i8::from_be_bytes(self.array()?);
+        let data = self.slice(len)?;
+        Ok(Value::Ext { code, data })
     }
 
     /// Reads one whole value of any type, at most `depth` containers deep. All text in it

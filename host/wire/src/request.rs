@@ -9,6 +9,7 @@ use bytes::Bytes;
 use crate::error::{DecodeError, FieldProblem, Unit};
 use crate::frame::Limits;
 use crate::key::{self, CacheKey};
+use crate::kv_cache::{self, KvCacheRegistration};
 use crate::msgpack::{Reader, Value};
 use crate::operation::Operation;
 use crate::register::{self, RegisterContext};
@@ -50,6 +51,34 @@ pub enum Request {
     Unregister {
         /// The worker that goes.
         instance_id: InstanceId,
+    },
+    /// Registers a worker of the lmcache-driven path with its paged KV cache.
+    RegisterKvCache(KvCacheRegistration),
+    /// Ends such a registration; acknowledged even if there was none.
+    UnregisterKvCache {
+        /// The worker that goes.
+        instance_id: InstanceId,
+    },
+    /// Copies chunks out of a registered KV cache. The event handle that comes along orders the
+    /// work of devices and is not kept.
+    Store {
+        /// What is stored.
+        key: CacheKey,
+        /// Whose KV cache it is in.
+        instance_id: InstanceId,
+        /// Blocks of the range in order, one list per group of layers; unchecked.
+        block_ids: Vec<Vec<i64>>,
+    },
+    /// Copies chunks that a lookup has locked into a registered KV cache.
+    Retrieve {
+        /// What is retrieved.
+        key: CacheKey,
+        /// Whose KV cache it goes into.
+        instance_id: InstanceId,
+        /// As for a store.
+        block_ids: Vec<Vec<i64>>,
+        /// Tokens at the range's start that are not to be overwritten; below 0 as sent is 0.
+        skip_tokens: u64,
     },
     /// Reserves slots for the chunks that are not cached.
     PrepareStore {
@@ -175,6 +204,10 @@ impl Request {
             Self::Ping { .. } => Operation::Ping,
             Self::Register(_) => Operation::RegisterKvCacheEngineDrivenContext,
             Self::Unregister { .. } => Operation::UnregisterKvCacheEngineDrivenContext,
+            Self::RegisterKvCache(_) => Operation::RegisterKvCache,
+            Self::UnregisterKvCache { .. } => Operation::UnregisterKvCache,
+            Self::Store { .. } => Operation::Store,
+            Self::Retrieve { .. } => Operation::Retrieve,
             Self::PrepareStore { .. } => Operation::PrepareStore,
             Self::CommitStore { .. } => Operation::CommitStore,
             Self::PrepareRetrieve { .. } => Operation::PrepareRetrieve,
@@ -232,7 +265,7 @@ impl Fields<'_> {
     }
 
     /// One payload frame that holds one value.
-    fn whole<'a, T>(
+    pub(crate) fn whole<'a, T>(
         &self,
         field: &'static str,
         frame: &'a Bytes,
@@ -243,18 +276,29 @@ impl Fields<'_> {
         self.of(field, value)
     }
 
-    fn string(&self, field: &'static str, frame: &Bytes) -> Result<Arc<str>, DecodeError> {
+    pub(crate) fn string(
+        &self,
+        field: &'static str,
+        frame: &Bytes,
+    ) -> Result<Arc<str>, DecodeError> {
         let max_bytes = self.limits.max_string_bytes;
         self.whole(field, frame, |reader| reader.str(max_bytes).map(Arc::from))
     }
 
-    fn coerced(&self, field: &'static str, frame: &Bytes) -> Result<i128, DecodeError> {
+    pub(crate) fn coerced(&self, field: &'static str, frame: &Bytes) -> Result<i128, DecodeError> {
         let depth = self.limits.depth();
         self.whole(field, frame, |reader| coerce_int(reader.value(depth)?))
     }
 
-    fn instance(&self, frame: &Bytes) -> Result<InstanceId, DecodeError> {
+    pub(crate) fn instance(&self, frame: &Bytes) -> Result<InstanceId, DecodeError> {
         self.coerced("instance_id", frame).map(InstanceId)
+    }
+
+    fn block_ids(&self, frame: &Bytes) -> Result<Vec<Vec<i64>>, DecodeError> {
+        let limits = self.limits;
+        self.whole("block_ids", frame, |reader| {
+            kv_cache::read_block_ids(reader, limits)
+        })
     }
 
     fn skipped(&self, field: &'static str, frame: &Bytes) -> Result<(), DecodeError> {
@@ -358,6 +402,37 @@ pub(crate) fn decode(
             let [instance] = fields.payloads(frames)?;
             Request::Unregister {
                 instance_id: fields.instance(instance)?,
+            }
+        }
+        Operation::RegisterKvCache => {
+            let frames = fields.payloads(frames)?;
+            Request::RegisterKvCache(kv_cache::decode(&fields, frames)?)
+        }
+        Operation::UnregisterKvCache => {
+            let [instance] = fields.payloads(frames)?;
+            Request::UnregisterKvCache {
+                instance_id: fields.instance(instance)?,
+            }
+        }
+        Operation::Store => {
+            let [key, instance, blocks, event] = fields.payloads(frames)?;
+            fields.whole("event_ipc_handle", event, Reader::bin)?;
+            Request::Store {
+                key: key::decode(&fields, key)?,
+                instance_id: fields.instance(instance)?,
+                block_ids: fields.block_ids(blocks)?,
+            }
+        }
+        Operation::Retrieve => {
+            let [key, instance, blocks, event, skip] = fields.payloads(frames)?;
+            fields.whole("event_ipc_handle", event, Reader::bin)?;
+            let skip = fields.coerced("skip_first_n_tokens", skip)?;
+            Request::Retrieve {
+                key: key::decode(&fields, key)?,
+                instance_id: fields.instance(instance)?,
+                block_ids: fields.block_ids(blocks)?,
+                // More tokens than a range can have skip all of them.
+                skip_tokens: u64::try_from(skip.max(0)).unwrap_or(u64::MAX),
             }
         }
         Operation::PrepareStore => {
@@ -471,13 +546,9 @@ pub(crate) fn decode(
             count_keys(&fields, keys)?;
             Request::P2pUnlockObjects
         }
-        Operation::RegisterKvCache
-        | Operation::UnregisterKvCache
-        | Operation::RegisterQCache
+        Operation::RegisterQCache
         | Operation::UnregisterQCache
         | Operation::StoreQ
-        | Operation::Store
-        | Operation::Retrieve
         | Operation::CbRegisterRope
         | Operation::CbUnregisterRope
         | Operation::CbRetrievePreComputed

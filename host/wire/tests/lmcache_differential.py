@@ -26,9 +26,9 @@ except ImportError:
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 SPECS = get_rpc_specs()
 # Served there by modules that Stockade does not have; the payload is not looked at.
-UNSERVED = {"store", "retrieve", "store_q"} | {
+UNSERVED = {"store_q"} | {
     name for name in SPECS if name.startswith(("cb_", "register_q", "unregister_q"))
-} | {"register_kv_cache", "unregister_kv_cache"}
+}
 pack = msgspec.msgpack.encode
 
 

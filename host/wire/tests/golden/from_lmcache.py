@@ -9,6 +9,7 @@ recorded.jsonl, beside them, was recorded between LMCache's own client and serve
 """
 
 import dataclasses
+import enum
 import json
 import pathlib
 import struct
@@ -16,6 +17,7 @@ import struct
 import msgspec
 from lmcache.v1.distributed.transfer_channel.api import TransferChannelAddress
 from lmcache.v1.multiprocess import custom_types as types
+from lmcache.v1.multiprocess.group_view import EngineGroupInfo
 from lmcache.v1.multiprocess.protocols.server_module import ServerModuleCallResponse
 from lmcache.v1.multiprocess.rpc import get_rpc_specs
 from lmcache.v1.multiprocess.transport.zmq_impl.mq import (
@@ -34,6 +36,11 @@ KEY = {
 REGISTER = {
     "instance_id": 12, "model_name": "m", "world_size": 1, "block_size": 16, "num_layers": 2,
     "hidden_dim_size": 8, "dtype_str": "float16", "use_mla": False, "num_physical_slots": 16,
+}
+TENSOR = {
+    "type": "cpu_shm", "shm_name": "/lmcache_kv_1_0", "nbytes": 65536, "version": 1,
+    "metadata": {"dtype": "bfloat16", "shape": [2, 4, 2, 16, 8], "stride": [1024, 256, 128, 8, 1],
+                 "storage_offset": 0, "device_uuid": "cpu"},
 }
 RECORD = {"req_id": "r", "new_block_ids": [1, 2], "new_token_ids": [3]}
 MISSING = object()
@@ -233,6 +240,74 @@ def cases():
     yield "P2P query text", "p2p_query_lookup_results", [pack("3")]
     yield "NOOP with payload", "noop", [b"\xc0"]
 
+    def kv_cache(name, tensors=None, engine=pack("vllm"), hints=b"\x80", groups=b"\x90", **others):
+        frames = {"instance": ident, "tensors": array_of(tensor()) if tensors is None else tensors,
+                  "model": pack("m"), "world": one, "engine": engine, "hints": hints,
+                  "groups": groups, **others}
+        return f"KV CACHE {name}", "register_kv_cache", list(frames.values())
+
+    def tensor(code=1, view={}, **changes):
+        data = entries(TENSOR, **{"metadata": entries(TENSOR["metadata"], **view), **changes})
+        return pack(msgspec.msgpack.Ext(code, data))
+
+    yield kv_cache("baseline")
+    yield kv_cache("three tensors", array_of(tensor(), tensor(shm_name="x"), tensor(nbytes=2**40)))
+    yield kv_cache("no tensors", b"\x90")
+    yield kv_cache("tensors nil", b"\xc0")
+    yield kv_cache("tensor as a map", pack([TENSOR]))
+    yield kv_cache("tensor of extension type 2", array_of(tensor(code=2)))
+    yield kv_cache("tensor pickled", array_of(pack(msgspec.msgpack.Ext(1, b"\x80\x04N."))))
+    yield kv_cache("tensor empty", array_of(pack(msgspec.msgpack.Ext(1, b""))))
+    for field in TENSOR:
+        yield kv_cache(f"no {field}", array_of(tensor(**{field: MISSING})))
+    for field in TENSOR["metadata"]:
+        yield kv_cache(f"no {field} in metadata", array_of(tensor(1, {field: MISSING})))
+    yield kv_cache("unknown type", array_of(tensor(type="tpu")))
+    yield kv_cache("version 2", array_of(tensor(version=2)))
+    yield kv_cache("unknown field", array_of(tensor(flavour=1)))
+    yield kv_cache("unknown field in metadata", array_of(tensor(1, {"flavour": 1})))
+    yield kv_cache("nbytes negative", array_of(tensor(nbytes=-1)))
+    yield kv_cache("view as large as the segment", array_of(tensor(nbytes=4096)))
+    yield kv_cache("view behind the segment", array_of(tensor(nbytes=4095)))
+    yield kv_cache("view behind it by its offset", array_of(tensor(1, {"storage_offset": 30721})))
+    yield kv_cache("view up to its end", array_of(tensor(1, {"storage_offset": 30720})))
+    yield kv_cache("fewer strides", array_of(tensor(1, {"stride": [8, 1]})))
+    yield kv_cache("stride negative", array_of(tensor(1, {"stride": [1024, 256, 128, 8, -1]})))
+    yield kv_cache("empty view", array_of(tensor(1, {"shape": [2, 0, 2, 16, 8]}, nbytes=0)))
+    for dtype in ("float8_e4m3fn", "uint8", "half", "torch.bfloat16", "complex256"):
+        yield kv_cache(f"dtype {dtype}", array_of(tensor(1, {"dtype": dtype})))
+    cuda = {"type": "cuda_raw", "version": 1, "ipc_handle": bytes(64), "alloc_offset": 0,
+            "nbytes": 65536, "metadata": TENSOR["metadata"]}
+    yield kv_cache("of CUDA", array_of(pack(msgspec.msgpack.Ext(1, pack(cuda)))))
+    for engine in ("vllm", "atom", "sglang", "trtllm", "mock", "VLLM", 1, None):
+        yield kv_cache(f"engine {engine!r}", engine=pack(engine))
+    for hints in ({"kv_layout": "NHD", "num_kv_heads": 2, "tokens_per_block": 16, "head_dim": 8},
+                  {"kv_layout": "HND", "kv_list_layout": "k_v"}, {"kv_list_layout": "unified"},
+                  {"kv_layout": "BLHNC"}, {"kv_layout": "BLNHC"}, {"other": [1]},
+                  {"kv_layout": "hnd"}, {"kv_list_layout": "v_k"}, {"head_dim": "8"}, None):
+        yield kv_cache(f"hints {hints}", hints=pack(hints))
+    full = EngineGroupInfo(engine_group_id=0, layer_indices=(0, 2), tokens_per_block=16)
+    window = EngineGroupInfo(1, (1,), 32, 64)
+    yield kv_cache("groups", groups=pack([full, window]))
+    yield kv_cache("group without its id", groups=pack([{"layer_indices": [0]}]))
+    yield kv_cache("group with its id alone", groups=pack([{"engine_group_id": 3}]))
+    yield kv_cache("group with an unknown field", groups=pack([{"engine_group_id": 3, "x": [1]}]))
+    yield kv_cache("world size as text", world=pack("2"))
+    yield "KV CACHE six payloads", "register_kv_cache", kv_cache("")[2][:-1]
+    yield "KV CACHE unregister", "unregister_kv_cache", [pack("12")]
+    for blocks, name in (([[1, 2]], "of one group"), ([[1], [2, -3]], "of two groups"), ([], "none"),
+                         ([[]], "of an empty group"), ([1], "flat"), ([[1.5]], "broken"),
+                         ([["1"]], "as text"), (None, "nil"), ([[2**63 - 1]], "of 2**63-1")):
+        frames = [key(worker_id=0), ident, pack(blocks), pack(b"handle")]
+        yield f"STORE blocks {name}", "store", frames
+        yield f"RETRIEVE blocks {name}", "retrieve", [*frames, pack(0)]
+    frames = [key(worker_id=0), ident, pack([[1]])]
+    yield "STORE event as text", "store", [*frames, pack("x")]
+    yield "STORE no event", "store", frames
+    for skip in (16, -1, "16", None):
+        yield f"RETRIEVE skip {skip!r}", "retrieve", [*frames, pack(b""), pack(skip)]
+    yield "RETRIEVE no skip", "retrieve", [*frames, pack(b"")]
+
 
 def plain(value):
     """A value as JSON, bytes as {"bytes": hex}."""
@@ -242,6 +317,10 @@ def plain(value):
         return "nan"
     if isinstance(value, float) and value in (float("inf"), float("-inf")):
         return str(value)
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, types.DeviceIPCWrapper):
+        return plain(value.to_wire())
     if isinstance(value, msgspec.Struct):
         return plain(msgspec.structs.asdict(value))
     if dataclasses.is_dataclass(value):

@@ -6,8 +6,9 @@ use std::time::Duration;
 use bytes::Bytes;
 use serde_json::{Value, json};
 use stockade_wire::{
-    CacheKey, DecodeError, Dtype, Envelope, KvEvent, KvEventBatch, KvEventKind, Limits, Operation,
-    RegisterContext, Request, Response, SlotDescriptor, StoreSlot, decode, reply, stream_end,
+    CacheKey, DecodeError, Dtype, EngineKind, Envelope, IpcTensor, KvCacheRegistration, KvEvent,
+    KvEventBatch, KvEventKind, KvLayout, KvListLayout, Limits, Operation, RegisterContext, Request,
+    Response, ShmTensor, SlotDescriptor, StoreSlot, decode, reply, stream_end,
 };
 
 use crate::{frames, golden_lines, hex, packed_str, unhex};
@@ -75,7 +76,7 @@ fn payloads_are_accepted_and_dropped_as_by_lmcache() {
             }
         }
     }
-    assert_eq!((accepted, dropped), (89, 98));
+    assert_eq!((accepted, dropped), (127, 146));
 }
 
 #[test]
@@ -135,6 +136,25 @@ fn values(request: &Request) -> Vec<Value> {
         Request::Ping { instance_id } => vec![instance_id.map_or(Value::Null, |id| int(id.0))],
         Request::Register(context) => vec![register_value(context)],
         Request::Unregister { instance_id } => vec![int(instance_id.0)],
+        Request::RegisterKvCache(registration) => kv_cache_values(registration),
+        Request::UnregisterKvCache { instance_id } => vec![int(instance_id.0)],
+        // The event handle that follows is not kept.
+        Request::Store {
+            key,
+            instance_id,
+            block_ids,
+        } => vec![key_value(key), int(instance_id.0), json!(block_ids)],
+        Request::Retrieve {
+            key,
+            instance_id,
+            block_ids,
+            skip_tokens,
+        } => vec![
+            key_value(key),
+            int(instance_id.0),
+            json!(block_ids),
+            json!(skip_tokens),
+        ],
         Request::PrepareStore { key, instance_id }
         | Request::PrepareRetrieve { key, instance_id }
         | Request::CommitRetrieve { key, instance_id } => vec![key_value(key), int(instance_id.0)],
@@ -243,6 +263,103 @@ fn register_value(context: &RegisterContext) -> Value {
     })
 }
 
+fn kv_cache_values(registration: &KvCacheRegistration) -> Vec<Value> {
+    let tensor = |tensor: &IpcTensor| match tensor {
+        IpcTensor::Shm(ShmTensor {
+            segment,
+            segment_bytes,
+            dtype,
+            shape,
+            strides,
+            offset,
+        }) => json!({
+            "shm_name": **segment,
+            "nbytes": segment_bytes,
+            "version": 1,
+            "metadata": {
+                "dtype": dtype.torch_name(),
+                "shape": **shape,
+                "stride": **strides,
+                "storage_offset": offset,
+                "device_uuid": "cpu",
+            },
+        }),
+        IpcTensor::Device(_) => Value::Null,
+    };
+    let engine = match registration.engine {
+        EngineKind::Vllm => "vllm",
+        EngineKind::Atom => "atom",
+        EngineKind::Sglang => "sglang",
+        EngineKind::TrtLlm => "trtllm",
+        EngineKind::Mock => "mock",
+    };
+    let hints = &registration.hints;
+    let layout = hints.kv_layout.map(|layout| match layout {
+        KvLayout::Nhd => "NHD",
+        KvLayout::Hnd => "HND",
+        KvLayout::Blhnc => "BLHNC",
+        KvLayout::Blnhc => "BLNHC",
+    });
+    let list = hints.kv_list_layout.map(|layout| match layout {
+        KvListLayout::KThenV => "k_v",
+        KvListLayout::Unified => "unified",
+    });
+    let hints = json!({
+        "kv_layout": layout,
+        "num_kv_heads": hints.num_kv_heads,
+        "tokens_per_block": hints.tokens_per_block,
+        "kv_list_layout": list,
+        "head_dim": hints.head_dim,
+    });
+    let given = hints.as_object().unwrap().iter();
+    let given = given.filter(|(_, value)| !value.is_null());
+    let hints = given.map(|(name, value)| (name.clone(), value.clone()));
+    let groups = registration.groups.iter().map(|group| {
+        json!({
+            "engine_group_id": group.engine_group_id,
+            "layer_indices": group.layer_indices,
+            "tokens_per_block": group.tokens_per_block,
+            "sw_size_tokens": group.window_tokens.map_or(json!(-1), |tokens| json!(tokens)),
+            "extra_object_group_tag": 0,
+            "recurrent_state": false,
+        })
+    });
+    vec![
+        int(registration.instance_id.0),
+        registration.tensors.iter().map(tensor).collect(),
+        json!(*registration.model_name),
+        json!(registration.world_size),
+        json!(engine),
+        Value::Object(hints.collect()),
+        groups.collect(),
+    ]
+}
+
+#[test]
+fn recorded_handles_of_a_cpu_kv_cache_are_read_as_data() {
+    let lines = golden_lines("recorded.jsonl");
+    let line = lines
+        .iter()
+        .find(|line| line["op"] == "register_kv_cache")
+        .unwrap();
+    let (_, request) = decode(frames(&line["frames"]), &Limits::default()).unwrap();
+    let Request::RegisterKvCache(registration) = request else {
+        panic!("{request:?}");
+    };
+    let expected = ["/lmcache_kv_10954_0", "/lmcache_kv_10954_1"].map(|segment| {
+        IpcTensor::Shm(ShmTensor {
+            segment: segment.into(),
+            segment_bytes: 65536,
+            dtype: Dtype::BFloat16,
+            shape: [2, 64, 2, 16, 8].into(),
+            strides: [16384, 256, 128, 8, 1].into(),
+            offset: 0,
+        })
+    });
+    assert_eq!(registration.tensors, expected);
+    assert_eq!(registration.engine, EngineKind::Vllm);
+}
+
 fn assert_same_values(name: &str, ours: &[Value], theirs: &Value) {
     let mut theirs = theirs.as_array().unwrap().clone();
     if let Some(key) = theirs.first_mut().and_then(Value::as_object_mut) {
@@ -271,6 +388,32 @@ fn assert_same_values(name: &str, ours: &[Value], theirs: &Value) {
     }
     if name.contains("p2p_lookup_and_lock") {
         theirs = vec![json!(theirs[0].as_array().unwrap().len())];
+    }
+    if name.starts_with("KV CACHE") || name == "register_kv_cache" {
+        // Device handles are not looked into; those recorded are tested by themselves.
+        if let Some(tensors) = theirs.get_mut(1).and_then(Value::as_array_mut) {
+            let recorded = tensors.first().is_some_and(Value::is_null);
+            for (index, tensor) in tensors.iter_mut().enumerate() {
+                if recorded {
+                    *tensor = ours[1][index].clone();
+                } else if tensor.get("shm_name").is_none() {
+                    *tensor = Value::Null;
+                }
+            }
+        }
+        if let Some(hints) = theirs.get_mut(5).and_then(Value::as_object_mut) {
+            hints.remove("other");
+        }
+    }
+    if name.starts_with("STORE")
+        || name == "store"
+        || name.starts_with("RETRIEVE")
+        || name == "retrieve"
+    {
+        theirs.remove(3); // The event handle.
+        if let Some(skip) = theirs.get_mut(3) {
+            *skip = json!(skip.as_i64().unwrap().max(0));
+        }
     }
     if name.contains("p2p_unlock") {
         theirs.clear();

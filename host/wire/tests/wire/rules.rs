@@ -126,13 +126,9 @@ fn operations_are_known_by_number_in_any_width_and_by_name() {
 #[test]
 fn unserved_operations_come_back_whatever_their_payload() {
     let unserved = [
-        Operation::RegisterKvCache,
-        Operation::UnregisterKvCache,
         Operation::RegisterQCache,
         Operation::UnregisterQCache,
         Operation::StoreQ,
-        Operation::Store,
-        Operation::Retrieve,
         Operation::CbRegisterRope,
         Operation::CbUnregisterRope,
         Operation::CbRetrievePreComputed,
