@@ -303,6 +303,7 @@ impl<H: Handler, S: AsyncRead + AsyncWrite + Unpin> Connection<H, S> {
                         origin: self.origin.clone(),
                         link: Arc::clone(&self.link),
                         context: std::sync::OnceLock::new(),
+                        user: std::sync::OnceLock::new(),
                     });
                     self.peer = Some(Arc::clone(&peer));
                     *known = Some(Arc::clone(&peer));

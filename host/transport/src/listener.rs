@@ -170,6 +170,7 @@ impl Listener {
                     since: Instant::now(),
                     address: PeerAddress::Tcp(address),
                     credentials: None,
+                    own_address: stream.local_addr().ok(),
                 };
                 Ok((Accepted::Tcp(stream), origin))
             }
@@ -189,6 +190,7 @@ impl Listener {
                     since: Instant::now(),
                     address: PeerAddress::Ipc(Arc::clone(path)),
                     credentials,
+                    own_address: None,
                 };
                 Ok((Accepted::Ipc(stream), origin))
             }

@@ -1,5 +1,7 @@
 //! A connected client as handlers see it, and the way to send to it unasked.
 
+mod tcp_user;
+
 use std::any::Any;
 use std::collections::VecDeque;
 use std::fmt;
@@ -62,6 +64,8 @@ pub struct Peer {
     pub(crate) origin: Origin,
     pub(crate) link: Arc<Link>,
     pub(crate) context: OnceLock<Box<dyn Any + Send + Sync>>,
+    /// Found at the first question.
+    pub(crate) user: OnceLock<Option<u32>>,
 }
 
 /// What is known of a connection when it is accepted.
@@ -71,6 +75,8 @@ pub(crate) struct Origin {
     pub(crate) since: Instant,
     pub(crate) address: PeerAddress,
     pub(crate) credentials: Option<Credentials>,
+    /// Our end of a TCP connection.
+    pub(crate) own_address: Option<SocketAddr>,
 }
 
 impl Peer {
@@ -97,6 +103,25 @@ impl Peer {
     /// Whose process it is; `None` over TCP.
     pub fn credentials(&self) -> Option<Credentials> {
         self.origin.credentials
+    }
+
+    /// The user whose process it is, if that is one of this machine: on a local socket by its
+    /// [credentials](Self::credentials), over TCP by the kernel's list of sockets. The kernel is
+    /// asked once per connection.
+    ///
+    /// For a connection that another local process passes on (a proxy, a tunnel) it is the user
+    /// of that process.
+    ///
+    /// Reads files: not for async threads.
+    pub fn local_user(&self) -> Option<u32> {
+        let ask = || match (&self.origin.address, self.origin.own_address) {
+            (PeerAddress::Tcp(peer), Some(own)) => tcp_user::user_of(*peer, own),
+            _ => None,
+        };
+        match self.origin.credentials {
+            Some(credentials) => Some(credentials.uid),
+            None => *self.user.get_or_init(ask),
+        }
     }
 
     /// Who it proved to be; `None` without PLAIN.

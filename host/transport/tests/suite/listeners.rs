@@ -49,6 +49,22 @@ async fn ipc_peers_are_served_and_known_by_their_process() {
 }
 
 #[tokio::test]
+async fn the_user_of_a_tcp_peer_of_this_machine_is_known() {
+    let (handler, _ends) = with(|peer, message| {
+        assert_eq!(peer.credentials(), None);
+        let me = rustix::process::getuid().as_raw();
+        assert_eq!(peer.local_user(), Some(me));
+        Outcome::Reply(echo(message))
+    });
+    let options = ListenOptions::default();
+    let server = TestServer::listen("tcp://127.0.0.1:0", options, Config::default(), handler).await;
+    let mut dealer = server.dealer().await;
+    assert_eq!(call(&mut dealer, &[b"u", b"x"]).await, [&b"u"[..], b"x"]);
+    drop(dealer);
+    soon(server.stop()).await.unwrap();
+}
+
+#[tokio::test]
 async fn the_socket_file_has_the_mode_asked_for_and_never_more_than_0660() {
     let dir = tempfile::tempdir().unwrap();
     for (asked, given) in [(0o600, 0o600), (0o660, 0o660), (0o777, 0o660)] {
