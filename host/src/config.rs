@@ -53,6 +53,8 @@ pub struct Config {
     pub instance_id: String,
     /// `engine_driven` or `auto`, as given.
     pub supported_transfer_mode: String,
+    /// The block id that engines pass for blocks that hold nothing.
+    pub null_block_id: i64,
     /// Name of the segment without leading slash; empty when SHM is off, `None` to derive it from the port.
     pub shm_name: Option<String>,
     /// Silence after which a worker that pinged is reaped; zero never.
@@ -300,8 +302,8 @@ impl Config {
         let supported_transfer_mode = only(
             "supported-transfer-mode",
             settings.supported_transfer_mode.as_deref(),
-            &["engine_driven", "auto"],
-            "this server holds no device handles, engines copy KV themselves with LMCACHE_MP_TRANSFER_MODE=engine_driven",
+            &["auto", "engine_driven", "lmcache_driven"],
+            "LMCache has no such mode",
         )?;
 
         let size_gb = settings.l1_size_gb.ok_or("--l1-size-gb is missing: say how many GiB of memory the pool may take, for example --l1-size-gb 10")?;
@@ -444,6 +446,7 @@ impl Config {
                 .instance_id
                 .unwrap_or_else(|| uuid::Uuid::new_v4().to_string()),
             supported_transfer_mode,
+            null_block_id: settings.null_block_id.unwrap_or(0),
             shm_name,
             worker_reap_timeout: seconds("worker-reap-timeout-seconds", reap)?,
             worker_registration_grace: seconds("worker-registration-grace-seconds", grace)?,

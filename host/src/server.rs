@@ -27,7 +27,7 @@ use crate::{
     admin::{self, Admin, AdminParts, Socket, Tls, Tokens},
     budgets::TenantBudgets,
     config::Config,
-    service::{Service, ServiceHandler, ServiceSettings},
+    service::{Service, ServiceHandler, ServiceSettings, TransferMode},
     state_dir::StateDir,
     telemetry::Log,
     tenancy::{Tenancy, TenantFile},
@@ -196,6 +196,9 @@ impl Server {
                 read_ttl: config.l1_read_ttl,
                 kv_event_log_size: config.kv_event_log_size,
                 traces,
+                transfer_mode: TransferMode::from_name(&config.supported_transfer_mode)
+                    .unwrap_or(TransferMode::Auto),
+                null_block_id: config.null_block_id,
             },
             &mut registry,
         );

@@ -7,6 +7,7 @@ mod control;
 mod kv_events;
 mod lapsed;
 mod latencies;
+mod lmcache_driven;
 mod metrics;
 mod probe;
 mod retrieve;
@@ -40,6 +41,7 @@ use self::{
     control::P2pTasks,
     kv_events::KvEvents,
     lapsed::{Lapsed, RECONNECT_WINDOW},
+    lmcache_driven::Copies,
     metrics::ServiceMetrics,
     sessions::SessionId,
     sessions::Sessions,
@@ -84,6 +86,47 @@ pub struct ServiceSettings {
     pub kv_event_log_size: usize,
     /// Where the spans of requests go.
     pub traces: Traces,
+    /// Who may copy.
+    pub transfer_mode: TransferMode,
+    /// The block id that engines pass for blocks that hold nothing.
+    pub null_block_id: i64,
+}
+
+/// Who copies KV between engine and cache, as LMCache's `--supported-transfer-mode` has it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TransferMode {
+    /// Whoever the engine's registration says.
+    Auto,
+    /// Engines only.
+    EngineDriven,
+    /// This server only.
+    LmcacheDriven,
+}
+
+impl TransferMode {
+    /// The mode of that name.
+    #[must_use]
+    pub fn from_name(name: &str) -> Option<Self> {
+        Some(match name {
+            "auto" => Self::Auto,
+            "engine_driven" => Self::EngineDriven,
+            "lmcache_driven" => Self::LmcacheDriven,
+            _ => return None,
+        })
+    }
+
+    fn serves(self, operation: Operation) -> bool {
+        match operation {
+            Operation::RegisterKvCache
+            | Operation::UnregisterKvCache
+            | Operation::Store
+            | Operation::Retrieve => self != Self::EngineDriven,
+            Operation::RegisterKvCacheEngineDrivenContext
+            | Operation::PrepareStore
+            | Operation::PrepareRetrieve => self != Self::LmcacheDriven,
+            _ => true,
+        }
+    }
 }
 
 /// Shortest and longest time between two looks at a process whose connection has closed. A
@@ -104,6 +147,7 @@ pub struct Service {
     metrics: ServiceMetrics,
     log: CauseLimiter,
     lapsed: Lapsed,
+    copies: Copies,
     started: Instant,
     stored: Notify,
     maintenance_rounds: AtomicU64,
@@ -139,6 +183,7 @@ impl Service {
             metrics: ServiceMetrics::register(registry),
             log: CauseLimiter::default(),
             lapsed: Lapsed::default(),
+            copies: Copies::default(),
             started: Instant::now(),
             stored: Notify::new(),
             maintenance_rounds: AtomicU64::new(0),
@@ -164,7 +209,12 @@ impl Service {
     }
 
     /// Runs a decoded request; streams and control frames are handled by the caller.
-    fn run(&self, caller: &Caller, peer: &Peer, request: &Request) -> Answer {
+    fn run(&self, caller: &Caller, peer: &Peer, request: &Request, deadline: Instant) -> Answer {
+        if let Some(operation) = request.operation()
+            && !self.settings.transfer_mode.serves(operation)
+        {
+            return Err(control::way_out(operation));
+        }
         match request {
             Request::Noop => Ok(Response::Ok),
             Request::GetChunkSize => Ok(Response::Int(self.hasher.chunk_size() as i64)),
@@ -172,6 +222,26 @@ impl Service {
             Request::Ping { instance_id } => self.ping(caller, peer, *instance_id),
             Request::Register(context) => self.register(caller, peer, context),
             Request::Unregister { instance_id } => self.unregister(caller, *instance_id),
+            Request::RegisterKvCache(registration) => {
+                self.register_kv_cache(caller, peer, registration)
+            }
+            Request::UnregisterKvCache { instance_id } => {
+                self.unregister_kv_cache(caller, peer, *instance_id)
+            }
+            Request::Store {
+                key,
+                instance_id,
+                block_ids,
+            } => self.store(caller, peer, key, *instance_id, block_ids, deadline),
+            Request::Retrieve {
+                key,
+                instance_id,
+                block_ids,
+                skip_tokens,
+            } => {
+                let skip = *skip_tokens;
+                self.retrieve(caller, peer, key, *instance_id, block_ids, skip, deadline)
+            }
             Request::PrepareStore { key, instance_id } => {
                 self.prepare_store(caller, peer, key, *instance_id)
             }
@@ -224,8 +294,12 @@ impl Service {
     }
 
     /// Decodes, runs and encodes one request.
-    fn answer(self: &Arc<Self>, peer: &Arc<Peer>, frames: Frames) -> Option<Frames> {
-        let started = Instant::now();
+    fn answer(
+        self: &Arc<Self>,
+        peer: &Arc<Peer>,
+        frames: Frames,
+        started: Instant,
+    ) -> Option<Frames> {
         let traces = &self.settings.traces;
         let began = traces.is_on().then(SystemTime::now);
         let (envelope, request) = match stockade_wire::decode(frames, &self.limits) {
@@ -274,7 +348,9 @@ impl Service {
                     )
                     .map(|()| None)
             }
-            request => self.run(&caller, peer, request).map(Some),
+            request => self
+                .run(&caller, peer, request, started + self.settings.deadline)
+                .map(Some),
         };
         let mut failure = "refused";
         let answer = catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|_| {
@@ -303,9 +379,47 @@ impl Service {
                 self.log.warn("refused", || {
                     format!("{} from {}: {sentence}", operation.name(), peer.address())
                 });
-                Some(refusal(&envelope, Some(operation), &sentence))
+                Some(self.refusal(&envelope, Some(operation), &sentence))
             }
         }
+    }
+
+    /// Runs what copies a chunk after the other, when as few others do so that memory suffices.
+    ///
+    /// Once it has begun it is waited for, because it looks at the deadline itself: nothing may
+    /// be written into an engine's memory after the reply.
+    async fn copy(
+        &self,
+        answer: impl FnOnce() -> Option<Frames> + Send + 'static,
+        deadline: Instant,
+    ) -> Option<Option<Frames>> {
+        let permit = Arc::clone(&self.copies.permits).acquire_owned();
+        let permit = tokio::time::timeout_at(deadline.into(), permit).await;
+        let permit = permit.ok()?.ok()?;
+        let answer = tokio::task::spawn_blocking(move || {
+            let _permit = permit;
+            answer()
+        });
+        answer.await.ok()
+    }
+
+    /// The reply to a request that is not served: the negative result that the operation has in
+    /// its type, or else an error reply.
+    ///
+    /// An engine takes the first for a miss, or for a store that did not happen; the second
+    /// becomes an exception in its worker.
+    fn refusal(&self, envelope: &Envelope, operation: Option<Operation>, sentence: &str) -> Frames {
+        let served = operation.filter(|&it| self.settings.transfer_mode.serves(it));
+        let negative = match served {
+            Some(Operation::CommitStore | Operation::CommitRetrieve) => Response::Bool(false),
+            Some(Operation::PrepareRetrieve) => retrieve::miss(),
+            Some(Operation::Store | Operation::Retrieve) => lmcache_driven::not_done(),
+            Some(Operation::QueryPrefetchStatus | Operation::WaitPrefetchStatus) => {
+                Response::OptionalInt(Some(0))
+            }
+            _ => return error_reply(envelope, sentence),
+        };
+        reply(envelope, &negative)
     }
 
     fn reject(&self, peer: &Peer, rejected: &stockade_wire::Rejected) -> Option<Frames> {
@@ -320,7 +434,7 @@ impl Service {
         });
         let envelope = rejected.envelope.as_ref()?;
         let sentence = rejected.error.to_string();
-        Some(refusal(envelope, rejected.operation, &sentence))
+        Some(self.refusal(envelope, rejected.operation, &sentence))
     }
 
     /// Counts and logs a negative result that the operation has in its type.
@@ -339,6 +453,11 @@ impl Service {
                 "instance_id {instance_id} is not registered, or was reaped: register it again"
             ));
         };
+        if worker.paged.is_some() {
+            return Err(format!(
+                "instance_id {instance_id} left the copying to the server: use store and retrieve, or register_kv_cache_engine_driven_context"
+            ));
+        }
         worker.touch();
         Ok(worker)
     }
@@ -506,6 +625,8 @@ impl Service {
         let config = self.engine.config();
         let events = self.events.status();
         let workers = self.workers.list();
+        let copied_for = || workers.iter().filter(|worker| worker.paged.is_some());
+        let copying = || workers.iter().filter(|worker| worker.paged.is_none());
         let (sessions, jobs) = self.sessions.counts();
         let eviction = json!({
             "is_healthy": true,
@@ -620,10 +741,14 @@ impl Service {
                 "unbound_stores": 0,
                 "subscribers": events.subscribers,
             },
-            "registered_gpu_ids": [],
-            "cache_context_meta": {},
-            "registered_non_cuda_instance_ids": workers.iter().map(|worker| number(worker.id.instance)).collect::<Vec<_>>(),
-            "non_cuda_context_meta": workers.iter().map(|worker| (worker.id.instance.to_string(), json!({
+            "registered_gpu_ids": copied_for().map(|worker| number(worker.id.instance)).collect::<Vec<_>>(),
+            "cache_context_meta": copied_for().map(|worker| (worker.id.instance.to_string(), json!({
+                "model_name": &*worker.model_name,
+                "world_size": worker.world_size,
+                "kv_cache_layout": worker.paged.as_ref().map(|paged| paged.report()),
+            }))).collect::<serde_json::Map<_, _>>(),
+            "registered_non_cuda_instance_ids": copying().map(|worker| number(worker.id.instance)).collect::<Vec<_>>(),
+            "non_cuda_context_meta": copying().map(|worker| (worker.id.instance.to_string(), json!({
                 "model_name": &*worker.model_name,
                 "world_size": worker.world_size,
                 "block_size": worker.block_size,
@@ -720,34 +845,41 @@ impl Handler for ServiceHandler {
                 return too_large(service, peer, frames_before, announced, limit);
             }
         };
+        let arrived = Instant::now();
+        let envelope = envelope(&frames);
+        let operation = envelope
+            .as_ref()
+            .and_then(|envelope| envelope.known_operation(&service.limits));
         let bytes: usize = frames.iter().map(Bytes::len).sum();
-        if bytes <= INLINE_BYTES {
+        if bytes <= INLINE_BYTES && !operation.is_some_and(lmcache_driven::is_slow) {
             return service
-                .answer(peer, frames)
+                .answer(peer, frames, arrived)
                 .map_or(Outcome::Nothing, Outcome::Reply);
         }
-        let envelope = envelope(&frames);
         let (worker, peer) = (Arc::clone(service), Arc::clone(peer));
         let service = Arc::clone(service);
+        let deadline = arrived + service.settings.deadline;
         Outcome::Later(Box::pin(async move {
-            let answer = tokio::task::spawn_blocking(move || worker.answer(&peer, frames));
-            match tokio::time::timeout(service.settings.deadline, answer).await {
-                Ok(Ok(reply)) => reply,
-                Ok(Err(_)) | Err(_) => {
-                    let envelope = envelope?;
-                    let operation = envelope.known_operation(&service.limits);
-                    service.metrics.failed(operation, "deadline");
-                    let name = operation.map_or("a request", Operation::name);
-                    service.log.warn("deadline", || {
-                        format!("{name} was not done within its deadline")
-                    });
-                    Some(refusal(
-                        &envelope,
-                        operation,
-                        "the server could not do this within --request-deadline-seconds: try again",
-                    ))
-                }
+            let answer = move || worker.answer(&peer, frames, arrived);
+            let answer = if operation.is_some_and(lmcache_driven::copies) {
+                service.copy(answer, deadline).await
+            } else {
+                let answer = tokio::task::spawn_blocking(answer);
+                let answer = tokio::time::timeout_at(deadline.into(), answer).await;
+                answer.ok().and_then(Result::ok)
+            };
+            if let Some(reply) = answer {
+                return reply;
             }
+            let envelope = envelope?;
+            service.metrics.failed(operation, "deadline");
+            let name = operation.map_or("a request", Operation::name);
+            service.log.warn("deadline", || {
+                format!("{name} was not done within its deadline")
+            });
+            let sentence =
+                "the server could not do this within --request-deadline-seconds: try again";
+            Some(service.refusal(&envelope, operation, sentence))
         }))
     }
 
@@ -789,7 +921,7 @@ fn too_large(
         format!("{name} from {} refused: {sentence}", peer.address())
     });
     envelope.map_or(Outcome::Nothing, |envelope| {
-        Outcome::Reply(refusal(&envelope, operation, &sentence))
+        Outcome::Reply(service.refusal(&envelope, operation, &sentence))
     })
 }
 
@@ -801,21 +933,4 @@ fn envelope(frames: &[Bytes]) -> Option<Envelope> {
         uid: uid.clone(),
         operation: operation.clone(),
     })
-}
-
-/// The reply to a request that is not served: the negative result that the operation has in
-/// its type, or else an error reply.
-///
-/// An engine takes the first for a miss, or for a store that did not happen; the second
-/// becomes an exception in its worker.
-fn refusal(envelope: &Envelope, operation: Option<Operation>, sentence: &str) -> Frames {
-    let negative = match operation {
-        Some(Operation::CommitStore | Operation::CommitRetrieve) => Response::Bool(false),
-        Some(Operation::PrepareRetrieve) => retrieve::miss(),
-        Some(Operation::QueryPrefetchStatus | Operation::WaitPrefetchStatus) => {
-            Response::OptionalInt(Some(0))
-        }
-        _ => return error_reply(envelope, sentence),
-    };
-    reply(envelope, &negative)
 }

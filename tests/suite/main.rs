@@ -12,6 +12,7 @@ mod basics;
 mod health;
 mod hostile;
 mod listeners;
+mod lmcache_driven;
 mod load;
 mod native_plugins;
 mod plugin_files;

@@ -70,7 +70,7 @@ fn wrong_flags_exit_with_64() {
                 "--l1-size-gb",
                 "1",
                 "--supported-transfer-mode",
-                "lmcache_driven",
+                "p2p",
             ],
             "engine_driven",
         ),

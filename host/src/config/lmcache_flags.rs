@@ -66,11 +66,6 @@ const FLAGS: &[LmcacheFlag] = &[
         LIST,
         "tagged L1 managers are not served; use --l1-size-gb, --eviction-policy and the --l1-* flags",
     ),
-    ignored(
-        "null-block-id",
-        1,
-        "it only concerns the lmcache-driven transfer path",
-    ),
     ignored("max-workers", 1, WORKERS),
     ignored("max-gpu-workers", 1, WORKERS),
     ignored("max-cpu-workers", 1, WORKERS),

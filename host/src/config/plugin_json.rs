@@ -83,7 +83,7 @@ impl Config {
                 "worker_registration_grace_seconds": self.worker_registration_grace.as_secs_f64(),
                 "enable": [],
                 "kv_event_log_size": self.kv_event_log_size,
-                "null_block_id": 0,
+                "null_block_id": self.null_block_id,
                 "server_modules": [],
             },
             "storage_manager_config": {

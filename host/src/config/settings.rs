@@ -39,13 +39,22 @@ pub struct Settings {
     /// Chunk hash; only `blake3` is served [default: blake3]
     #[arg(long, env = "STOCKADE_HASH_ALGORITHM", help_heading = "Server")]
     pub hash_algorithm: Option<String>,
-    /// Transfer path: `engine_driven` or `auto`, which here mean the same [default: engine_driven]
+    /// Who copies KV: `engine_driven` the engines, `lmcache_driven` this server for engines of this
+    /// machine whose KV is in shared memory, `auto` as each engine asks [default: auto]
     #[arg(
         long,
         env = "STOCKADE_SUPPORTED_TRANSFER_MODE",
         help_heading = "Server"
     )]
     pub supported_transfer_mode: Option<String>,
+    /// Block id that engines pass for blocks without KV, which the server does not store [default: 0]
+    #[arg(
+        long,
+        env = "STOCKADE_NULL_BLOCK_ID",
+        allow_negative_numbers = true,
+        help_heading = "Server"
+    )]
+    pub null_block_id: Option<i64>,
     /// Request transport; only `zmq` is served [default: zmq]
     #[arg(long, env = "STOCKADE_TRANSPORT", help_heading = "Server")]
     pub transport: Option<String>,
@@ -303,6 +312,7 @@ impl Settings {
             instance_id,
             hash_algorithm,
             supported_transfer_mode,
+            null_block_id,
             transport,
             engine_type,
             shm_name,

@@ -12,7 +12,8 @@ use stockade_wire::{InstanceId, Operation, RegisterContext, Response};
 
 use super::{
     Answer, Service,
-    workers::{Sender, WorkerId},
+    lmcache_driven::ENGINE_DRIVEN,
+    workers::{Registration, Sender, WorkerId},
 };
 use crate::tenancy::{Caller, Denial, Realm, Standing};
 
@@ -24,6 +25,16 @@ fn process_of(peer: &Peer) -> Option<Arc<OwnedFd>> {
     pidfd_open(pid, PidfdFlags::empty()).ok().map(Arc::new)
 }
 
+impl Sender {
+    /// Who is at the other end of a connection.
+    pub(super) fn of(peer: &Peer) -> Self {
+        Self {
+            peer: peer.id(),
+            process: process_of(peer),
+        }
+    }
+}
+
 impl Service {
     pub(super) fn register(
         &self,
@@ -31,43 +42,15 @@ impl Service {
         peer: &Peer,
         context: &RegisterContext,
     ) -> Answer {
-        if let Standing::Stranger = caller.standing() {
-            let audit = self.tenancy.audit();
-            audit.denied(caller, Denial::Stranger, "register", None);
-            return Err(format!(
-                "this connection belongs to no tenant of listener {}: come in as a user or process that a [tenants] table names",
-                peer.listener()
-            ));
-        }
-        let id = WorkerId::new(caller, context.instance_id);
+        self.check_standing(caller, peer)?;
         let pool = self.engine.capacity_bytes();
         let chunk_size = u32::try_from(self.hasher.chunk_size()).unwrap_or(u32::MAX);
-        let replaced = self
-            .workers
-            .register(
-                caller,
-                context,
-                chunk_size,
-                pool,
-                Sender {
-                    peer: peer.id(),
-                    process: process_of(peer),
-                },
-                || self.engine.new_owner(),
-            )
+        let registration = Registration::engine_driven(caller, context, chunk_size)
             .map_err(|error| error.to_string())?;
-        self.lapsed.forget(&id);
-        if let Some(replaced) = replaced {
-            self.engine.end_owner(replaced.owner);
-            tracing::info!(instance_id = %id, "worker registered again with another layout");
-        } else {
-            tracing::info!(
-                instance_id = %id,
-                model = %context.model_name,
-                world_size = context.world_size,
-                "worker registered"
-            );
+        if let Some(known) = self.workers.get(&registration.id) {
+            self.check_user(peer, &known)?;
         }
+        self.add_worker(registration, Sender::of(peer))?;
         let shm_name = match caller.may_share_memory() {
             true => self.engine.shm_name().unwrap_or_default(),
             false => "",
@@ -79,11 +62,56 @@ impl Service {
         })
     }
 
+    /// Whether a connection may register anything.
+    pub(super) fn check_standing(&self, caller: &Caller, peer: &Peer) -> Result<(), String> {
+        let Standing::Stranger = caller.standing() else {
+            return Ok(());
+        };
+        let audit = self.tenancy.audit();
+        audit.denied(caller, Denial::Stranger, "register", None);
+        Err(format!(
+            "this connection belongs to no tenant of listener {}: come in as a user or process that a [tenants] table names",
+            peer.listener()
+        ))
+    }
+
+    /// Adds or refreshes a registration.
+    pub(super) fn add_worker(
+        &self,
+        registration: Registration,
+        sender: Sender,
+    ) -> Result<(), String> {
+        let (id, world_size) = (registration.id.clone(), registration.world_size);
+        let model = Arc::clone(&registration.model_name);
+        let pool = self.engine.capacity_bytes();
+        let replaced = self
+            .workers
+            .register(registration, pool, sender, || self.engine.new_owner())
+            .map_err(|error| error.to_string())?;
+        self.lapsed.forget(&id);
+        if let Some(replaced) = replaced {
+            self.engine.end_owner(replaced.owner);
+            tracing::info!(instance_id = %id, "worker registered again with another layout");
+        } else {
+            tracing::info!(instance_id = %id, %model, world_size, "worker registered");
+        }
+        Ok(())
+    }
+
     /// Ends a registration; what it had not committed is aborted. Unknown ones are acknowledged.
+    ///
+    /// Registrations of the lmcache-driven path have an operation of their own, as in LMCache.
     pub(super) fn unregister(&self, caller: &Caller, instance_id: InstanceId) -> Answer {
         let id = WorkerId::new(caller, instance_id);
-        if let Some(worker) = self.workers.unregister(&id) {
-            self.lapsed.forget(&id);
+        match self.workers.get(&id) {
+            Some(worker) if worker.paged.is_some() => Ok(Response::None),
+            _ => self.end_registration(&id),
+        }
+    }
+
+    pub(super) fn end_registration(&self, id: &WorkerId) -> Answer {
+        if let Some(worker) = self.workers.unregister(id) {
+            self.lapsed.forget(id);
             let ended = self.engine.end_owner(worker.owner);
             tracing::info!(instance_id = %id, aborted_objects = ended.aborted_objects, "worker unregistered");
         }
@@ -192,7 +220,9 @@ pub(super) fn way_out(operation: Operation) -> String {
     } else if name.ends_with("_q_cache") || name == "store_q" {
         "query transfer is not served: start the engine without it"
     } else {
-        "the server holds no device handles: set lmcache.mp.mp_transfer_mode to engine_driven, or LMCACHE_MP_TRANSFER_MODE=engine_driven in the engine's environment"
+        return format!(
+            "{name} is not served with this --supported-transfer-mode: start the server with auto, or {ENGINE_DRIVEN}"
+        );
     };
     format!("{name} is not served; {advice}")
 }

@@ -16,7 +16,7 @@ use stockade_wire::{
 
 use super::{
     Service,
-    workers::{Sender, WorkerId},
+    workers::{Registration, Sender, WorkerId},
 };
 use crate::tenancy::Caller;
 
@@ -66,16 +66,12 @@ impl Service {
             process: None,
         };
         let started = Instant::now();
-        let replaced = self
-            .workers
-            .register(
-                &caller,
-                &context,
-                1,
-                self.engine.capacity_bytes(),
-                nobody,
-                || self.engine.new_owner(),
-            )
+        let pool = self.engine.capacity_bytes();
+        let replaced = Registration::engine_driven(&caller, &context, 1)
+            .and_then(|registration| {
+                self.workers
+                    .register(registration, pool, nobody, || self.engine.new_owner())
+            })
             .map_err(|error| format!("register: {error}"))?;
         if let Some(replaced) = replaced {
             self.engine.end_owner(replaced.owner);

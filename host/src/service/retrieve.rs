@@ -159,7 +159,7 @@ impl Service {
         }
     }
 
-    fn begin_read(
+    pub(super) fn begin_read(
         &self,
         caller: &Caller,
         key: &CacheKey,
@@ -219,7 +219,13 @@ impl Service {
         let length = usize::try_from(worker.layout.bytes).map_err(|error| error.to_string())?;
         let tensors: Vec<_> = bytes
             .chunks_exact(length)
-            .map(|bytes| (worker.layout.dtype, &*worker.layout.shape, bytes))
+            .map(|bytes| {
+                (
+                    worker.layout.first.dtype,
+                    &*worker.layout.first.shape,
+                    bytes,
+                )
+            })
             .collect();
         pickle::write_tensors(&tensors)
             .map(Bytes::from)

@@ -119,26 +119,40 @@ impl Service {
                 }
             }
         };
-        self.events.stored(
-            caller.realm(),
+        let is_stored = self.publish(
+            caller,
+            "commit_store",
             key,
-            self.hasher.chunk_size(),
+            &worker,
             &range,
+            lease,
             &slots,
+            began,
         );
-        match self.engine.commit(worker.owner, lease) {
+        Ok(Response::Bool(is_stored))
+    }
+
+    /// Makes what a lease's slots hold readable and announces it; `false`, after counting and
+    /// logging why, if not all of it can be.
+    #[expect(clippy::too_many_arguments, reason = "all that is known of one store")]
+    pub(super) fn publish(
+        &self,
+        caller: &Caller,
+        operation: &'static str,
+        key: &CacheKey,
+        worker: &Worker,
+        range: &TransferRange,
+        lease: LeaseId,
+        slots: &[(usize, Slot)],
+        began: Instant,
+    ) -> bool {
+        let realm = caller.realm();
+        self.events
+            .stored(realm, key, self.hasher.chunk_size(), range, slots);
+        let (field, problem) = match self.engine.commit(worker.owner, lease) {
             Ok(committed) if committed.discarded > 0 => {
-                self.events.withdrawn(
-                    caller.realm(),
-                    &worker.model_name,
-                    slots.iter().map(|&(index, _)| range.hash(index)),
-                );
-                self.refused(
-                    "commit_store",
-                    "data",
-                    &format!("{} chunks were not written in full", committed.discarded),
-                );
-                Ok(Response::Bool(false))
+                let problem = format!("{} chunks were not written in full", committed.discarded);
+                ("data", problem)
             }
             Ok(_) => {
                 // Waking the maintenance takes time that the reply waits for, and a core.
@@ -151,18 +165,14 @@ impl Service {
                     slots.iter().map(|(_, slot)| slot.length).sum(),
                     began.elapsed(),
                 );
-                Ok(Response::Bool(true))
+                return true;
             }
-            Err(error) => {
-                self.events.withdrawn(
-                    caller.realm(),
-                    &worker.model_name,
-                    slots.iter().map(|&(index, _)| range.hash(index)),
-                );
-                self.refused("commit_store", "lease", &error.to_string());
-                Ok(Response::Bool(false))
-            }
-        }
+            Err(error) => ("lease", error.to_string()),
+        };
+        let hashes = slots.iter().map(|&(index, _)| range.hash(index));
+        self.events.withdrawn(realm, &worker.model_name, hashes);
+        self.refused(operation, field, &problem);
+        false
     }
 
     /// Copies pickled tensors into slots, reserving them if no prepare did.
@@ -207,13 +217,15 @@ impl Service {
                         tensors.len()
                     )
                 })?;
-                if tensor.dtype != worker.layout.dtype || *tensor.shape != *worker.layout.shape {
+                if tensor.dtype != worker.layout.first.dtype
+                    || *tensor.shape != *worker.layout.first.shape
+                {
                     return Err(format!(
                         "tensor {index} is {}{:?} but the worker registered {}{:?}",
                         tensor.dtype.torch_name(),
                         tensor.shape,
-                        worker.layout.dtype.torch_name(),
-                        worker.layout.shape,
+                        worker.layout.first.dtype.torch_name(),
+                        worker.layout.first.shape,
                     ));
                 }
                 self.engine
@@ -238,8 +250,8 @@ pub(super) fn describe(worker: &Worker, slot: Slot) -> SlotDescriptor {
     SlotDescriptor {
         offset: slot.offset,
         length: slot.length,
-        shape: Arc::clone(&worker.layout.shape),
-        dtype: worker.layout.dtype,
+        shape: Arc::clone(&worker.layout.first.shape),
+        dtype: worker.layout.first.dtype,
     }
 }
 
@@ -267,7 +279,7 @@ impl TransferRange {
         self.hashes[index]
     }
 
-    fn keys(&self) -> Vec<ObjectKey> {
+    pub(super) fn keys(&self) -> Vec<ObjectKey> {
         object_keys(&self.transfer.scope, &self.hashes)
     }
 }

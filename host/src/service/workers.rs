@@ -5,7 +5,10 @@ use std::{
     hash::{Hash, Hasher as _},
     ops::Range,
     os::fd::OwnedFd,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -13,18 +16,30 @@ use parking_lot::Mutex;
 use stockade_cache::{ChunkHash, KeyScope, LeaseId, OwnerId, Slot};
 use stockade_wire::{Dtype, InstanceId, RegisterContext};
 
+use super::lmcache_driven::PagedCache;
 use crate::tenancy::{Caller, Realm};
 
 /// Most registrations at once; a fleet of engines on one machine has a few hundred workers.
 const MAX_WORKERS: usize = 16_384;
 
-/// How the KV of one chunk lies in a slot.
+/// The KV of layers of one shape within a chunk.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub(crate) struct ChunkLayout {
+pub(crate) struct LayoutPart {
     /// `[2, layers, slots, hidden]`, or `[layers, slots, hidden]` with MLA.
     pub(crate) shape: Arc<[u64]>,
     /// Element type.
     pub(crate) dtype: Dtype,
+    /// Blocks of a chunk that are kept, of layers whose window is shorter than it.
+    pub(crate) kept_blocks: Option<usize>,
+}
+
+/// How the KV of one chunk lies in a slot.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(crate) struct ChunkLayout {
+    /// All there is, unless the server copies for an engine whose layers differ.
+    pub(crate) first: LayoutPart,
+    /// What follows it.
+    pub(crate) rest: Arc<[LayoutPart]>,
     /// Bytes of one chunk of one rank.
     pub(crate) bytes: u64,
 }
@@ -141,10 +156,18 @@ pub(crate) struct Worker {
     pub(crate) has_segment: bool,
     /// Tells objects of this layout from those of another one of the same model.
     pub(crate) object_group_id: u32,
+    /// Its KV cache, if the server copies for it.
+    pub(crate) paged: Option<Arc<PagedCache>>,
+    has_ended: AtomicBool,
     activity: Mutex<Activity>,
 }
 
 impl Worker {
+    /// Whether its registration has ended, and its memory is not to be touched any more.
+    pub(crate) fn has_ended(&self) -> bool {
+        self.has_ended.load(Ordering::Relaxed)
+    }
+
     /// Marks the worker alive by a request of its own.
     pub(crate) fn touch(&self) {
         self.activity.lock().last_seen = Instant::now();
@@ -256,6 +279,54 @@ pub(crate) enum RegisterError {
     ModelName,
 }
 
+/// What a worker says of itself.
+#[derive(Debug)]
+pub(crate) struct Registration {
+    pub(crate) id: WorkerId,
+    pub(crate) model_name: Arc<str>,
+    pub(crate) world_size: u32,
+    pub(crate) block_size: u32,
+    pub(crate) use_mla: bool,
+    pub(crate) layout: ChunkLayout,
+    /// Whether it is given the shared segment.
+    pub(crate) has_segment: bool,
+    /// Its KV cache, if the server is to copy.
+    pub(crate) paged: Option<Arc<PagedCache>>,
+}
+
+impl Registration {
+    /// That of a worker which copies by itself.
+    pub(crate) fn engine_driven(
+        caller: &Caller,
+        context: &RegisterContext,
+        chunk_size: u32,
+    ) -> Result<Self, RegisterError> {
+        let bytes = context
+            .chunk_bytes(chunk_size)
+            .filter(|&bytes| bytes > 0)
+            .ok_or(RegisterError::Shape)?;
+        let first = LayoutPart {
+            shape: context.shape(chunk_size).into(),
+            dtype: context.dtype,
+            kept_blocks: None,
+        };
+        Ok(Self {
+            id: WorkerId::new(caller, context.instance_id),
+            model_name: Arc::clone(&context.model_name),
+            world_size: context.world_size,
+            block_size: context.block_size,
+            use_mla: context.use_mla,
+            layout: ChunkLayout {
+                first,
+                rest: Arc::default(),
+                bytes,
+            },
+            has_segment: caller.may_share_memory(),
+            paged: None,
+        })
+    }
+}
+
 /// All registrations. Follows `modules/engine_driven_transfer.py` of LMCache, except that
 /// a registration of a known instance with another layout replaces the old one, and that
 /// what an ended registration had not committed is aborted.
@@ -270,44 +341,43 @@ impl Workers {
     /// Returns the worker that was replaced, whose owner must be ended by the caller.
     pub(crate) fn register(
         &self,
-        caller: &Caller,
-        context: &RegisterContext,
-        chunk_size: u32,
+        registration: Registration,
         pool_bytes: u64,
         sender: Sender,
         new_owner: impl FnOnce() -> OwnerId,
     ) -> Result<Option<Arc<Worker>>, RegisterError> {
-        if !(1..=255).contains(&context.world_size) {
-            return Err(RegisterError::WorldSize(context.world_size));
+        let Registration {
+            id,
+            model_name,
+            world_size,
+            layout,
+            has_segment,
+            paged,
+            ..
+        } = &registration;
+        if !(1..=255).contains(world_size) {
+            return Err(RegisterError::WorldSize(*world_size));
         }
-        if context.model_name.contains('@') {
+        if model_name.contains('@') {
             return Err(RegisterError::ModelName);
         }
-        let shape = context.shape(chunk_size);
-        let bytes = context
-            .chunk_bytes(chunk_size)
-            .filter(|&bytes| bytes > 0)
-            .ok_or(RegisterError::Shape)?;
-        if bytes > pool_bytes {
+        if layout.bytes > pool_bytes {
             return Err(RegisterError::LargerThanPool {
-                chunk: bytes,
+                chunk: layout.bytes,
                 pool: pool_bytes,
             });
         }
-        let layout = ChunkLayout {
-            shape: shape.into(),
-            dtype: context.dtype,
-            bytes,
-        };
-
-        let id = WorkerId::new(caller, context.instance_id);
-        let has_segment = caller.may_share_memory();
         let mut registry = self.registry.lock();
-        if let Some(known) = registry.workers.get(&id)
-            && known.has_segment == has_segment
-            && known.layout == layout
-            && *known.model_name == *context.model_name
-            && known.world_size == context.world_size
+        if let Some(known) = registry.workers.get(id)
+            && known.has_segment == *has_segment
+            && known.layout == *layout
+            && known.model_name == *model_name
+            && known.world_size == *world_size
+            && match (&known.paged, paged) {
+                (Some(known), Some(paged)) => known.is_same(paged),
+                (None, None) => true,
+                _ => false,
+            }
         {
             let mut activity = known.activity.lock();
             activity.last_seen = Instant::now();
@@ -315,28 +385,27 @@ impl Workers {
             activity.process = sender.process;
             return Ok(None);
         }
-        if registry.workers.len() >= MAX_WORKERS && !registry.workers.contains_key(&id) {
+        if registry.workers.len() >= MAX_WORKERS && !registry.workers.contains_key(id) {
             return Err(RegisterError::TooManyWorkers);
         }
-        let replaced = registry.remove(&id);
+        let replaced = registry.remove(id);
         let object_group_id = layout.object_group_id();
-        let model = (
-            id.realm.clone(),
-            Arc::clone(&context.model_name),
-            context.world_size,
-        );
+        let model = (id.realm.clone(), Arc::clone(model_name), *world_size);
         let registered = registry.models.entry(model).or_default();
         registered.push((id.clone(), object_group_id));
+        let id = id.clone();
         let worker = Worker {
-            id: id.clone(),
+            id: registration.id,
             owner: new_owner(),
-            model_name: Arc::clone(&context.model_name),
-            world_size: context.world_size,
-            block_size: context.block_size,
-            use_mla: context.use_mla,
-            layout,
-            has_segment,
+            model_name: registration.model_name,
+            world_size: registration.world_size,
+            block_size: registration.block_size,
+            use_mla: registration.use_mla,
+            layout: registration.layout,
+            has_segment: registration.has_segment,
             object_group_id,
+            paged: registration.paged,
+            has_ended: AtomicBool::new(false),
             activity: Mutex::new(Activity {
                 last_seen: Instant::now(),
                 has_pinged: false,
@@ -462,6 +531,7 @@ impl Registry {
 
     fn remove(&mut self, id: &WorkerId) -> Option<Arc<Worker>> {
         let worker = self.workers.remove(id)?;
+        worker.has_ended.store(true, Ordering::Relaxed);
         let key = (
             id.realm.clone(),
             Arc::clone(&worker.model_name),

@@ -150,6 +150,10 @@ def expected(operation, frames, theirs, ours):
             return "num_physical_slots, which LMCache's handler refuses"
         if "must be a dtype" in ours:
             return "dtype_str, which LMCache's handler refuses"
+    if operation in ("register_kv_cache", "store", "retrieve") and " is outside " in ours:
+        return "a world size, group or block id beyond what it can be"
+    if operation == "register_kv_cache" and "sw_size_tokens" in ours:
+        return "a window of no tokens, which LMCache's handler fails on"
     if operation == "subscribe_kv_events" and (theirs[2] < 0 or not 1 <= theirs[3] <= 1024):
         return "cursor or max_events, which LMCache's handler refuses"
     if operation == "report_block_allocation" and "9223372036854775807" in ours:
