@@ -13,6 +13,8 @@ mod probe;
 mod retrieve;
 mod sessions;
 mod store;
+#[cfg(test)]
+mod tests;
 mod workers;
 
 use std::{

@@ -1,7 +1,7 @@
 //! Small operations, both spellings of each, and the HTTP API beside them.
 
 use rmpv::Value;
-use stockade_tests::{Client, Server, registration};
+use stockade_tests::{Client, Key, Server, registration, tokens};
 
 #[tokio::test]
 async fn small_operations_answer_to_numbers_and_names() {
@@ -53,8 +53,6 @@ async fn what_is_not_served_is_refused_at_once_with_the_way_out() {
     let server = Server::start(&[]);
     let mut client = Client::connect(&server.url).await;
     for (operation, way_out) in [
-        (Value::from(1), "engine_driven"),
-        ("store".into(), "engine_driven"),
         (33.into(), "CacheBlend"),
         ("cb_reorder_plan".into(), "CacheBlend"),
         (5.into(), "query transfer"),
@@ -75,6 +73,29 @@ async fn what_is_not_served_is_refused_at_once_with_the_way_out() {
     assert!(error.contains("ping") && error.contains('1'), "{error}");
     let errors = server.http("GET", "/metrics", "").await.1;
     assert!(errors.contains("stockade_request_errors_total"), "{errors}");
+}
+
+#[tokio::test]
+async fn what_takes_too_long_is_answered_all_the_same() {
+    let server = Server::start(&["--request-deadline-seconds", "0.001"]);
+    let mut client = Client::connect(&server.url).await;
+    // Longer than a millisecond to hash, and its model is registered.
+    client.call(14, &[registration(1, "m")]).await.value();
+    let key = Key::new("m", &tokens(1 << 20, 1), None, "r");
+    let error = client.call(8, &[key.value(), 1.into()]).await.error();
+    assert!(error.contains("--request-deadline-seconds"), "{error}");
+    // An operation with a negative result says that instead.
+    let key = Key::new("m", &tokens(1 << 20, 2), Some(0), "r");
+    let arguments = [key.value(), 1.into(), Value::Binary(vec![1])];
+    assert_eq!(
+        client.call(17, &arguments).await.value(),
+        Value::from(false)
+    );
+    assert_eq!(
+        client.call(24, &[]).await.value(),
+        Value::from("OK"),
+        "others go on"
+    );
 }
 
 #[tokio::test]

@@ -277,6 +277,29 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_session_lives_as_long_as_it_is_used_however_old_it_is() {
+        let config = EngineConfig {
+            prefault: Prefault::Nothing,
+            ..EngineConfig::new(4096, Backing::Private)
+        };
+        let engine = CacheEngine::open(config).unwrap();
+        let sessions = Sessions::default();
+        let id = |name: &str| SessionId::new(&Caller::internal(), &RequestId::from(name));
+        for name in ["used", "found", "idle"] {
+            sessions.get_or_create(id(name), &engine);
+        }
+        let ttl = Duration::from_secs(600);
+        for entry in sessions.entries.lock().values_mut() {
+            entry.last_used -= ttl; // An hour-old request looks the same.
+        }
+        sessions.get_or_create(id("used"), &engine);
+        assert!(sessions.get(&id("found")).is_some());
+        assert_eq!(sessions.reap(ttl, &engine), 1);
+        assert!(sessions.get(&id("idle")).is_none());
+        assert_eq!(sessions.counts().0, 2);
+    }
+
+    #[test]
     fn a_requests_tokens_are_hashed_once_and_more_of_them_only_as_they_come() {
         let config = EngineConfig {
             prefault: Prefault::Nothing,
