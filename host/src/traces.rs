@@ -203,7 +203,9 @@ impl Answered {
     /// What a decoded request says of itself; its outcome is still open.
     pub(crate) fn of(request: &Request, chunk_size: usize) -> Self {
         let key = match request {
-            Request::PrepareStore { key, .. }
+            Request::Store { key, .. }
+            | Request::Retrieve { key, .. }
+            | Request::PrepareStore { key, .. }
             | Request::CommitStore { key, .. }
             | Request::PrepareRetrieve { key, .. }
             | Request::CommitRetrieve { key, .. }
@@ -213,6 +215,7 @@ impl Answered {
         };
         let model = match request {
             Request::Register(context) => Some(&context.model_name),
+            Request::RegisterKvCache(registration) => Some(&registration.model_name),
             Request::ReportBlockAllocation { model_name, .. }
             | Request::SubscribeKvEvents { model_name, .. } => Some(model_name),
             _ => key.map(|key| &key.model_name),
@@ -268,7 +271,9 @@ impl Answered {
 /// The engine's request that a request belongs to.
 pub(crate) fn request_id(request: &Request) -> Option<&RequestId> {
     match request {
-        Request::PrepareStore { key, .. }
+        Request::Store { key, .. }
+        | Request::Retrieve { key, .. }
+        | Request::PrepareStore { key, .. }
         | Request::CommitStore { key, .. }
         | Request::PrepareRetrieve { key, .. }
         | Request::CommitRetrieve { key, .. }

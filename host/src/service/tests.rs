@@ -40,6 +40,7 @@ fn settings() -> ServiceSettings {
         kv_event_log_size: 16,
         transfer_mode: TransferMode::Auto,
         null_block_id: 0,
+        traces: Traces::default(),
     }
 }
 
