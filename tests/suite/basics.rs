@@ -53,7 +53,7 @@ async fn what_is_not_served_is_refused_at_once_with_the_way_out() {
     let server = Server::start(&[]);
     let mut client = Client::connect(&server.url).await;
     for (operation, way_out) in [
-        (33.into(), "CacheBlend"),
+        (Value::from(33), "CacheBlend"),
         ("cb_reorder_plan".into(), "CacheBlend"),
         (5.into(), "query transfer"),
     ] {
