@@ -19,7 +19,9 @@ use stockade_sandbox::{NativePolicy, Policy};
 pub use listeners::{DEFAULT as DEFAULT_LISTENER, ListenerConfig, Users};
 pub use settings::Settings;
 
-use crate::{admin::TlsFiles, tenancy::Rules, traces::TraceSettings};
+use crate::{
+    admin::TlsFiles, coordinator::CoordinatorSettings, tenancy::Rules, traces::TraceSettings,
+};
 
 /// One GiB, the unit that LMCache calls GB.
 const GIB: f64 = (1u64 << 30) as f64;
@@ -127,6 +129,8 @@ pub struct Config {
     pub http_socket: Option<PathBuf>,
     /// Whether anybody may call the HTTP API from anywhere.
     pub http_insecure: bool,
+    /// The fleet's coordinator, if there is one.
+    pub coordinator: Option<CoordinatorSettings>,
     /// Where traces go; `None` to make none.
     pub traces: Option<TraceSettings>,
     /// Most verbose level that is logged.
@@ -299,6 +303,7 @@ impl Config {
             &["blake3"],
             "chunks are named by their blake3 hash",
         )?;
+        let coordinator = coordinator(&settings)?;
         let supported_transfer_mode = only(
             "supported-transfer-mode",
             settings.supported_transfer_mode.as_deref(),
@@ -494,6 +499,7 @@ impl Config {
             http_tls,
             http_socket: settings.http_socket,
             http_insecure,
+            coordinator,
             traces,
             log_level: tracing::Level::from_str(level).map_err(|_| {
                 format!("--log-level {level}: give error, warn, info, debug or trace")
@@ -501,6 +507,48 @@ impl Config {
             log_format,
         })
     }
+}
+
+/// The coordinator that the settings, or else LMCache's own variable, name.
+fn coordinator(settings: &Settings) -> Result<Option<CoordinatorSettings>, String> {
+    only(
+        "coordinator-event-transport",
+        settings.coordinator_event_transport.as_deref(),
+        &["http"],
+        "events do not go through Kafka",
+    )?;
+    let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
+    let url = settings.coordinator_url.clone();
+    let Some(url) = url.or_else(|| variable("LMCACHE_COORDINATOR_URL")) else {
+        return Ok(None);
+    };
+    let above_zero = |flag: &str, given: Option<f64>, default: f64| {
+        seconds(flag, given.unwrap_or(default)).and_then(|value| match value.is_zero() {
+            true => Err(format!("--{flag} 0: give seconds above 0")),
+            false => Ok(value),
+        })
+    };
+    Ok(Some(CoordinatorSettings {
+        url: CoordinatorSettings::url(&url)
+            .map_err(|error| format!("--coordinator-url: {error}"))?,
+        advertise_ip: settings
+            .coordinator_advertise_ip
+            .clone()
+            .or_else(|| variable("LMCACHE_COORDINATOR_ADVERTISE_IP")),
+        heartbeat: above_zero(
+            "coordinator-heartbeat-interval",
+            settings.coordinator_heartbeat_interval,
+            5.0,
+        )?,
+        reports_events: settings.coordinator_event_reporting.unwrap_or(false)
+            || variable("LMCACHE_COORDINATOR_EVENT_REPORTING")
+                .is_some_and(|value| matches!(value.to_lowercase().as_str(), "1" | "true" | "yes")),
+        flush: above_zero(
+            "coordinator-event-flush-interval",
+            settings.coordinator_event_flush_interval,
+            1.0,
+        )?,
+    }))
 }
 
 /// LMCache wants an endpoint for traces too; one without traces it would push metrics to.

@@ -8,6 +8,7 @@
 
 pub mod cli;
 pub mod config;
+pub mod coordinator;
 pub mod telemetry;
 pub mod tenancy;
 pub mod traces;

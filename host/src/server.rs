@@ -27,6 +27,7 @@ use crate::{
     admin::{self, Admin, AdminParts, Socket, Tls, Tokens},
     budgets::TenantBudgets,
     config::Config,
+    coordinator::{Coordinator, CoordinatorEvents, Member},
     service::{Service, ServiceHandler, ServiceSettings, TransferMode},
     state_dir::StateDir,
     telemetry::Log,
@@ -175,6 +176,18 @@ impl Server {
         let mut registry = Registry::default();
         let tenancy = Arc::new(Tenancy::new(Arc::clone(&config.tenant_rules)));
         warn_of_open_listeners(&config);
+        let (coordinator_events, coordinator) = match &config.coordinator {
+            Some(settings) => {
+                let member = Member {
+                    instance_id: config.instance_id.clone(),
+                    http_port: self.http_addr.port(),
+                    capacity_bytes: self.engine.capacity_bytes(),
+                };
+                let (events, coordinator) = Coordinator::start(settings.clone(), member)?;
+                (events, Some(coordinator))
+            }
+            None => (CoordinatorEvents::default(), None),
+        };
         let (traces, export) = match &config.traces {
             Some(settings) => {
                 let (traces, export) = Traces::start(settings, &config.instance_id)?;
@@ -196,6 +209,7 @@ impl Server {
                 read_ttl: config.l1_read_ttl,
                 kv_event_log_size: config.kv_event_log_size,
                 traces,
+                coordinator: coordinator_events,
                 transfer_mode: TransferMode::from_name(&config.supported_transfer_mode)
                     .unwrap_or(TransferMode::Auto),
                 null_block_id: config.null_block_id,
@@ -328,6 +342,9 @@ impl Server {
         stop.send_replace(true);
         let (_, served) = tokio::join!(plugins, serving);
         served.context("the transport failed")?;
+        if let Some(coordinator) = coordinator {
+            coordinator.finish().await;
+        }
         for task in tasks {
             // A client that keeps an HTTP connection open does not keep the server up.
             if tokio::time::timeout(Duration::from_secs(1), task)

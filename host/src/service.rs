@@ -33,7 +33,9 @@ use rustix::{
     fd::OwnedFd,
 };
 use serde_json::{Value, json};
-use stockade_cache::{CacheEngine, CacheSalt, KeyScope, TokenHasher, kv_rank};
+use stockade_cache::{
+    CacheEngine, CacheObserver, CacheSalt, KeyScope, ObjectKey, RemoveReason, TokenHasher, kv_rank,
+};
 use stockade_transport::{DisconnectReason, Frames, Handler, Limit, Message, Outcome, Peer};
 use stockade_wire::{
     CacheKey, Envelope, InstanceId, Operation, Request, Response, error_reply, reply,
@@ -52,6 +54,7 @@ use self::{
 };
 use tokio::{runtime::Handle, sync::Notify};
 
+use crate::coordinator::CoordinatorEvents;
 use crate::{
     telemetry::CauseLimiter,
     tenancy::{Caller, DENIED_SALT, Tenancy},
@@ -88,6 +91,8 @@ pub struct ServiceSettings {
     pub kv_event_log_size: usize,
     /// Where the spans of requests go.
     pub traces: Traces,
+    /// Who tells the fleet's coordinator what is here.
+    pub coordinator: CoordinatorEvents,
     /// Who may copy.
     pub transfer_mode: TransferMode,
     /// The block id that engines pass for blocks that hold nothing.
@@ -135,6 +140,26 @@ impl TransferMode {
 /// process that dies closes its connections just before.
 const DEATH_CHECK: (Duration, Duration) = (Duration::from_millis(1), Duration::from_secs(1));
 
+/// Who is told of changes: subscribers of KV events and the fleet's coordinator.
+struct Observers(Arc<KvEvents>, CoordinatorEvents);
+
+impl CacheObserver for Observers {
+    fn stored_for(&self, keys: &[ObjectKey], object_bytes: u64, request: Option<&Arc<str>>) {
+        self.0.stored_for(keys, object_bytes, request);
+        self.1.stored_for(keys, object_bytes, request);
+    }
+
+    fn removed_with(&self, keys: &[ObjectKey], bytes: &[u64], reason: RemoveReason) {
+        self.0.removed_with(keys, bytes, reason);
+        self.1.removed_with(keys, bytes, reason);
+    }
+
+    fn allocation_failed(&self, needed_bytes: u64, free_bytes: u64, evictable_bytes: u64) {
+        self.0
+            .allocation_failed(needed_bytes, free_bytes, evictable_bytes);
+    }
+}
+
 /// The request path: all operations over one cache engine.
 pub struct Service {
     engine: Arc<CacheEngine>,
@@ -170,7 +195,10 @@ impl Service {
             settings.kv_event_log_size,
             Arc::clone(&tenancy),
         ));
-        engine.set_observer(Arc::clone(&events) as _);
+        engine.set_observer(Arc::new(Observers(
+            Arc::clone(&events),
+            settings.coordinator.clone(),
+        )));
         let sessions = Sessions::new(settings.traces.clone());
         Arc::new(Self {
             engine,
@@ -191,6 +219,12 @@ impl Service {
             maintenance_rounds: AtomicU64::new(0),
             draining: AtomicBool::new(false),
         })
+    }
+
+    /// Who tells the fleet's coordinator what is here.
+    #[must_use]
+    pub fn coordinator(&self) -> &CoordinatorEvents {
+        &self.settings.coordinator
     }
 
     /// The engine behind it.

@@ -121,6 +121,9 @@ async fn metrics_have_the_golden_names_and_the_documented_ones() {
         "--enable-tracing",
         "--otlp-endpoint",
         "127.0.0.1:1",
+        // Nobody is there, and what is counted of that is.
+        "--coordinator-url",
+        "http://127.0.0.1:1",
     ]);
     server.wait_for_line("serving on");
     let mut worker = Worker::register(&server, 7, "m").await;

@@ -9,6 +9,7 @@
 mod access;
 mod admin;
 mod basics;
+mod coordinator;
 mod health;
 mod hostile;
 mod listeners;

@@ -53,17 +53,19 @@ pub(super) async fn clear(
 /// LMCache's configuration document; secrets never enter it.
 pub(super) async fn config(State(admin): Shared) -> Json<Value> {
     let part = |name: &str| admin.config.get(name).cloned().unwrap_or_default();
+    let fleet = admin.service.coordinator().coordinator();
+    let fleet = fleet.map(|(settings, _)| settings);
     Json(json!({
         "mp": part("mp_config"),
         "storage_manager": part("storage_manager_config"),
         "observability": part("obs_config"),
         "http": part("http_config"),
         "coordinator": {
-            "url": "",
-            "advertise_ip": "",
-            "heartbeat_interval": 5.0,
-            "event_reporting": false,
-            "event_flush_interval": 1.0,
+            "url": fleet.map_or("", |it| it.url.as_str()),
+            "advertise_ip": fleet.and_then(|it| it.advertise_ip.as_deref()).unwrap_or_default(),
+            "heartbeat_interval": fleet.map_or(5.0, |it| it.heartbeat.as_secs_f64()),
+            "event_reporting": fleet.is_some_and(|it| it.reports_events),
+            "event_flush_interval": fleet.map_or(1.0, |it| it.flush.as_secs_f64()),
             "event_sink_config": {},
             "blend_timeout": 1.0,
             "blend_match_concurrency": 8,

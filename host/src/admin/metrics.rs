@@ -232,6 +232,27 @@ fn read_server(admin: &Admin, registry: &mut Registry) {
             dropped,
         );
     }
+    if let Some((_, counts)) = admin.service.coordinator().coordinator() {
+        let registered = Gauge::<i64>::default();
+        registered.set(counts.is_registered.load(Ordering::Relaxed).into());
+        registry.register(
+            "coordinator_registered",
+            "1 while the fleet's coordinator knows this server",
+            registered,
+        );
+        counter(
+            registry,
+            "coordinator_event_keys_sent",
+            "Keys in events that the coordinator took",
+            counts.sent.load(Ordering::Relaxed),
+        );
+        counter(
+            registry,
+            "coordinator_event_keys_lost",
+            "Keys in events that the coordinator will not see",
+            counts.lost.load(Ordering::Relaxed),
+        );
+    }
     let denied = Family::<ReasonLabels, Counter>::default();
     for (reason, count) in [
         ("unauthenticated", &admin.denied.unauthenticated),

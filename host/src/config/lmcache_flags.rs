@@ -52,7 +52,8 @@ const NO_GC: &str = "there is no garbage collector to monitor";
 const NO_BLEND: &str = "CacheBlend is not served; leave it out and use prefix caching";
 const NO_P2P: &str = "peer-to-peer reads are not served; leave it out";
 const NO_L2: &str = "there is no second tier in this release; leave it out and size --l1-size-gb for the working set";
-const NO_COORDINATOR: &str = "there is no coordinator client in this release; leave it out";
+const OLD_COORDINATOR: &str = "LMCache gave this name up; use --coordinator-event-reporting and --coordinator-event-flush-interval";
+const NO_KAFKA: &str = "events go to the coordinator over HTTP; leave it out";
 const NO_GDS: &str = "the pool lives in host memory; leave it out and use --l1-size-gb";
 const NO_DEVDAX: &str = "the pool is a shared-memory segment; leave it out and use --l1-size-gb";
 const NO_SCRIPT: &str =
@@ -160,19 +161,13 @@ const FLAGS: &[LmcacheFlag] = &[
         1,
         "storage traces are not recorded in this release; leave it out",
     ),
-    refused("coordinator-url", 1, NO_COORDINATOR),
-    refused("coordinator-advertise-ip", 1, NO_COORDINATOR),
-    refused("coordinator-heartbeat-interval", 1, NO_COORDINATOR),
-    refused("coordinator-event-reporting", 0, NO_COORDINATOR),
-    refused("coordinator-event-flush-interval", 1, NO_COORDINATOR),
-    refused("coordinator-event-transport", 1, NO_COORDINATOR),
-    refused("coordinator-kafka-bootstrap-servers", 1, NO_COORDINATOR),
-    refused("coordinator-kafka-topic", 1, NO_COORDINATOR),
-    refused("coordinator-kafka-delivery-timeout", 1, NO_COORDINATOR),
-    refused("coordinator-blend-timeout", 1, NO_COORDINATOR),
-    refused("coordinator-blend-match-concurrency", 1, NO_COORDINATOR),
-    refused("coordinator-l2-event-reporting", 0, NO_COORDINATOR),
-    refused("coordinator-l2-event-flush-interval", 1, NO_COORDINATOR),
+    refused("coordinator-kafka-bootstrap-servers", 1, NO_KAFKA),
+    refused("coordinator-kafka-topic", 1, NO_KAFKA),
+    refused("coordinator-kafka-delivery-timeout", 1, NO_KAFKA),
+    refused("coordinator-blend-timeout", 1, NO_BLEND),
+    refused("coordinator-blend-match-concurrency", 1, NO_BLEND),
+    refused("coordinator-l2-event-reporting", 0, OLD_COORDINATOR),
+    refused("coordinator-l2-event-flush-interval", 1, OLD_COORDINATOR),
 ];
 
 /// Teaches `serve` these flags, hidden, so that they are told from typing errors.

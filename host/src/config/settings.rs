@@ -258,6 +258,46 @@ pub struct Settings {
         help_heading = "HTTP and logs"
     )]
     pub http_insecure: Option<bool>,
+    /// Coordinator of a fleet that this server registers with, http://HOST:PORT
+    #[arg(long, env = "STOCKADE_COORDINATOR_URL", help_heading = "Coordinator")]
+    pub coordinator_url: Option<String>,
+    /// Address the coordinator reaches this server at; the one that packets go out by when not given
+    #[arg(
+        long,
+        env = "STOCKADE_COORDINATOR_ADVERTISE_IP",
+        help_heading = "Coordinator"
+    )]
+    pub coordinator_advertise_ip: Option<String>,
+    /// Seconds between heartbeats [default: 5]
+    #[arg(
+        long,
+        env = "STOCKADE_COORDINATOR_HEARTBEAT_INTERVAL",
+        help_heading = "Coordinator"
+    )]
+    pub coordinator_heartbeat_interval: Option<f64>,
+    /// Tell the coordinator what is stored, used and deleted
+    #[arg(
+        long,
+        env = "STOCKADE_COORDINATOR_EVENT_REPORTING",
+        num_args = 0,
+        default_missing_value = "true",
+        help_heading = "Coordinator"
+    )]
+    pub coordinator_event_reporting: Option<bool>,
+    /// Least seconds between two messages of events [default: 1]
+    #[arg(
+        long,
+        env = "STOCKADE_COORDINATOR_EVENT_FLUSH_INTERVAL",
+        help_heading = "Coordinator"
+    )]
+    pub coordinator_event_flush_interval: Option<f64>,
+    /// How events travel; only `http` is served [default: http]
+    #[arg(
+        long,
+        env = "STOCKADE_COORDINATOR_EVENT_TRANSPORT",
+        help_heading = "Coordinator"
+    )]
+    pub coordinator_event_transport: Option<String>,
     /// Export OpenTelemetry traces, a span for each request; needs --otlp-endpoint
     #[arg(
         long,
@@ -352,6 +392,12 @@ impl Settings {
             http_insecure,
             enable_tracing,
             otlp_endpoint,
+            coordinator_url,
+            coordinator_advertise_ip,
+            coordinator_heartbeat_interval,
+            coordinator_event_reporting,
+            coordinator_event_flush_interval,
+            coordinator_event_transport,
             tracing_sample_rate,
             log_level,
             log_format,

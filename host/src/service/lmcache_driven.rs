@@ -322,6 +322,7 @@ impl Service {
 
     /// Copies chunks that the request's lookup has locked into the engine's blocks, and gives
     /// those locks back whatever becomes of it.
+    #[expect(clippy::too_many_arguments, reason = "the payloads and who sent them")]
     pub(super) fn retrieve(
         &self,
         caller: &Caller,

@@ -82,6 +82,12 @@ impl Service {
         if let Some(trace) = &session.trace {
             trace.looked_up(chunks * chunk_size, found.hit_chunks * chunk_size);
         }
+        if self.settings.coordinator.is_on() {
+            let found = rows.iter().map(|row| row.iter().take(found.hit_chunks));
+            self.settings
+                .coordinator
+                .used(found.flatten().cloned().collect());
+        }
         session.result = Some(found.hit_chunks);
         session.lookup = Some(Lookup {
             lease: found.lease,

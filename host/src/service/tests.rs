@@ -41,6 +41,7 @@ fn settings() -> ServiceSettings {
         transfer_mode: TransferMode::Auto,
         null_block_id: 0,
         traces: Traces::default(),
+        coordinator: CoordinatorEvents::default(),
     }
 }
 
