@@ -6,7 +6,7 @@
 //! operation. Requests outside a session, such as `ping`, are roots of their own.
 //!
 //! A span is a small record that is put into a bounded queue; what finds it full is dropped and
-//! counted. All else, down to the ids' encoding, happens on the [`export`] thread. Spans name no
+//! counted. All else, down to the ids' encoding, happens on the exporter's thread. Spans name no
 //! `cache_salt`, no token and no text of an error, which may quote one.
 
 mod export;
@@ -60,6 +60,9 @@ impl TraceSettings {
             return Err(format!(
                 "a user or password does not belong into it, give the header in OTEL_EXPORTER_OTLP_HEADERS: {FORM}"
             ));
+        }
+        if authority.port_u16().is_none() {
+            return Err(format!("it names no port: {FORM}"));
         }
         if !matches!(uri.path(), "" | "/") || uri.query().is_some() {
             return Err(format!("gRPC takes no path: {FORM}"));
@@ -408,7 +411,9 @@ mod tests {
             ("http://h:1/v1/traces", "no path"),
             ("", "no URL"),
             ("http://", "no URL"),
-            ("http://h:port", "no URL"),
+            ("http://h:port", "no port"),
+            ("http://h:99999", "no port"),
+            ("localhost", "no port"),
         ] {
             let error = TraceSettings::endpoint(given).unwrap_err();
             assert!(error.contains(why) && !error.contains("s3cret"), "{error}");
