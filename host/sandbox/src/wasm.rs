@@ -10,6 +10,7 @@
 mod artefact;
 mod cache;
 mod compiler;
+mod component_files;
 mod engine;
 mod error;
 mod filesystem;
@@ -67,7 +68,7 @@ const GUEST_NICE: i32 = 19;
 
 /// Threads on which guests' file calls wait for the system, beside those of look-ups; they start
 /// when they are needed.
-const FILE_THREADS: usize = 4;
+const FILE_THREADS: usize = 16;
 
 /// Maps that one guest takes at most: its memory's two guards, content and rest, its stack's
 /// guard and content, and one to spare. Neighbours share some, so that most take five.

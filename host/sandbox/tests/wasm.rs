@@ -782,6 +782,26 @@ async fn open_files_are_bounded() {
 }
 
 #[tokio::test]
+async fn open_files_of_components_are_bounded_streams_too() {
+    let sandbox = Sandbox::new();
+    let granted = Granted::new();
+    for guest in ["component_open_files_hog", "component_streams_hog"] {
+        let limits = WasmLimits {
+            open_files: 5,
+            ..WasmLimits::default()
+        };
+        let hog = granted.run(&sandbox, guest, Access::ReadOnly, limits);
+        assert_eq!(hog.end().await, WasmEnd::Exited(0), "{guest}");
+        let usage = hog.run.usage();
+        assert_eq!(
+            (usage.peak_open_files, usage.hits.of(Limit::OpenFiles)),
+            (5, 1),
+            "{guest}"
+        );
+    }
+}
+
+#[tokio::test]
 async fn a_stream_never_becomes_a_file() {
     let sandbox = Sandbox::new();
     let granted = Granted::new();
@@ -809,18 +829,20 @@ async fn a_call_that_hangs_in_the_system_is_bounded_and_others_go_on() {
         host_call_time: Duration::from_millis(200),
         ..WasmLimits::default()
     };
-    let hanging = granted.run(&sandbox, "read_note", Access::ReadOnly, limits);
-    let neighbour = sandbox.spawn("hello");
-    assert_eq!(neighbour.end().await, WasmEnd::Exited(0));
-    let WasmEnd::LimitHit(reason) = hanging.end().await else {
-        panic!("no limit was hit");
-    };
-    assert!(
-        reason.contains("host call took longer than 200 ms"),
-        "{reason}"
-    );
-    assert_eq!(hanging.run.usage().hits.of(Limit::HostCallTime), 1);
-    // The thread that opens it is let go.
+    for guest in ["read_note", "component_streams_hog"] {
+        let hanging = granted.run(&sandbox, guest, Access::ReadOnly, limits.clone());
+        let neighbour = sandbox.spawn("hello");
+        assert_eq!(neighbour.end().await, WasmEnd::Exited(0));
+        let WasmEnd::LimitHit(reason) = hanging.end().await else {
+            panic!("{guest}: no limit was hit");
+        };
+        assert!(
+            reason.contains("host call took longer than 200 ms"),
+            "{guest}: {reason}"
+        );
+        assert_eq!(hanging.run.usage().hits.of(Limit::HostCallTime), 1);
+    }
+    // The threads that open it are let go.
     drop(fs::OpenOptions::new().read(true).write(true).open(&note));
 }
 

@@ -8,7 +8,10 @@ use std::{
     fmt,
     fs::File,
     os::{fd::OwnedFd, unix::fs::MetadataExt as _},
-    sync::{Arc, atomic::Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -130,6 +133,8 @@ pub(super) struct Files {
     open_limit: usize,
     /// The directories themselves, which the guest did not open.
     granted: usize,
+    /// Streams of files that a component holds.
+    streams: Arc<AtomicUsize>,
     quota: Quota,
     meter: Arc<Meter>,
 }
@@ -159,6 +164,7 @@ impl Files {
             call_time,
             open_limit: open_limit as usize,
             granted: directories.len(),
+            streams: Arc::default(),
             quota: Quota {
                 roots: writable
                     .map(|directory| Arc::clone(&directory.file))
@@ -172,9 +178,20 @@ impl Files {
         }
     }
 
+    /// What one call may take, and who is told.
+    pub(super) fn of_calls(&self) -> (Arc<Meter>, Duration) {
+        (Arc::clone(&self.meter), self.call_time)
+    }
+
+    /// The count of streams that keep a file open.
+    pub(super) fn streams(&self) -> Arc<AtomicUsize> {
+        Arc::clone(&self.streams)
+    }
+
     /// Whether one more file may be opened.
-    fn may_open(&self, table: &mut ResourceTable) -> bool {
-        let open = descriptors(table).count().saturating_sub(self.granted);
+    pub(super) fn may_open(&self, table: &mut ResourceTable) -> bool {
+        let open = descriptors(table).count().saturating_sub(self.granted)
+            + self.streams.load(Ordering::Relaxed);
         if open < self.open_limit {
             self.meter
                 .open_files_peak
@@ -317,18 +334,19 @@ fn parts<'a>(
 }
 
 /// Awaits a call that may wait for the system, for as long as it may.
-async fn in_time<T>(
+pub(super) async fn in_time<T, E>(
     meter: Arc<Meter>,
     limit: Duration,
-    call: impl Future<Output = wasmtime::Result<T>>,
-) -> wasmtime::Result<T> {
+    call: impl Future<Output = Result<T, E>>,
+    late: impl FnOnce(HostCallTimeout) -> E,
+) -> Result<T, E> {
     let begun = Instant::now();
     let outcome = tokio::time::timeout(limit, call).await;
     let took = u64::try_from(begun.elapsed().as_nanos()).unwrap_or(u64::MAX);
     meter.host_call_longest.fetch_max(took, Ordering::Relaxed);
     outcome.unwrap_or_else(|_| {
         meter.hit(Limit::HostCallTime);
-        Err(HostCallTimeout(limit).into())
+        Err(late(HostCallTimeout(limit)))
     })
 }
 
@@ -362,11 +380,10 @@ async fn reserved(
     entries: u64,
 ) -> wasmtime::Result<Option<i32>> {
     let GuestState { wasi, files, .. } = caller.data_mut();
-    let (meter, limit) = (Arc::clone(&files.meter), files.call_time);
-    let has_room = in_time(meter, limit, async {
-        Ok(files.reserve(wasi.ctx().table, bytes, entries).await)
-    });
-    Ok((!has_room.await?).then_some(NOSPC))
+    let (meter, limit) = files.of_calls();
+    let reserve = async { Ok(files.reserve(wasi.ctx().table, bytes, entries).await) };
+    let has_room = in_time(meter, limit, reserve, wasmtime::Error::from).await?;
+    Ok((!has_room).then_some(NOSPC))
 }
 
 const PREVIEW1: &str = "wasi_snapshot_preview1";
@@ -384,10 +401,10 @@ macro_rules! define {
                     if let Some(answer) = instead {
                         return Ok(answer);
                     }
-                    let files = &$caller.data().files;
-                    let (meter, limit) = (Arc::clone(&files.meter), files.call_time);
+                    let (meter, limit) = $caller.data().files.of_calls();
                     let (mut memory, wasi) = parts(&mut $caller)?;
-                    in_time(meter, limit, preview1::$name(wasi, &mut memory, $($arg),*)).await
+                    let call = preview1::$name(wasi, &mut memory, $($arg),*);
+                    in_time(meter, limit, call, wasmtime::Error::from).await
                 })
             },
         )?;
@@ -457,15 +474,14 @@ pub(super) fn add_to_linker(linker: &mut Linker<GuestState>) -> wasmtime::Result
         "fd_read",
         |mut caller: Caller<'_, GuestState>, (file, vectors, count, out): (i32, i32, i32, i32)| {
             Box::new(async move {
-                let files = &caller.data().files;
-                let (meter, limit) = (Arc::clone(&files.meter), files.call_time);
+                let (meter, limit) = caller.data().files.of_calls();
                 let (mut memory, wasi) = parts(&mut caller)?;
                 let read = preview1::fd_read(wasi, &mut memory, file, vectors, count, out);
                 // Waiting for the end of the input is how a guest waits to be stopped.
                 if file.cast_unsigned() < FIRST_FILE.cast_unsigned() {
                     read.await
                 } else {
-                    in_time(meter, limit, read).await
+                    in_time(meter, limit, read, wasmtime::Error::from).await
                 }
             })
         },
@@ -482,15 +498,14 @@ pub(super) fn add_to_linker(linker: &mut Linker<GuestState>) -> wasmtime::Result
                         return Ok(answer);
                     }
                 }
-                let files = &caller.data().files;
-                let (meter, limit) = (Arc::clone(&files.meter), files.call_time);
+                let (meter, limit) = caller.data().files.of_calls();
                 let (mut memory, wasi) = parts(&mut caller)?;
                 let write = preview1::fd_write(wasi, &mut memory, file, vectors, count, out);
                 // The log has a rate of its own, and a guest that is ahead of it waits.
                 if is_stream {
                     write.await
                 } else {
-                    in_time(meter, limit, write).await
+                    in_time(meter, limit, write, wasmtime::Error::from).await
                 }
             })
         },

@@ -18,7 +18,7 @@ use wasmtime_wasi::{
 };
 
 use super::{
-    Access, Directory, GuestOutput, GuestStream, WasmEnd, WasmLimits,
+    Access, Directory, GuestOutput, GuestStream, WasmEnd, WasmLimits, component_files,
     filesystem::{self, Files, HostCallTimeout, OpenDirectory},
     handler_clock::HandlerClock,
     imports::{self, Api},
@@ -250,6 +250,7 @@ pub(super) fn new_component_linker(
 ) -> wasmtime::Result<component::Linker<GuestState>> {
     let mut linker = component::Linker::new(engine);
     p2::add_to_linker_async(&mut linker)?;
+    component_files::add_to_linker(&mut linker)?;
     Ok(linker)
 }
 

@@ -93,8 +93,12 @@ fn missing(name: &str, facts: &ModuleFacts) -> Option<String> {
         false => export == "_start",
     };
     if let Some((module, field)) = facts.imports.iter().find(|(module, _)| !granted(module)) {
+        let hint = match module.starts_with("wasi:http") {
+            true => "; components are not offered HTTP, modules have http_request",
+            false => "",
+        };
         return Some(format!(
-            "{name} imports {module}.{field}, which is not granted"
+            "{name} imports {module}.{field}, which is not granted{hint}"
         ));
     }
     if facts.exports.iter().any(is_run) {
