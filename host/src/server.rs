@@ -14,7 +14,7 @@ use stockade_cache::{
 };
 use stockade_sandbox::{
     Compiler, Contract, FIRST_BACKOFF, ModuleForm, NativeConfig, Network, Policy, Supervisor,
-    SupervisorConfig, WasmConfig,
+    SupervisorConfig, WasmConfig, wasm::GUEST_STACK,
 };
 use stockade_transport::{Endpoint, ListenOptions, Listener};
 use tokio::{
@@ -481,6 +481,7 @@ pub(crate) fn wasm_config(
         compile_limits: policy.compile_limits(),
         form: ModuleForm::default(),
         network: Arc::new(network),
+        stack_bytes: GUEST_STACK,
     })
 }
 

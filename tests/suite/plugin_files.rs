@@ -144,15 +144,86 @@ fn watched_plugins_come_and_go() {
     server.wait_for_line("[it] goodbye");
 }
 
+/// Green with every limiter on; with any of them off, the exit code says so and its name is told.
 #[test]
 fn limits_are_proven_from_the_command_line() {
-    for limit in ["memory_bytes", "environment", "network"] {
-        let proven = stockade(&["plugin", "prove", "--only", limit, "--json"]);
-        assert!(proven.status.success(), "{}", text(&proven.stderr));
-        let proofs: serde_json::Value = serde_json::from_slice(&proven.stdout).unwrap();
-        assert_eq!(proofs[0]["limit"], limit);
-        assert_eq!(proofs[0]["holds"], true);
+    let directory = tempfile::tempdir().unwrap();
+    // One that has all grants and is held to little, so that attacks are over soon, and one
+    // without grants.
+    let (all, none) = (
+        directory.path().join("all.wat"),
+        directory.path().join("none.wat"),
+    );
+    for file in [&all, &none] {
+        fs::copy(guest("hello"), file).unwrap();
     }
+    let manifest = format!(
+        "env = ['GRANTED']\n[directories]\n'/data' = {{ host = '{}', access = 'read-write' }}\n\
+         [[http]]\nhost = 'collector.example.com'\nport = 443\n\
+         [limits]\nmemory_mib = 8\ntable_elements = 10000\ncpu_percent = 1\ncpu_burst_ms = 20\n\
+         start_seconds = 1\nrun_seconds = 2\nhost_call_seconds = 1\nenvironment_kib = 4\nopen_files = 4\n\
+         directory_mib = 1\nlog_lines_per_second = 10\nlog_kib_per_second = 64\n\
+         http_timeout_ms = 200\nhttp_body_kib = 64\nhttp_per_second = 5\n\
+         state_kib = 64\ncall_ms = 200\nmetrics = 3\n",
+        path(directory.path())
+    );
+    fs::write(directory.path().join("all.plugin.toml"), manifest).unwrap();
+    let config = directory.path().join("stockade.toml");
+    fs::write(
+        &config,
+        "[plugins]\ncompile_seconds = 1\ncompile_memory_mib = 1024\n",
+    )
+    .unwrap();
+    let prove = |file: &Path, more: &[&str]| {
+        let arguments = [
+            "plugin",
+            "prove",
+            path(file),
+            "--config",
+            path(&config),
+            "--json",
+        ];
+        let proven = stockade(&[&arguments, more].concat());
+        let proofs: Vec<serde_json::Value> =
+            serde_json::from_slice(&proven.stdout).unwrap_or_default();
+        (proven, proofs)
+    };
+    let (proven, proofs) = prove(&all, &[]);
+    assert!(proven.status.success(), "{}", text(&proven.stderr));
+    let limits: Vec<&str> = proofs
+        .iter()
+        .map(|it| it["limit"].as_str().unwrap())
+        .collect();
+    assert!(limits.len() >= 30, "{limits:?}");
+    assert!(proofs.iter().all(|it| it["holds"] == true), "{proofs:?}");
+
     let nothing = stockade(&["plugin", "prove", "--only", "nonsense"]);
     assert_eq!(nothing.status.code(), Some(1));
+
+    // A release build has no way to lift a limit, so there is nothing to see.
+    if !cfg!(debug_assertions) {
+        return;
+    }
+    let (all, none, prove) = (&all, &none, &prove);
+    for some in limits.chunks(4) {
+        std::thread::scope(|scope| {
+            for &limit in some {
+                scope.spawn(move || {
+                    let file = match limit {
+                        "directories" => none,
+                        _ => all,
+                    };
+                    // Beside other tests an attack may get too little of a processor.
+                    let found = (0..5).any(|_| {
+                        let (proven, proofs) = prove(file, &["--only", limit, "--without", limit]);
+                        let reason = text(&proven.stderr);
+                        proven.status.code() == Some(1)
+                            && reason.contains(&format!("1 of 1 limits do not hold: {limit}"))
+                            && proofs[0]["holds"] == false
+                    });
+                    assert!(found, "{limit} is lifted and holds");
+                });
+            }
+        });
+    }
 }

@@ -24,8 +24,8 @@ use std::{
 
 use parking_lot::Mutex;
 use stockade_sandbox::wasm::{
-    CompileLimits, Compiler, GuestOutput, GuestStream, Launch, ModuleForm, WasmConfig, WasmLimits,
-    WasmModule, WasmRun, WasmRuntime,
+    CompileLimits, Compiler, GUEST_STACK, GuestOutput, GuestStream, Launch, ModuleForm, WasmConfig,
+    WasmLimits, WasmModule, WasmRun, WasmRuntime,
 };
 
 const SLEEPER: &str = include_str!("../../../tests/guests/sleeper.wat");
@@ -224,6 +224,7 @@ async fn main() {
         compile_limits: CompileLimits::default(),
         form: ModuleForm::default(),
         network: Arc::default(),
+        stack_bytes: GUEST_STACK,
     })
     .expect("a runtime");
     let prepare = |name: &str, bytes: &[u8]| runtime.prepare(name, bytes).expect(name);

@@ -1,7 +1,7 @@
 //! Turns a plugin's output bytes into log events, one per line.
 //!
 //! Whatever a plugin prints costs the server a bounded amount: lines over
-//! [`MAX_LINE_BYTES`] are cut and marked, lines over the plugin's rate are counted and
+//! [`LogLimits::line_bytes`] are cut and marked, lines over the plugin's rate are counted and
 //! dropped, bytes over its rate are not taken, so that the plugin waits. What is not UTF-8
 //! is replaced, control characters are escaped.
 
@@ -20,7 +20,7 @@ use crate::{
 };
 
 /// Longest line that is kept, in bytes.
-pub const MAX_LINE_BYTES: usize = 8 * 1024;
+pub(crate) const MAX_LINE_BYTES: u32 = 8 * 1024;
 /// Lines kept per plugin for `tail`.
 const RING_LINES: usize = 1000;
 /// Bytes of lines kept per plugin for `tail`.
@@ -85,6 +85,8 @@ pub struct LogLimits {
     pub lines_per_second: u32,
     /// Bytes a second; as many at once as two seconds give.
     pub bytes_per_second: u32,
+    /// Bytes of a line; the rest of it is cut.
+    pub line_bytes: u32,
 }
 
 impl Default for LogLimits {
@@ -92,6 +94,7 @@ impl Default for LogLimits {
         Self {
             lines_per_second: 200,
             bytes_per_second: 1 << 20,
+            line_bytes: MAX_LINE_BYTES,
         }
     }
 }
@@ -133,6 +136,7 @@ struct Partial {
 #[derive(Debug)]
 struct State {
     partial: [Partial; 3],
+    line_bytes: usize,
     lines: TokenBucket,
     bytes: TokenBucket,
     unreported_drops: u64,
@@ -155,6 +159,7 @@ impl LogStream {
     pub fn new(plugin: Arc<str>, limits: LogLimits) -> Self {
         let state = State {
             partial: Default::default(),
+            line_bytes: limits.line_bytes as usize,
             lines: TokenBucket::new(limits.lines_per_second),
             bytes: TokenBucket::new(limits.bytes_per_second),
             unreported_drops: 0,
@@ -275,6 +280,7 @@ impl LogStream {
         let mut state = self.state.lock();
         state.lines.set(limits.lines_per_second);
         state.bytes.set(limits.bytes_per_second);
+        state.line_bytes = limits.line_bytes as usize;
     }
 
     /// The limits, with what was used of late.
@@ -302,7 +308,7 @@ impl LogStream {
             ),
             (
                 Limit::LogLineBytes,
-                MAX_LINE_BYTES as u64,
+                state.line_bytes as u64,
                 partial.unwrap_or_default() as u64,
                 counts.cut_lines,
             ),
@@ -377,7 +383,7 @@ enum Event {
 impl State {
     fn extend(&mut self, stream: OutputStream, bytes: &[u8]) {
         let partial = &mut self.partial[stream as usize];
-        let room = MAX_LINE_BYTES - partial.bytes.len();
+        let room = self.line_bytes.saturating_sub(partial.bytes.len());
         let kept = bytes.len().min(room);
         partial.bytes.extend_from_slice(&bytes[..kept]);
         partial.cut_bytes = partial.cut_bytes.saturating_add(bytes.len() - kept);
@@ -452,6 +458,7 @@ mod tests {
             LogLimits {
                 lines_per_second,
                 bytes_per_second: 1 << 20,
+                ..LogLimits::default()
             },
         )
     }
@@ -503,11 +510,14 @@ mod tests {
         for _ in 0..1000 {
             stream.push(OutputStream::Stdout, &[b'x'; 10_000]);
         }
-        assert!(stream.state.lock().partial[0].bytes.capacity() <= 2 * MAX_LINE_BYTES);
+        assert!(stream.state.lock().partial[0].bytes.capacity() <= 2 * MAX_LINE_BYTES as usize);
         stream.push(OutputStream::Stdout, b"\nnext\n");
         let lines = texts(&stream);
         assert!(
-            lines[0].ends_with(&format!(" [{} bytes cut]", 10_000_000 - MAX_LINE_BYTES)),
+            lines[0].ends_with(&format!(
+                " [{} bytes cut]",
+                10_000_000 - MAX_LINE_BYTES as usize
+            )),
             "{}",
             lines[0].len()
         );
@@ -551,6 +561,7 @@ mod tests {
             LogLimits {
                 lines_per_second: 1,
                 bytes_per_second: 1000,
+                ..LogLimits::default()
             },
         );
         assert_eq!(stream.budget(), 2000);
@@ -565,6 +576,7 @@ mod tests {
             LogLimits {
                 lines_per_second: 1,
                 bytes_per_second: 1_000_000,
+                ..LogLimits::default()
             },
         );
         stream.push(OutputStream::Stdout, &vec![b'x'; 2_000_000]);

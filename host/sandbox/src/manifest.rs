@@ -308,6 +308,7 @@ impl Manifest {
         LogLimits {
             lines_per_second: self.limits.log_lines_per_second,
             bytes_per_second: self.limits.log_kib_per_second * 1024,
+            ..LogLimits::default()
         }
     }
 }

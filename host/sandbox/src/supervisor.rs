@@ -28,8 +28,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     host_api::{
-        self, CallFailure, Counter, Link, PluginCounts, PluginRun, RankAsk, RankFailure,
-        RankRequest, Services, Tally, Terms,
+        self, CallFailure, Counter, Link, PluginCounts, PluginRun, RankFailure, RankRequest,
+        Services, Tally, Terms,
     },
     limit::{Limit, LimitHits, LimitUse},
     loader::{self, Found, LoadError, PluginKind, Refusal},
@@ -682,21 +682,7 @@ impl Plugin {
     fn rank(&self, request: RankRequest) -> Result<Vec<u32>, RankFailure> {
         let deadline = Terms::of(&self.shared.lock().manifest).rank_time;
         let link = self.current.get().ok_or(RankFailure::NotRunning)?;
-        let turn = link.rank_turn().ok_or(RankFailure::Busy)?;
-        let (reply, ordered) = std::sync::mpsc::sync_channel(1);
-        link.rank(RankAsk {
-            request,
-            deadline,
-            reply,
-            turn,
-        })?;
-        // Ours is the only sender that is left.
-        drop(link);
-        match ordered.recv_timeout(deadline) {
-            Ok(order) => order,
-            Err(std::sync::mpsc::RecvTimeoutError::Timeout) => Err(RankFailure::Timeout),
-            Err(std::sync::mpsc::RecvTimeoutError::Disconnected) => Err(RankFailure::Trap),
-        }
+        link.order(request, deadline)
     }
 
     fn status(&self) -> PluginStatus {
@@ -1513,6 +1499,7 @@ pub fn wasm_limits(manifest: &Manifest) -> WasmLimits {
             body_bytes: u64::from(limits.http_body_kib) << 10,
             per_second: limits.http_per_second,
         },
+        ..WasmLimits::default()
     }
 }
 

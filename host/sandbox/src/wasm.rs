@@ -52,9 +52,10 @@ use self::{
 };
 pub use self::{
     compiler::{COMPILE_ARGUMENT, CompileLimits, compile_child_main},
+    engine::GUEST_STACK,
     error::WasmError,
     inspect::{ModuleFacts, ModuleForm, inspect},
-    launch::{Access, Directory, Launch, WasmLimits},
+    launch::{Access, Directory, Launch, Lift, WasmLimits},
 };
 use crate::{
     host_api,
@@ -125,6 +126,8 @@ pub struct WasmConfig {
     pub form: ModuleForm,
     /// What the HTTP requests of all guests share.
     pub network: Arc<Network>,
+    /// What a guest's stack may take, in bytes; [`GUEST_STACK`] but in tests.
+    pub stack_bytes: usize,
 }
 
 /// Who compiles modules.
@@ -194,14 +197,14 @@ impl WasmUsage {
         let cpu_percent = self.cpu_time.as_secs_f64() / wall * 100.0;
         let rows = [
             (Limit::Memory, limits.memory_bytes, Some(self.memory_bytes)),
-            (Limit::Memories, count(guest::MEMORY_LIMIT), None),
+            (Limit::Memories, count(limits.memories), None),
             (
                 Limit::TableElements,
                 limits.table_elements,
                 Some(self.table_elements),
             ),
-            (Limit::Tables, count(guest::TABLE_LIMIT), None),
-            (Limit::Instances, count(guest::INSTANCE_LIMIT), None),
+            (Limit::Tables, count(limits.tables), None),
+            (Limit::Instances, count(limits.instances), None),
             (Limit::Stack, count(engine::GUEST_STACK), None),
             (
                 Limit::Cpu,
@@ -409,7 +412,7 @@ impl WasmRuntime {
     pub fn start(config: WasmConfig) -> Result<Self, WasmError> {
         let failed = |error: &dyn fmt::Display| WasmError::Runtime(error.to_string());
         let cache = Cache::open_directory(&config.cache_dir)?;
-        let engine = engine::new_engine().map_err(|error| failed(&error))?;
+        let engine = engine::new_engine(config.stack_bytes).map_err(|error| failed(&error))?;
         let linker = guest::new_linker(&engine).map_err(|error| failed(&error))?;
         let component_linker =
             guest::new_component_linker(&engine).map_err(|error| failed(&error))?;
@@ -441,6 +444,11 @@ impl WasmRuntime {
             .map_err(|error| failed(&error))?;
         runtime.ticker = Some(ticker);
         Ok(runtime)
+    }
+
+    /// What the HTTP requests of all guests share.
+    pub(crate) fn network(&self) -> Arc<Network> {
+        Arc::clone(&self.network)
     }
 
     /// Counts up while guests are made to take turns.
@@ -508,7 +516,10 @@ impl WasmRuntime {
             arguments.push(module.name.to_string());
         }
         // A child of its own, so that dropping the handle kills this run and no other.
-        let kill = kill.child_token();
+        let kill = match limits.lifted == Some(Lift::KILL) {
+            true => CancellationToken::new(),
+            false => kill.child_token(),
+        };
         let meter = Arc::new(Meter::default());
         let name = arguments.first().map_or(&*module.name, String::as_str);
         let outbound = Arc::new(Outbound::new(

@@ -71,6 +71,7 @@ impl Den {
                 compile_limits: CompileLimits::default(),
                 form: ModuleForm::default(),
                 network: Default::default(),
+                stack_bytes: stockade_sandbox::wasm::GUEST_STACK,
             },
             policy: Policy::default(),
             watch: false,

@@ -17,7 +17,7 @@ use std::{
 use stockade_sandbox::{
     CompileLimits, Compiler, Contract, FIRST_BACKOFF, Limit, ModuleForm, NativeConfig,
     NativePolicy, PluginState, PluginStatus, Policy, SecretKey, Sha256Digest, Supervisor,
-    SupervisorConfig, SupervisorError, WasmConfig,
+    SupervisorConfig, SupervisorError, WasmConfig, wasm::GUEST_STACK,
 };
 
 /// What a condition gets on a loaded machine before the test fails.
@@ -79,6 +79,7 @@ impl Den {
                 compile_limits: CompileLimits::default(),
                 form: ModuleForm::default(),
                 network: Default::default(),
+                stack_bytes: GUEST_STACK,
             },
             policy: Policy::default(),
             watch: false,

@@ -21,8 +21,8 @@ use std::{
 
 use parking_lot::Mutex;
 use stockade_sandbox::wasm::{
-    Access, CompileLimits, Compiler, Directory, GuestOutput, GuestStream, Launch, ModuleForm,
-    WasmConfig, WasmEnd, WasmError, WasmLimits, WasmModule, WasmRun, WasmRuntime,
+    Access, CompileLimits, Compiler, Directory, GUEST_STACK, GuestOutput, GuestStream, Launch,
+    ModuleForm, WasmConfig, WasmEnd, WasmError, WasmLimits, WasmModule, WasmRun, WasmRuntime,
 };
 use stockade_sandbox::{Limit, LogLevel};
 use tokio::sync::Notify;
@@ -162,6 +162,7 @@ fn start(cache_dir: &Path, compiler: Compiler) -> Result<WasmRuntime, WasmError>
         compile_limits: CompileLimits::default(),
         form: ModuleForm::default(),
         network: Arc::default(),
+        stack_bytes: GUEST_STACK,
     })
 }
 
@@ -955,6 +956,7 @@ async fn compile_bombs_are_defused() {
             },
             form: ModuleForm::default(),
             network: Arc::default(),
+            stack_bytes: GUEST_STACK,
         })
         .unwrap()
     };

@@ -8,6 +8,7 @@ use anyhow::Context as _;
 use clap::{Args, Subcommand};
 use comfy_table::{Table, presets::NOTHING};
 use serde_json::Value;
+use stockade_sandbox::prove::Held;
 
 use self::local::Local;
 use super::{print, print_json, remote::Remote};
@@ -75,6 +76,10 @@ enum Action {
         /// Attack this limit alone, as the first column shows it
         #[arg(long, value_name = "LIMIT")]
         only: Option<String>,
+        /// Lift this limit, to see that the attack on it finds that; not in a release build
+        #[cfg(debug_assertions)]
+        #[arg(long, value_name = "LIMIT", hide = true)]
+        without: Option<String>,
         #[command(flatten)]
         local: Local,
     },
@@ -149,8 +154,21 @@ impl PluginCommand {
                 print(&format!("{name}: reloaded, sha256 {sha256}\n"))
             }
             Action::Inspect { file, local } => local::inspect(file, local, remote.is_json()),
-            Action::Prove { files, only, local } => {
-                local::prove_limits(files, only.as_deref(), local, remote.is_json())
+            Action::Prove {
+                files,
+                only,
+                #[cfg(debug_assertions)]
+                without,
+                local,
+            } => {
+                #[cfg(debug_assertions)]
+                let lift = |held: &Held| match without {
+                    Some(what) => held.without(what).map_err(anyhow::Error::msg),
+                    None => Ok(held.clone()),
+                };
+                #[cfg(not(debug_assertions))]
+                let lift = |held: &Held| Ok(held.clone());
+                local::prove_limits(files, only.as_deref(), lift, local, remote.is_json())
             }
             Action::Keygen { file } => local::keygen(file, remote.is_json()),
             Action::Sign { file, key } => local::sign(file, key, remote.is_json()),

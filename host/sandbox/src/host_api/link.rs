@@ -168,17 +168,37 @@ impl Link {
         })
     }
 
-    /// The right to ask for an order; `None` while the plugin has not finished the last one.
-    pub(crate) fn rank_turn(&self) -> Option<RankTurn> {
-        let was_ranking = self.is_ranking.swap(true, Ordering::AcqRel);
-        (!was_ranking).then(|| RankTurn(Arc::clone(&self.is_ranking)))
-    }
-
-    pub(crate) fn rank(&self, ask: RankAsk) -> Result<(), RankFailure> {
+    /// Has candidates put into an order, and waits for that until the deadline. Blocks.
+    pub(crate) fn order(
+        self,
+        request: RankRequest,
+        deadline: Duration,
+    ) -> Result<Vec<u32>, RankFailure> {
+        let turn = self.rank_turn().ok_or(RankFailure::Busy)?;
+        let (reply, ordered) = std::sync::mpsc::sync_channel(1);
+        let ask = RankAsk {
+            request,
+            deadline,
+            reply,
+            turn,
+        };
         self.ranks.try_send(ask).map_err(|error| match error {
             mpsc::error::TrySendError::Full(_) => RankFailure::Busy,
             mpsc::error::TrySendError::Closed(_) => RankFailure::NotRunning,
-        })
+        })?;
+        // Whoever waits here keeps no run from being told of its end.
+        drop(self);
+        match ordered.recv_timeout(deadline) {
+            Ok(order) => order,
+            Err(std::sync::mpsc::RecvTimeoutError::Timeout) => Err(RankFailure::Timeout),
+            Err(std::sync::mpsc::RecvTimeoutError::Disconnected) => Err(RankFailure::Trap),
+        }
+    }
+
+    /// The right to ask for an order; `None` while the plugin has not finished the last one.
+    fn rank_turn(&self) -> Option<RankTurn> {
+        let was_ranking = self.is_ranking.swap(true, Ordering::AcqRel);
+        (!was_ranking).then(|| RankTurn(Arc::clone(&self.is_ranking)))
     }
 }
 

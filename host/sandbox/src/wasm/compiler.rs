@@ -23,7 +23,11 @@ use rustix::{
     },
 };
 
-use super::{engine::new_engine, error::WasmError, inspect};
+use super::{
+    engine::{GUEST_STACK, new_engine},
+    error::WasmError,
+    inspect,
+};
 
 /// The first argument by which a program knows that it is to compile and nothing else.
 pub const COMPILE_ARGUMENT: &str = "__compile-module";
@@ -122,7 +126,7 @@ fn confine(seconds: u64, memory_bytes: u64) -> io::Result<()> {
 
 /// Text or binary to native code; the reason when it is refused.
 fn compile(source: &[u8]) -> Result<Vec<u8>, String> {
-    let engine = new_engine().map_err(|error| format!("{error:#}"))?;
+    let engine = new_engine(GUEST_STACK).map_err(|error| format!("{error:#}"))?;
     let binary = wat::parse_bytes(source).map_err(|error| format!("text: {error}"))?;
     // Once more, for what came as text.
     let facts = inspect::inspect("the module", &binary).map_err(|error| error.to_string())?;

@@ -17,16 +17,17 @@ use wasmtime::{Config, Engine, EngineWeak, InstanceAllocationStrategy, OptLevel,
 pub(super) const TICK: Duration = Duration::from_millis(5);
 
 /// What a guest's stack may take, in bytes; beyond it is a trap.
-pub(super) const GUEST_STACK: usize = 512 << 10;
+pub const GUEST_STACK: usize = 512 << 10;
 
-/// The fiber a guest runs on, in bytes: its stack and what host calls take above it.
-const FIBER_STACK: usize = 1 << 20;
+/// What host calls take above a guest's stack, in bytes.
+const HOST_STACK: usize = 512 << 10;
 
-/// The engine that plugins are compiled by and run on.
+/// The engine that plugins are compiled by and run on, with a stack of `stack` bytes, which
+/// compiling does not depend on.
 ///
 /// Only Cranelift and on-demand allocation: the security advisories of 2026 hit the baseline
 /// compiler and the pooling allocator. Everything the three target languages do without is off.
-pub(super) fn new_engine() -> wasmtime::Result<Engine> {
+pub(super) fn new_engine(stack: usize) -> wasmtime::Result<Engine> {
     let mut config = Config::new();
     config
         .strategy(Strategy::Cranelift)
@@ -38,8 +39,8 @@ pub(super) fn new_engine() -> wasmtime::Result<Engine> {
         .memory_reservation(4 << 30)
         .memory_guard_size(32 << 20)
         .guard_before_linear_memory(true)
-        .max_wasm_stack(GUEST_STACK)
-        .async_stack_size(FIBER_STACK)
+        .max_wasm_stack(stack)
+        .async_stack_size(stack + HOST_STACK)
         .signals_based_traps(true)
         .wasm_simd(false)
         .wasm_relaxed_simd(false)

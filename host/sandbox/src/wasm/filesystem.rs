@@ -136,6 +136,7 @@ pub(super) struct Files {
     /// Streams of files that a component holds.
     streams: Arc<AtomicUsize>,
     quota: Quota,
+    may_link: bool,
     meter: Arc<Meter>,
 }
 
@@ -155,6 +156,7 @@ impl Files {
         call_time: Duration,
         open_limit: u32,
         byte_limit: u64,
+        may_link: bool,
         meter: Arc<Meter>,
     ) -> Self {
         let writable = directories
@@ -174,6 +176,7 @@ impl Files {
                 entries: 0,
                 measured: None,
             },
+            may_link,
             meter,
         }
     }
@@ -434,8 +437,7 @@ pub(super) fn add_to_linker(linker: &mut Linker<GuestState>) -> wasmtime::Result
         // A link can lead out of its directory. The guest could not follow it, but whoever
         // works in that directory on the host could.
         fn path_symlink(caller, target: i32, target_length: i32, dir: i32, path: i32, length: i32) {
-            let _ = &mut caller;
-            Some(PERM)
+            (!caller.data().files.may_link).then_some(PERM)
         }
         fn fd_filestat_set_size(caller, file: i32, size: i64) {
             reserved(&mut caller, size.cast_unsigned(), 0).await?

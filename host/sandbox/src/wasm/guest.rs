@@ -22,6 +22,7 @@ use super::{
     filesystem::{self, Files, HostCallTimeout, OpenDirectory},
     handler_clock::HandlerClock,
     imports::{self, Api},
+    launch::Lift,
     reactor, streams,
 };
 use crate::{
@@ -38,16 +39,6 @@ const RANDOM_LIMIT: u64 = 64 << 10;
 
 /// How many streams, pollables and the like a guest may hold at once.
 const HANDLE_LIMIT: usize = 256;
-
-/// How many tables a run may have; C, Rust and Go make one, a component a few.
-pub(super) const TABLE_LIMIT: usize = 16;
-
-/// How many memories a run may have: a module has one, of a component each core instance.
-pub(super) const MEMORY_LIMIT: usize = 16;
-
-/// How many instances of core modules a run may have: what `wasm-tools` makes of a program
-/// and the preview 1 adapter are four.
-pub(super) const INSTANCE_LIMIT: usize = 16;
 
 /// What a run has used, as others may read it.
 #[derive(Debug, Default)]
@@ -130,6 +121,8 @@ pub(super) struct Invocation {
 struct Limiter {
     memory_limit: u64,
     table_limit: u64,
+    /// Of instances, tables and memories.
+    counts: [usize; 3],
     /// Granted, in bytes.
     memory: u64,
     /// Granted, in elements.
@@ -223,15 +216,15 @@ impl ResourceLimiter for Limiter {
     }
 
     fn instances(&self) -> usize {
-        INSTANCE_LIMIT
+        self.counts[0]
     }
 
     fn tables(&self) -> usize {
-        TABLE_LIMIT
+        self.counts[1]
     }
 
     fn memories(&self) -> usize {
-        MEMORY_LIMIT
+        self.counts[2]
     }
 }
 
@@ -361,13 +354,14 @@ fn new_store(
     // Nothing is inherited: without directories, sockets and name lookup, what is left are
     // the clocks, randomness and the three streams.
     let mut wasi = WasiCtxBuilder::new();
+    let has_network = invocation.limits.lifted == Some(Lift::NETWORK);
     wasi.args(&invocation.arguments)
         .envs(&invocation.environment)
         .stdin(invocation.input)
         .stdout(output(GuestStream::Stdout))
         .stderr(output(GuestStream::Stderr))
         .max_random_size(RANDOM_LIMIT)
-        .allow_tcp(false)
+        .allow_tcp(has_network)
         .allow_udp(false)
         .allow_ip_name_lookup(false);
     for directory in &directories {
@@ -387,6 +381,7 @@ fn new_store(
         limits.host_call_time,
         limits.open_files,
         limits.directory_bytes,
+        limits.lifted == Some(Lift::LINKS),
         Arc::clone(&invocation.meter),
     );
     let api = Api::new(
@@ -399,6 +394,7 @@ fn new_store(
     let limiter = Limiter {
         memory_limit: limits.memory_bytes,
         table_limit: limits.table_elements,
+        counts: [limits.instances, limits.tables, limits.memories],
         memory: 0,
         elements: 0,
         latest_memory: 0,

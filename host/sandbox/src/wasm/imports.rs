@@ -505,7 +505,7 @@ fn add_waiting(linker: &mut Linker<GuestState>) -> wasmtime::Result<()> {
             Box::new(async move {
                 let mut call = Call::new(&mut caller);
                 // One byte more than is kept shows that it was cut.
-                let kept = length.cast_unsigned().min(MAX_LINE_BYTES as u32 + 1);
+                let kept = length.cast_unsigned().min(MAX_LINE_BYTES + 1);
                 let line = host_api::level(level).and_then(|level| {
                     call.bytes("the line", pointer, length, usize::MAX)?;
                     let line = call.bytes("the line", pointer, kept.cast_signed(), usize::MAX)?;

@@ -19,6 +19,25 @@ pub struct Directory {
     pub access: Access,
 }
 
+/// A limiter that is switched off, so that `prove` can be seen to find that. Only a build with
+/// debug assertions can name one; in others there is no way to make a value of this.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Lift(&'static str);
+
+impl Lift {
+    /// Kills are not heard.
+    pub(crate) const KILL: Self = Self("kill_ms");
+    /// Components get sockets.
+    pub(crate) const NETWORK: Self = Self("network");
+    /// Symbolic links can be made.
+    pub(crate) const LINKS: Self = Self("symbolic links");
+
+    /// What `prove` calls it.
+    pub(crate) const fn name(self) -> &'static str {
+        self.0
+    }
+}
+
 /// What one run may use.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WasmLimits {
@@ -47,6 +66,15 @@ pub struct WasmLimits {
     pub directory_bytes: u64,
     /// Where it may send HTTP requests, and how many of which size.
     pub outbound: OutboundLimits,
+    /// Tables; C, Rust and Go make one, a component a few.
+    pub tables: usize,
+    /// Memories: a module has one, of a component each core instance.
+    pub memories: usize,
+    /// Instances of core modules: what `wasm-tools` makes of a program and the preview 1 adapter
+    /// are four.
+    pub instances: usize,
+    /// Nothing, but in tests of `prove`.
+    pub lifted: Option<Lift>,
 }
 
 impl Default for WasmLimits {
@@ -65,6 +93,10 @@ impl Default for WasmLimits {
             open_files: 32,
             directory_bytes: 64 << 20,
             outbound: OutboundLimits::default(),
+            tables: 16,
+            memories: 16,
+            instances: 16,
+            lifted: None,
         }
     }
 }

@@ -195,13 +195,15 @@ fn text(value: &Value) -> String {
     shown
 }
 
-/// Attacks the limits that plugins have under this configuration.
+/// Attacks the limits that plugins have under this configuration; `lift` makes of them what is
+/// applied, which is the same outside tests.
 ///
 /// # Errors
 /// When a limit does not hold, or nothing could be tried.
 pub(super) fn prove_limits(
     files: &[PathBuf],
     only: Option<&str>,
+    lift: impl Fn(&Held) -> anyhow::Result<Held>,
     local: &Local,
     is_json: bool,
 ) -> anyhow::Result<()> {
@@ -238,7 +240,7 @@ pub(super) fn prove_limits(
         .enable_all()
         .build()?;
     let mut all = Vec::new();
-    let mut broken = 0;
+    let mut is_broken = false;
     for (name, held) in held {
         // Files of the attacks, away from everything that is granted.
         let scratch = Scratch::new()?;
@@ -258,9 +260,10 @@ pub(super) fn prove_limits(
                 ));
             }
         };
-        let attacks = prove(&held, &held, compiler.clone(), &scratch.0, only, tell);
+        let applied = lift(&held)?;
+        let attacks = prove(&held, &applied, compiler.clone(), &scratch.0, only, tell);
         let proofs = runtime.block_on(attacks)?;
-        broken += proofs.iter().filter(|proof| !proof.holds).count();
+        is_broken |= proofs.iter().any(|proof| !proof.holds);
         all.extend(proofs.iter().map(|proof| {
             json!({
                 "plugin": name,
@@ -279,8 +282,18 @@ pub(super) fn prove_limits(
     if all.is_empty() {
         bail!("nothing was attacked: --only names no limit that these plugins have");
     }
-    if broken > 0 {
-        bail!("{broken} of {} limits do not hold", all.len());
+    if is_broken {
+        let broken: Vec<&str> = all
+            .iter()
+            .filter(|proof| proof["holds"] == false)
+            .filter_map(|proof| proof["limit"].as_str())
+            .collect();
+        bail!(
+            "{} of {} limits do not hold: {}",
+            broken.len(),
+            all.len(),
+            broken.join(", ")
+        );
     }
     Ok(())
 }

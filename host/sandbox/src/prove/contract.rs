@@ -1,0 +1,141 @@
+//! Attacks by the calls of `stockade:plugin/v1`, and by not answering them.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use super::{
+    Proof, ProveError,
+    arena::{Arena, PATIENCE, Silence, at_most},
+};
+use crate::{
+    host_api::{Access, RankFailure, RankRequest, link},
+    limit::Limit,
+    wasm::{Launch, WasmLimits},
+};
+
+/// What a value has that is put into a plugin's state.
+const VALUE_BYTES: u64 = 32 << 10;
+
+impl Arena<'_> {
+    fn contract_launch(&self) -> Launch {
+        Launch {
+            limits: WasmLimits {
+                run_time: None,
+                ..self.unhurried()
+            },
+            ..Launch::new(Arc::new(Silence))
+        }
+    }
+
+    /// A handler that does not end, called as soon as the guest has started.
+    pub(super) async fn call_time(&self) -> Result<Proof, ProveError> {
+        let declared = self.declared.terms.call_time;
+        // Ten milliseconds before it is called, and a second for a loaded machine.
+        let slack = Duration::from_millis(1010);
+        let launch = self.contract_launch();
+        let loops = include_str!("../../../../tests/guests/abi-v1/timer_loops.wat");
+        let attack = self.launch(loops, launch, declared + slack * 2).await?;
+        Ok(Proof {
+            what: Limit::CallTime.name(),
+            declared: declared.as_millis().to_string(),
+            measured: format!("{} ms: {}", attack.took.as_millis(), attack.end()),
+            holds: attack.usage.hits.of(Limit::CallTime) == 1 && attack.took <= declared + slack,
+        })
+    }
+
+    /// Candidates that are never put into an order: how long the server waits for that.
+    pub(super) async fn rank_time(&self) -> Result<Proof, ProveError> {
+        let declared = self.declared.terms.rank_time;
+        let slack = Duration::from_secs(1);
+        let launch = self.contract_launch();
+        let (link, inbox) = link(launch.stop.clone());
+        let mut access = Access {
+            inbox,
+            ..self.access(&launch)
+        };
+        // Its end by another limit is not what is attacked.
+        access.terms.call_time = PATIENCE;
+        let deadline = self.applied.terms.rank_time;
+        let asking = tokio::task::spawn_blocking(move || {
+            let request = RankRequest {
+                tenant: "default".into(),
+                bytes_wanted: 1,
+                count: 0,
+                candidates: Box::new(Vec::new),
+            };
+            let begun = Instant::now();
+            (link.order(request, deadline), begun.elapsed())
+        });
+        let never = include_str!("../../../../tests/guests/abi-v1/rank_loops.wat");
+        self.launch_with(never, launch, access, declared + slack * 2)
+            .await?;
+        let (order, took) = asking.await.map_err(std::io::Error::other)?;
+        Ok(Proof {
+            what: Limit::RankTime.name(),
+            declared: declared.as_millis().to_string(),
+            measured: took.as_millis().to_string(),
+            holds: order == Err(RankFailure::Timeout) && took <= declared + slack,
+        })
+    }
+
+    /// Puts values under one name after the other until it is told to stop.
+    pub(super) async fn state_bytes(&self) -> Result<Proof, ProveError> {
+        let declared = self.declared.terms.state_bytes;
+        let most = declared / VALUE_BYTES + 2;
+        let hog = format!(
+            r#"(module
+            (import "stockade:plugin/v1" "state_set" (func $set (param i32 i32 i32 i32) (result i32)))
+            (memory (export "memory") 2)
+            {NEXT_NAME}
+            (func (export "_start") (local $left i32)
+              (local.set $left (i32.const {most}))
+              (loop $more
+                (call $next_name)
+                (if (i32.lt_s (call $set (i32.const 0) (i32.const 8) (i32.const 64) (i32.const {VALUE_BYTES})) (i32.const 0))
+                  (then return))
+                (br_if $more (local.tee $left (i32.sub (local.get $left) (i32.const 1)))))))"#
+        );
+        let launch = self.contract_launch();
+        let access = self.access(&launch);
+        let state = Arc::clone(&access.state);
+        self.launch_with(&hog, launch, access, PATIENCE).await?;
+        Ok(at_most(Limit::StateBytes.name(), declared, state.bytes()))
+    }
+
+    /// One name more than it may have.
+    pub(super) async fn metrics(&self) -> Result<Proof, ProveError> {
+        let declared = self.declared.terms.metrics as u64;
+        let hog = format!(
+            r#"(module
+            (import "stockade:plugin/v1" "metric_add" (func $add (param i32 i32 f64) (result i32)))
+            (memory (export "memory") 1)
+            {NEXT_NAME}
+            (func (export "_start") (local $left i32)
+              (local.set $left (i32.const {}))
+              (loop $more
+                (call $next_name)
+                (drop (call $add (i32.const 0) (i32.const 8) (f64.const 1)))
+                (br_if $more (local.tee $left (i32.sub (local.get $left) (i32.const 1)))))))"#,
+            declared + 1
+        );
+        let launch = self.contract_launch();
+        let access = self.access(&launch);
+        let tally = Arc::clone(&access.tally);
+        self.launch_with(&hog, launch, access, PATIENCE).await?;
+        let names = tally.counts().custom.len() as u64;
+        Ok(at_most(Limit::Metrics.name(), declared, names))
+    }
+}
+
+/// A function that writes the next of many names of eight letters to the memory's begin.
+const NEXT_NAME: &str = r#"
+    (global $name (mut i32) (i32.const 0))
+    (func $next_name (local $rest i32) (local $at i32)
+      (global.set $name (i32.add (global.get $name) (i32.const 1)))
+      (local.set $rest (global.get $name))
+      (loop $letters
+        (i32.store8 (local.get $at) (i32.add (i32.const 97) (i32.and (local.get $rest) (i32.const 15))))
+        (local.set $rest (i32.shr_u (local.get $rest) (i32.const 4)))
+        (br_if $letters (i32.lt_u (local.tee $at (i32.add (local.get $at) (i32.const 1))) (i32.const 8)))))"#;
