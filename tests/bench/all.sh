@@ -106,7 +106,11 @@ fi
 
 if [ -z "$short" ]; then
   say "sleeping plugins"
-  cargo run --quiet --release -p stockade-sandbox --example density 2>&1 | tee -a "$raw"
+  # A guest in Go, where its toolchain is (plugin-sdk/toolchain.sh go).
+  guest=target/plugins/mp_heartbeat_go.wasm
+  plugin-sdk/build.sh examples/mp-heartbeat-go || true
+  if [ ! -f "$guest" ]; then guest=''; echo "NOT MEASURED: a guest in Go" | tee -a "$raw"; fi
+  cargo run --quiet --release -p stockade-sandbox --example density -- ${guest:+"$guest=500"} 2>&1 | tee -a "$raw"
   say "the transport alone"
   cargo run --quiet --release -p stockade-transport --example echo -- compare 2>&1 | tee -a "$raw"
   say "the cache engine"

@@ -1,9 +1,11 @@
 //! What sleeping plugins cost: memory and threads of 1 to 10 000 of them, how soon one prints its
 //! first line and how soon an endless loop is gone, beside `python3` and `bash` children.
 //!
-//! `cargo run --release -p stockade-sandbox --example density -- [GUEST.wasm [COUNT]]`; a guest
-//! that is named is measured too. With more instances than the process may have maps for, it
-//! shows how the next one is refused.
+//! `cargo run --release -p stockade-sandbox --example density -- [GUEST.wasm[=COUNT]...]`; guests
+//! that are named are measured too, 1 and COUNT of each, 500 where that is left out. The one in
+//! Go is made by `plugin-sdk/toolchain.sh go && plugin-sdk/build.sh examples/mp-heartbeat-go`:
+//! `target/plugins/mp_heartbeat_go.wasm=500`. With more instances than the process may have maps
+//! for, it shows how the next one is refused.
 #![allow(
     clippy::print_stdout,
     clippy::unwrap_used,
@@ -187,12 +189,17 @@ async fn first_line(runtime: &WasmRuntime, name: &str, module: &WasmModule, roun
     );
 }
 
-async fn kill(runtime: &WasmRuntime, module: &WasmModule, rounds: usize) {
-    let mut times = Vec::new();
-    for _ in 0..rounds {
+/// How soon an endless loop is gone once it is killed, beside so many others that go on.
+async fn kill(runtime: &WasmRuntime, module: &WasmModule, neighbours: usize, rounds: usize) {
+    let spin = || {
         let launch = Launch::new(Arc::new(FirstByte::default()));
         let kill = launch.kill.clone();
-        let run = runtime.spawn(module, launch);
+        (runtime.spawn(module, launch), kill)
+    };
+    let others: Vec<_> = (0..neighbours).map(|_| spin()).collect();
+    let mut times = Vec::new();
+    for _ in 0..rounds {
+        let (run, kill) = spin();
         while run.usage().cpu_time.is_zero() {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
@@ -201,8 +208,9 @@ async fn kill(runtime: &WasmRuntime, module: &WasmModule, rounds: usize) {
         run.ended().await;
         times.push(begun.elapsed());
     }
+    drop(others);
     println!(
-        "{:>24}  gone after p50 {:.2?} p99 {:.2?} of {rounds}",
+        "{:>24}  gone after p50 {:.2?} p99 {:.2?} of {rounds}, beside {neighbours} others",
         "endless loop",
         percentile(&mut times, 50),
         percentile(&mut times, 99)
@@ -211,12 +219,13 @@ async fn kill(runtime: &WasmRuntime, module: &WasmModule, rounds: usize) {
 
 #[tokio::main]
 async fn main() {
-    let mut arguments = std::env::args().skip(1);
-    let guest = arguments.next();
-    let guest_count: usize = arguments
-        .next()
-        .and_then(|it| it.parse().ok())
-        .unwrap_or(500);
+    let guests: Vec<(String, usize)> = std::env::args()
+        .skip(1)
+        .map(|argument| match argument.split_once('=') {
+            Some((path, count)) => (path.to_owned(), count.parse().expect("a count")),
+            None => (argument, 500),
+        })
+        .collect();
     let cache = std::env::temp_dir().join(format!("stockade-density-{}", std::process::id()));
     let runtime = WasmRuntime::start(WasmConfig {
         cache_dir: cache.clone(),
@@ -234,7 +243,9 @@ async fn main() {
         prepare("endless loop", SPINNER.as_bytes()),
     );
     first_line(&runtime, "wat guest", &hello, 200).await;
-    kill(&runtime, &spinner, 100).await;
+    kill(&runtime, &spinner, 0, 200).await;
+    kill(&runtime, &spinner, 3, 200).await;
+    kill(&runtime, &spinner, 50, 50).await;
     children(
         "python3",
         &["-c", "print('x', flush=True); import time; time.sleep(600)"],
@@ -245,14 +256,14 @@ async fn main() {
         &["-c", "echo x; read -t 600 < <(:) ; sleep 600"],
         10,
     );
-    if let Some(path) = &guest {
+    for (path, count) in &guests {
         let bytes = fs::read(path).expect("the guest can be read");
         let name = Path::new(path)
             .file_stem()
             .map_or_else(String::new, |it| it.to_string_lossy().into());
         let module = prepare(&name, &bytes);
-        first_line(&runtime, &name, &module, 20).await;
-        sleepers(&runtime, &name, &module, &[1, guest_count]).await;
+        first_line(&runtime, &name, &module, 100).await;
+        sleepers(&runtime, &name, &module, &[1, *count]).await;
     }
     sleepers(
         &runtime,

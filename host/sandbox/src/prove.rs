@@ -1,7 +1,8 @@
 //! Attacks the limits of a plugin as it would run here, and measures what comes through.
 //!
 //! Each attack is a guest that takes what it can get, run by the same runtime, the same log and
-//! under the same grants as the plugin, in a process of its own. What was declared and what is
+//! under the same grants as the plugin, in a process of its own; requests over HTTP are sent by
+//! the attack itself, by the way out that guests have. What was declared and what is
 //! applied come in two values, which are one and the same outside tests: a test lifts one limit
 //! of what is applied, and sees that its attack succeeds.
 
