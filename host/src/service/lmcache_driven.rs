@@ -30,6 +30,9 @@ use crate::tenancy::Caller;
 /// The way out that every engine has.
 pub(super) const ENGINE_DRIVEN: &str = "set lmcache.mp.mp_transfer_mode to engine_driven, or LMCACHE_MP_TRANSFER_MODE=engine_driven in the engine's environment";
 
+/// A worker and its memory.
+type Registered = (Arc<Worker>, Arc<PagedCache>);
+
 /// What stands for the event of a device with no queue of work: `StubEvent` of LMCache's
 /// `devices/cpu/stub_cpu_device.py`, done when the reply is there.
 const EVENT_HANDLE: &[u8] = b"stub_ipc_handle";
@@ -213,7 +216,7 @@ impl Service {
         caller: &Caller,
         peer: &Peer,
         instance_id: InstanceId,
-    ) -> Result<Option<(Arc<Worker>, Arc<PagedCache>)>, String> {
+    ) -> Result<Option<Registered>, String> {
         let id = WorkerId::new(caller, instance_id);
         let Some(worker) = self.workers.get(&id) else {
             self.lapsed.note(&id);

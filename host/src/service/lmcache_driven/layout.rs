@@ -553,7 +553,7 @@ fn key_and_value_lists(hints: &LayoutHints, views: Vec<View>) -> Result<Vec<Laye
     let first = views.first().map(|view| view.dims.clone());
     let first = first.unwrap_or_default();
     let is_uniform = views.iter().all(|view| view.dims == first);
-    if first.len() != 3 || views.len() % 2 != 0 || !is_uniform {
+    if first.len() != 3 || !views.len().is_multiple_of(2) || !is_uniform {
         return Err(
             "kv_cache: kv_list_layout k_v needs as many keys as values, all of one shape of three dimensions".to_owned(),
         );
@@ -774,7 +774,7 @@ fn place(
             .map(|info| info.tokens_per_block)
             .filter(|&tokens| tokens > 0)
             .unwrap_or(slots);
-        if tokens % slots != 0 || chunk % tokens != 0 {
+        if !tokens.is_multiple_of(slots) || !chunk.is_multiple_of(tokens) {
             return Err(format!(
                 "group {index} of kv_cache has blocks of {tokens} tokens in {slots} slots: chunks of {chunk} tokens must be whole blocks, and blocks whole slots; set --chunk-size to a multiple"
             ));
