@@ -31,8 +31,12 @@ while [ $# -gt 0 ]; do
 done
 [ ${#targets[@]} -gt 0 ] || targets=("${all[@]}")
 
-build=()
-for target in "${targets[@]}"; do build+=(--bin "fuzz_$target"); done
+build=() features=stockade-fuzz/libfuzzer
+for target in "${targets[@]}"; do
+  build+=(--bin "fuzz_$target")
+  # These link the server, and with it wasmtime, whose build takes minutes.
+  case $target in manifest | config_file | log_stream) features=stockade-fuzz/server ;; esac
+done
 programs=${CARGO_TARGET_DIR:-target}/debug
 if $sanitizer; then
   # The flag is unstable; this lets the pinned compiler take it. --target keeps it from build scripts.
@@ -42,7 +46,7 @@ if $sanitizer; then
   programs=${CARGO_TARGET_DIR:-target}/fuzz-sanitizer/$triple/debug
 fi
 RUSTC_WORKSPACE_WRAPPER=$PWD/$here/instrument.sh CARGO_INCREMENTAL=0 CARGO_PROFILE_DEV_OPT_LEVEL=3 \
-  cargo build --workspace --locked --features stockade-fuzz/libfuzzer "${build[@]}"
+  cargo build --workspace --locked --features "$features" "${build[@]}"
 
 fuzz() {                                # TARGET: leaves TARGET.line in artifacts/
   local target=$1 start=$SECONDS status=clean longest options

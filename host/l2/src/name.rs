@@ -175,7 +175,9 @@ impl ObjectName {
         let stem = file.strip_suffix(EXTENSION)?;
         let (model, rest) = stem.split_once('@')?;
         let rest = rest.strip_prefix("0x")?;
-        Self::from_key(&format!("{}@{rest}", model.replace(SLASH, "/")))
+        let name = Self::from_key(&format!("{}@{rest}", model.replace(SLASH, "/")))?;
+        // A path, or a name that is too long, is no name that was written.
+        (name.file_name().as_deref() == Ok(file)).then_some(name)
     }
 }
 
@@ -238,6 +240,8 @@ mod tests {
             format!("m@0x00000000@0@{hash}@s@t.data"),
             format!("m@0x00000000@0@{hash}@.data"),
             format!("@0x00000000@0@{hash}.data"),
+            // Found by fuzzing: a path that reads as the name `o/r`.
+            format!("o/r@0x00000000@0@{hash}.data"),
             "notes.data".to_owned(),
             String::new(),
         ] {
