@@ -113,6 +113,7 @@ pub struct Held {
     /// How many of an attack's two hosts are granted, in place of those that the manifest names.
     pub http_hosts: usize,
     /// Whether names of hosts may lead to this machine.
+    #[cfg(debug_assertions)]
     trusts_names: bool,
     /// What it may do by the calls of the contract.
     terms: Terms,
@@ -134,6 +135,7 @@ impl Held {
             bomb_depth: BOMB_DEPTH,
             directories: most,
             http_hosts: usize::from(!manifest.http.is_empty()),
+            #[cfg(debug_assertions)]
             trusts_names: false,
             terms: Terms::of(manifest),
             environment: manifest

@@ -87,7 +87,7 @@ fn there_is_an_attack_for_every_limit() {
             continue;
         }
         let is_attacked = |it: &&str| it.split(", ").any(|name| name == limit.name());
-        assert!(ATTACKS.iter().any(|it| is_attacked(&it)), "{limit:?}");
+        assert!(ATTACKS.iter().any(is_attacked), "{limit:?}");
     }
 }
 
