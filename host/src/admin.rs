@@ -35,8 +35,8 @@ use self::{
     problem::Problem,
 };
 use crate::{
-    budgets::TenantBudgets, service::Service, telemetry::Log, tenancy::TenantFile,
-    watchdog::Watchdog,
+    budgets::TenantBudgets, plugin_host::PluginRanker, service::Service, telemetry::Log,
+    tenancy::TenantFile, watchdog::Watchdog,
 };
 
 pub use access::Tokens;
@@ -57,6 +57,8 @@ pub struct Admin {
     pub tenant_file: TenantFile,
     /// The plugins.
     pub supervisor: Arc<Supervisor>,
+    /// Those of them that rank candidates for eviction.
+    pub ranker: Arc<PluginRanker>,
     /// Counters of the transport.
     pub transport: Arc<Stats>,
     /// Metrics that are counted, rather than read at the scrape.
@@ -89,6 +91,8 @@ pub struct AdminParts {
     pub tenant_file: TenantFile,
     /// The plugins.
     pub supervisor: Arc<Supervisor>,
+    /// Those of them that rank candidates for eviction.
+    pub ranker: Arc<PluginRanker>,
     /// Counters of the transport.
     pub transport: Arc<Stats>,
     /// Metrics that are counted, rather than read at the scrape.
@@ -118,6 +122,7 @@ impl Admin {
             budgets: parts.budgets,
             tenant_file: parts.tenant_file,
             supervisor: parts.supervisor,
+            ranker: parts.ranker,
             transport: parts.transport,
             registry: parts.registry.into(),
             config: parts.config,
@@ -371,6 +376,25 @@ pub fn router(admin: &Arc<Admin>) -> Router {
                 ..Describe::default()
             },
             plugins::steer,
+        )
+        .add(
+            (Post, "/v1/plugins/{name}/call/{method}"),
+            Operate,
+            "Calls a method of a plugin with the body; answers with the plugin's own bytes",
+            Describe {
+                produces: "application/octet-stream",
+                problems: &[
+                    (404, "plugin-not-found"),
+                    (403, "plugin-serves-no-calls"),
+                    (409, "plugin-not-running"),
+                    (413, "body-too-large"),
+                    (429, "plugin-calls-waiting"),
+                    (502, "plugin-call-failed"),
+                    (504, "plugin-call-timeout"),
+                ],
+                ..Describe::default()
+            },
+            plugins::call,
         )
         .add(
             (Get, "/quota"),

@@ -18,6 +18,7 @@ pub mod budgets;
 pub mod server;
 pub mod state_dir;
 
+pub mod plugin_host;
 pub mod service;
 
 pub mod admin;

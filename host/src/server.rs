@@ -13,8 +13,8 @@ use stockade_cache::{
     Backing, CacheEngine, CacheError, EngineConfig, Prefault, TokenHasher, remove_dead_segments,
 };
 use stockade_sandbox::{
-    Compiler, Contract, FIRST_BACKOFF, ModuleForm, NativeConfig, Network, Policy, Supervisor,
-    SupervisorConfig, WasmConfig, wasm::GUEST_STACK,
+    Compiler, Contract, FIRST_BACKOFF, ModuleForm, NativeConfig, Network, Policy, Services,
+    Supervisor, SupervisorConfig, WasmConfig, wasm::GUEST_STACK,
 };
 use stockade_transport::{Endpoint, ListenOptions, Listener};
 use tokio::{
@@ -28,6 +28,7 @@ use crate::{
     budgets::TenantBudgets,
     config::Config,
     coordinator::{Coordinator, CoordinatorEvents, Member},
+    plugin_host::{PluginRanker, PluginServer},
     service::{Service, ServiceHandler, ServiceSettings, TransferMode},
     state_dir::StateDir,
     telemetry::Log,
@@ -45,6 +46,8 @@ const EVICTION_SPACING: Duration = Duration::from_millis(5);
 const GROWTH_AHEAD_BYTES: u64 = 1 << 30;
 /// Default names of segments are this and the port.
 const SEGMENT_PREFIX: &str = "stockade-";
+/// Folder of the state directory with what plugins keep.
+const PLUGIN_STATE: &str = "plugin-state";
 /// What plugins get to end by themselves when the server stops; their own grace may be shorter.
 const PLUGIN_GRACE: Duration = Duration::from_secs(5);
 /// What the receiver of traces gets to take the last ones.
@@ -63,6 +66,7 @@ pub struct Server {
     engine: Arc<CacheEngine>,
     budgets: TenantBudgets,
     supervisor: Supervisor,
+    plugin_state: Option<PathBuf>,
     port: u16,
     http_addr: SocketAddr,
 }
@@ -87,6 +91,11 @@ impl Server {
             Some(path) => Some(StateDir::open(path).context("--state-dir cannot be used")?),
             None => None,
         };
+        let plugin_state = state
+            .as_ref()
+            .map(|state| state.folder(PLUGIN_STATE))
+            .transpose()
+            .context("--state-dir cannot be used")?;
         let supervisor = Supervisor::discover(supervisor_config(&config)?)?;
         let endpoint = tcp_endpoint(&config.host, config.port)?;
         let (main, further) = config
@@ -147,6 +156,7 @@ impl Server {
             engine,
             budgets,
             supervisor,
+            plugin_state,
             port,
             http_addr,
         })
@@ -230,6 +240,14 @@ impl Server {
                 .to_string(),
         };
         let supervisor = Arc::new(self.supervisor);
+        supervisor.provide(Services {
+            host: Some(Arc::new(PluginServer::new(&service))),
+            state_dir: self.plugin_state,
+        });
+        service.serve_modules(&supervisor);
+        let ranker = Arc::new(PluginRanker::new(Arc::clone(service.tenancy())));
+        ranker.ask(&supervisor);
+        self.engine.set_ranker(Arc::clone(&ranker) as _);
         let watchdog = Watchdog::start().context("the watchdog's thread could not be started")?;
         let log = self.log.clone();
         watchdog.watch_work("log writer", move || log.writing_for());
@@ -245,6 +263,7 @@ impl Server {
             budgets: self.budgets,
             tenant_file: TenantFile::new(config.clone(), Arc::clone(&service)),
             supervisor: Arc::clone(&supervisor),
+            ranker: Arc::clone(&ranker),
             transport: transport.stats(),
             registry,
             config: plugin_json,
@@ -285,6 +304,7 @@ impl Server {
         }
         tasks.push(tokio::spawn(maintain(
             Arc::clone(&service),
+            ranker,
             heart("maintenance"),
             stopped.clone(),
         )));
@@ -420,7 +440,12 @@ async fn observe(
     }
 }
 
-async fn maintain(service: Arc<Service>, heart: Heart, mut stopped: watch::Receiver<bool>) {
+async fn maintain(
+    service: Arc<Service>,
+    ranker: Arc<PluginRanker>,
+    heart: Heart,
+    mut stopped: watch::Receiver<bool>,
+) {
     let mut interval = tokio::time::interval(MAINTENANCE_INTERVAL);
     interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
@@ -431,9 +456,12 @@ async fn maintain(service: Arc<Service>, heart: Heart, mut stopped: watch::Recei
             () = service.stored() => false,
             _ = stopped.changed() => return,
         };
-        let work = Arc::clone(&service);
+        let (work, ranker) = (Arc::clone(&service), Arc::clone(&ranker));
         let round = tokio::task::spawn_blocking(move || match is_tick {
-            true => work.maintain(),
+            true => {
+                ranker.refresh();
+                work.maintain();
+            }
             false => work.engine().maintain(),
         });
         if let Err(error) = round.await {

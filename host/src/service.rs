@@ -9,6 +9,8 @@ mod lapsed;
 mod latencies;
 mod lmcache_driven;
 mod metrics;
+mod modules;
+mod observers;
 mod probe;
 mod retrieve;
 mod sessions;
@@ -20,7 +22,7 @@ mod workers;
 use std::{
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{
-        Arc,
+        Arc, OnceLock, Weak,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::{Duration, Instant, SystemTime},
@@ -33,9 +35,8 @@ use rustix::{
     fd::OwnedFd,
 };
 use serde_json::{Value, json};
-use stockade_cache::{
-    CacheEngine, CacheObserver, CacheSalt, KeyScope, ObjectKey, RemoveReason, TokenHasher, kv_rank,
-};
+use stockade_cache::{CacheEngine, CacheSalt, KeyScope, TokenHasher, kv_rank};
+use stockade_sandbox::Supervisor;
 use stockade_transport::{DisconnectReason, Frames, Handler, Limit, Message, Outcome, Peer};
 use stockade_wire::{
     CacheKey, Envelope, InstanceId, Operation, Request, Response, error_reply, reply,
@@ -47,6 +48,7 @@ use self::{
     lapsed::{Lapsed, RECONNECT_WINDOW},
     lmcache_driven::Copies,
     metrics::ServiceMetrics,
+    observers::Observers,
     sessions::SessionId,
     sessions::Sessions,
     store::TransferRange,
@@ -56,6 +58,7 @@ use tokio::{runtime::Handle, sync::Notify};
 
 use crate::coordinator::CoordinatorEvents;
 use crate::{
+    plugin_host::EventLog,
     telemetry::CauseLimiter,
     tenancy::{Caller, DENIED_SALT, Tenancy},
     traces::{Answered, Place, Traces},
@@ -63,6 +66,7 @@ use crate::{
 
 pub use latencies::Snapshot as LatencySnapshot;
 pub use metrics::Activity;
+pub(crate) use metrics::SaltCounts;
 pub use probe::{PROBE_TENANT, ProbeReport};
 
 /// Requests up to this size are handled where they were read; larger ones take milliseconds,
@@ -140,26 +144,6 @@ impl TransferMode {
 /// process that dies closes its connections just before.
 const DEATH_CHECK: (Duration, Duration) = (Duration::from_millis(1), Duration::from_secs(1));
 
-/// Who is told of changes: subscribers of KV events and the fleet's coordinator.
-struct Observers(Arc<KvEvents>, CoordinatorEvents);
-
-impl CacheObserver for Observers {
-    fn stored_for(&self, keys: &[ObjectKey], object_bytes: u64, request: Option<&Arc<str>>) {
-        self.0.stored_for(keys, object_bytes, request);
-        self.1.stored_for(keys, object_bytes, request);
-    }
-
-    fn removed_with(&self, keys: &[ObjectKey], bytes: &[u64], reason: RemoveReason) {
-        self.0.removed_with(keys, bytes, reason);
-        self.1.removed_with(keys, bytes, reason);
-    }
-
-    fn allocation_failed(&self, needed_bytes: u64, free_bytes: u64, evictable_bytes: u64) {
-        self.0
-            .allocation_failed(needed_bytes, free_bytes, evictable_bytes);
-    }
-}
-
 /// The request path: all operations over one cache engine.
 pub struct Service {
     engine: Arc<CacheEngine>,
@@ -170,6 +154,8 @@ pub struct Service {
     workers: Workers,
     sessions: Sessions,
     events: Arc<KvEvents>,
+    plugin_events: Arc<EventLog>,
+    plugins: OnceLock<Weak<Supervisor>>,
     p2p: P2pTasks,
     metrics: ServiceMetrics,
     log: CauseLimiter,
@@ -195,10 +181,12 @@ impl Service {
             settings.kv_event_log_size,
             Arc::clone(&tenancy),
         ));
-        engine.set_observer(Arc::new(Observers(
-            Arc::clone(&events),
-            settings.coordinator.clone(),
-        )));
+        let plugin_events = EventLog::new(hasher.chunk_size());
+        engine.set_observer(Arc::new(Observers(vec![
+            Arc::clone(&events) as _,
+            Arc::new(settings.coordinator.clone()),
+            Arc::clone(&plugin_events) as _,
+        ])));
         let sessions = Sessions::new(settings.traces.clone());
         Arc::new(Self {
             engine,
@@ -209,6 +197,8 @@ impl Service {
             workers: Workers::default(),
             sessions,
             events,
+            plugin_events,
+            plugins: OnceLock::new(),
             p2p: P2pTasks::default(),
             metrics: ServiceMetrics::register(registry),
             log: CauseLimiter::default(),
@@ -231,6 +221,21 @@ impl Service {
     #[must_use]
     pub fn engine(&self) -> &CacheEngine {
         &self.engine
+    }
+
+    /// What happens, for plugins that want to hear of it.
+    pub(crate) fn plugin_events(&self) -> Arc<EventLog> {
+        Arc::clone(&self.plugin_events)
+    }
+
+    /// What was done for the salts that are wanted, as far as they have a label of their own.
+    pub(crate) fn counts_of(&self, wanted: impl Fn(&str) -> bool) -> SaltCounts {
+        self.metrics.counts_of(wanted)
+    }
+
+    /// Has these plugins serve `server_module_call`.
+    pub fn serve_modules(&self, plugins: &Arc<Supervisor>) {
+        let _ = self.plugins.set(Arc::downgrade(plugins));
     }
 
     /// Who calls, and what they may.
@@ -304,14 +309,6 @@ impl Service {
                 self.metrics.blocks_allocated(records.len());
                 Ok(Response::None)
             }
-            Request::ServerModuleCall { method, .. } => Ok(Response::ServerModule {
-                success: false,
-                payload: Bytes::new(),
-                error: format!(
-                    "no plugin serves `{method}`: server modules are not routed to plugins yet"
-                )
-                .into(),
-            }),
             // As a 0.5.6 server without P2P answers: a task that finds nothing.
             Request::P2pLookupAndLock { keys } => {
                 Ok(Response::Int(self.p2p.begin(caller.realm(), *keys)))
@@ -887,6 +884,10 @@ impl Handler for ServiceHandler {
             .as_ref()
             .and_then(|envelope| envelope.known_operation(&service.limits));
         let bytes: usize = frames.iter().map(Bytes::len).sum();
+        if operation == Some(Operation::ServerModuleCall) {
+            let reply = Arc::clone(service).module_call(Arc::clone(peer), frames);
+            return Outcome::Later(Box::pin(reply));
+        }
         if bytes <= INLINE_BYTES && !operation.is_some_and(lmcache_driven::is_slow) {
             return service
                 .answer(peer, frames, arrived)

@@ -2,7 +2,7 @@
 //!
 //! One directory belongs to one running server. Each part of the server has a file or a folder of
 //! its own in it: `tenant-budgets.json` holds the budgets that were set over HTTP
-//! ([`budgets`](crate::budgets)). Nothing here is on the data path; all calls may block.
+//! ([`budgets`](crate::budgets)), `plugin-state/` what plugins keep. Nothing here is on the data path; all calls may block.
 
 use std::{
     fs::{DirBuilder, File, OpenOptions, TryLockError},

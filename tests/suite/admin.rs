@@ -115,9 +115,11 @@ async fn every_error_is_a_problem_with_a_code() {
 #[tokio::test]
 async fn metrics_have_the_golden_names_and_the_documented_ones() {
     let hello = root().join("tests/guests/sleep_loop.wat");
+    let measures = root().join("tests/guests/abi-v1/measures.wat");
     let mut server = Server::start(&[
         "--runtime-plugin-locations",
         hello.to_str().unwrap(),
+        measures.to_str().unwrap(),
         "--enable-tracing",
         "--otlp-endpoint",
         "127.0.0.1:1",
@@ -140,7 +142,9 @@ async fn metrics_have_the_golden_names_and_the_documented_ones() {
     assert_eq!(stockade_tests::lookup(&mut client, &unknown).await, 0);
     let flood = Key::new("m", &tokens(16 * 20_000, 2), Some(0), "flood");
     assert!(worker.prepare_store(&flood).await.is_empty());
-    while server.json("/v1/plugins/sleep_loop").await["state"] != "running" {
+    while server.json("/v1/plugins/sleep_loop").await["state"] != "running"
+        || server.json("/v1/plugins/measures").await["metrics"]["level"] != 0.5
+    {
         tokio::time::sleep(std::time::Duration::from_millis(10)).await;
     }
     let text = server.http("GET", "/metrics", "").await.1;

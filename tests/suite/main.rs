@@ -16,6 +16,7 @@ mod listeners;
 mod lmcache_driven;
 mod load;
 mod native_plugins;
+mod plugin_calls;
 mod plugin_files;
 mod plugins;
 mod replay;

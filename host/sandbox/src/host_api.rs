@@ -34,7 +34,7 @@ pub(crate) use state::{PluginState as StateMap, StateStore};
 pub(crate) use tally::Tally;
 pub use tally::{CustomMetric, HandlerCount, Outcome, PluginCounts};
 
-use crate::{log_stream::LogLevel, manifest::Manifest};
+use crate::{log_stream::LogLevel, manifest::Manifest, wasm::WasmError};
 
 /// The imported module's name.
 pub const NAMESPACE: &str = "stockade:plugin/v1";
@@ -268,6 +268,36 @@ pub fn requirements(
         }
     }
     found
+}
+
+/// Refuses a version of the namespace that this server does not have, and functions that a
+/// version does not have. `imports` are pairs of module and field.
+///
+/// # Errors
+/// [`WasmError::ContractVersion`] and [`WasmError::ContractFunction`].
+pub fn check_imports<'a>(
+    name: &str,
+    imports: impl Iterator<Item = (&'a str, &'a str)>,
+) -> Result<(), WasmError> {
+    for (module, field) in imports {
+        let is_served = module == NAMESPACE;
+        if !is_served && module.starts_with(NAMESPACE_FAMILY) {
+            return Err(WasmError::ContractVersion {
+                name: name.to_owned(),
+                wanted: module.to_owned(),
+                served: NAMESPACE,
+            });
+        }
+        let mut functions = FUNCTIONS.iter().map(|(function, _)| *function);
+        if is_served && !functions.any(|function| function == field) {
+            return Err(WasmError::ContractFunction {
+                name: name.to_owned(),
+                version: NAMESPACE,
+                function: field.to_owned(),
+            });
+        }
+    }
+    Ok(())
 }
 
 /// Why a call of a plugin came to nothing.

@@ -539,8 +539,24 @@ impl Supervisor {
         }
     }
 
-    /// Calls a method of a plugin: what stands before the method's first dot is its name. Waits
-    /// for the reply, at most for the plugin's `call_ms`.
+    /// The plugin that a method belongs to: the one with the longest name that is all that stands
+    /// before a dot of it.
+    #[must_use]
+    pub fn serving(&self, method: &str) -> Option<Arc<str>> {
+        let registry = self.shared.registry.read();
+        let serves = |plugin: &&Arc<Plugin>| {
+            method
+                .strip_prefix(&*plugin.name)
+                .is_some_and(|rest| rest.starts_with('.'))
+        };
+        let serving = registry.plugins.iter().filter(serves);
+        serving
+            .max_by_key(|plugin| plugin.name.len())
+            .map(|plugin| Arc::clone(&plugin.name))
+    }
+
+    /// Calls a method of the plugin that it belongs to. Waits for the reply, at most for the
+    /// plugin's `call_ms`.
     ///
     /// # Errors
     /// [`CallFailure`], whose text is for the caller.
@@ -551,10 +567,9 @@ impl Supervisor {
         caller: &'static str,
         payload: bytes::Bytes,
     ) -> Result<bytes::Bytes, CallFailure> {
-        let name = method.split('.').next().unwrap_or_default();
-        let plugin = self
-            .plugin(name)
-            .map_err(|_| CallFailure::NoPlugin(method.chars().take(128).collect()))?;
+        let nobody = || CallFailure::NoPlugin(method.chars().take(128).collect());
+        let name = self.serving(method).ok_or_else(nobody)?;
+        let plugin = self.plugin(&name).map_err(|_| nobody())?;
         let (terms, stage) = {
             let shared = plugin.shared.lock();
             (Terms::of(&shared.manifest), shared.state)
@@ -621,8 +636,23 @@ impl Supervisor {
     /// # Errors
     /// [`RankFailure`], which is counted for the plugin.
     pub fn rank(&self, plugin: &str, request: RankRequest) -> Result<Vec<u32>, RankFailure> {
+        let found = self.plugin(plugin).map_err(|_| RankFailure::NotRunning)?;
+        let deadline = Terms::of(&found.shared.lock().manifest).rank_time;
+        self.rank_within(plugin, request, deadline)
+    }
+
+    /// As [`rank`](Self::rank), waiting for so long instead of the plugin's `rank_ms`.
+    ///
+    /// # Errors
+    /// [`RankFailure`], which is counted for the plugin.
+    pub fn rank_within(
+        &self,
+        plugin: &str,
+        request: RankRequest,
+        deadline: Duration,
+    ) -> Result<Vec<u32>, RankFailure> {
         let plugin = self.plugin(plugin).map_err(|_| RankFailure::NotRunning)?;
-        let order = plugin.rank(request);
+        let order = plugin.rank(request, deadline);
         plugin.tally.ranked(order.as_ref().err().copied());
         order
     }
@@ -679,8 +709,7 @@ impl Registry {
 }
 
 impl Plugin {
-    fn rank(&self, request: RankRequest) -> Result<Vec<u32>, RankFailure> {
-        let deadline = Terms::of(&self.shared.lock().manifest).rank_time;
+    fn rank(&self, request: RankRequest, deadline: Duration) -> Result<Vec<u32>, RankFailure> {
         let link = self.current.get().ok_or(RankFailure::NotRunning)?;
         link.order(request, deadline)
     }

@@ -646,7 +646,9 @@ impl WasmRuntime {
     fn link(&self, name: &str, compiled: &Compiled) -> Result<Code, WasmError> {
         match compiled {
             Compiled::Module(module) => {
-                check_contract(name, module)?;
+                let imports = module.imports();
+                let imports = imports.map(|import| (import.module(), import.name()));
+                host_api::check_imports(name, imports)?;
                 let start = module.get_export("_start");
                 let has_start = start
                     .and_then(|it| it.func().map(|f| f.params().len() + f.results().len()))
@@ -674,30 +676,6 @@ impl WasmRuntime {
             name: name.to_owned(),
         })
     }
-}
-
-/// Refuses a version of the plugins' namespace that this server does not have, and functions
-/// that a version does not have, before anything else is said of the module.
-fn check_contract(name: &str, module: &wasmtime::Module) -> Result<(), WasmError> {
-    for import in module.imports() {
-        let is_served = import.module() == host_api::NAMESPACE;
-        if !is_served && import.module().starts_with(host_api::NAMESPACE_FAMILY) {
-            return Err(WasmError::ContractVersion {
-                name: name.to_owned(),
-                wanted: import.module().to_owned(),
-                served: host_api::NAMESPACE,
-            });
-        }
-        let mut functions = host_api::FUNCTIONS.iter().map(|(function, _)| *function);
-        if is_served && !functions.any(|function| function == import.name()) {
-            return Err(WasmError::ContractFunction {
-                name: name.to_owned(),
-                version: host_api::NAMESPACE,
-                function: import.name().to_owned(),
-            });
-        }
-    }
-    Ok(())
 }
 
 /// Whether a module exports handlers, which must have their type.

@@ -41,6 +41,25 @@ struct PluginLimitLabels {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct PluginHandlerLabels {
+    plugin: String,
+    handler: &'static str,
+    outcome: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct PluginReasonLabels {
+    plugin: String,
+    reason: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct PluginNameLabels {
+    plugin: String,
+    name: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct PluginInfoLabels {
     plugin: String,
     sha256: String,
@@ -105,6 +124,7 @@ pub(super) fn render(admin: &Admin) -> Result<String, fmt::Error> {
     read_denials(admin, own);
     read_transport(admin, own);
     read_plugins(admin, own);
+    read_plugin_calls(admin, own);
     read_server(admin, own);
     read_salts(&engine, own);
     encode_registry(&mut text, &now)?;
@@ -344,6 +364,12 @@ fn read_engine_details(status: &EngineStatus, registry: &mut Registry) {
         "demand_evicted_objects",
         "Objects evicted because a reservation needed room",
         status.demand_evicted_objects,
+    );
+    counter(
+        registry,
+        "ranked_evicted_objects",
+        "Objects evicted at the watermark in a plugin's order",
+        status.ranked_evicted_objects,
     );
     counter(
         registry,
@@ -590,5 +616,100 @@ fn read_plugins(admin: &Admin, registry: &mut Registry) {
         "CPU time of a sandboxed plugin's current run",
         Unit::Seconds,
         cpu,
+    );
+}
+
+/// What plugins asked of the server, and the server of them. Their own metrics have as many names
+/// as their limits allow.
+fn read_plugin_calls(admin: &Admin, registry: &mut Registry) {
+    let asked = Family::<PluginReasonLabels, Counter>::default();
+    let handled = Family::<PluginHandlerLabels, Counter>::default();
+    let lost = Family::<PluginReasonLabels, Counter>::default();
+    let ranked = Family::<PluginReasonLabels, Counter>::default();
+    let paused = Family::<PluginReasonLabels, Gauge>::default();
+    let counters = Family::<PluginNameLabels, FloatCounter>::default();
+    let gauges = Family::<PluginNameLabels, FloatGauge>::default();
+    for status in admin.supervisor.snapshot() {
+        let counts = status.counts;
+        let labels = |reason| PluginReasonLabels {
+            plugin: status.name.to_string(),
+            reason,
+        };
+        let refused: u64 = counts.refused.iter().map(|(_, count)| count).sum();
+        asked
+            .get_or_create(&labels("ok"))
+            .inc_by(counts.host_calls.saturating_sub(refused));
+        for (code, count) in counts.refused {
+            asked.get_or_create(&labels(code.name())).inc_by(count);
+        }
+        for it in counts.handlers {
+            let labels = PluginHandlerLabels {
+                plugin: status.name.to_string(),
+                handler: it.handler.kind(),
+                outcome: it.outcome.name(),
+            };
+            handled.get_or_create(&labels).inc_by(it.count);
+        }
+        lost.get_or_create(&labels("behind"))
+            .inc_by(counts.events_lost);
+        if status.rank {
+            let ranking = admin.ranker.status(&status.name);
+            ranked.get_or_create(&labels("ok")).inc_by(counts.ranked);
+            ranked
+                .get_or_create(&labels("paused"))
+                .inc_by(ranking.skipped);
+            for (failure, count) in counts.rank_failures {
+                ranked.get_or_create(&labels(failure.name())).inc_by(count);
+            }
+            paused
+                .get_or_create(&labels("failures"))
+                .set(ranking.is_paused.into());
+        }
+        for metric in counts.custom {
+            let labels = PluginNameLabels {
+                plugin: status.name.to_string(),
+                name: metric.name,
+            };
+            if metric.is_counter {
+                counters.get_or_create(&labels).inc_by(metric.value);
+            } else {
+                gauges.get_or_create(&labels).set(metric.value);
+            }
+        }
+    }
+    registry.register(
+        "plugin_host_calls",
+        "Calls of a plugin to the server, by what came of them",
+        asked,
+    );
+    registry.register(
+        "plugin_handler_calls",
+        "Messages that a plugin was brought, by what came of them",
+        handled,
+    );
+    registry.register(
+        "plugin_events_lost",
+        "Cache events that a plugin was too slow for",
+        lost,
+    );
+    registry.register(
+        "plugin_rankings",
+        "Rounds of eviction for which a plugin was to give the order: ok, or why the native one was taken",
+        ranked,
+    );
+    registry.register(
+        "plugin_ranking_paused",
+        "1 while a plugin that failed too often is not asked for an order",
+        paused,
+    );
+    registry.register(
+        "plugin_custom",
+        "Counters that a plugin makes itself",
+        counters,
+    );
+    registry.register(
+        "plugin_custom_gauge",
+        "Gauges that a plugin makes itself",
+        gauges,
     );
 }

@@ -11,7 +11,7 @@ use axum::{
 };
 use serde::Deserialize;
 use serde_json::{Value, json};
-use stockade_sandbox::{LogLine, PluginStatus, Supervisor};
+use stockade_sandbox::{CallFailure, LogLine, PluginStatus, Supervisor};
 
 use super::{Shared, access::Caller, problem::Problem, take::Query};
 
@@ -43,6 +43,26 @@ pub(super) fn plugin_json(status: &PluginStatus) -> Value {
         "log_lines_dropped": status.logs.dropped_lines,
         "log_lines_cut": status.logs.cut_lines,
         "log_bytes": status.logs.bytes,
+        "cache": status.cache,
+        "calls": status.calls,
+        "rank": status.rank,
+        "host_calls": status.counts.host_calls,
+        "host_calls_refused": status.counts.refused.iter()
+            .map(|(code, count)| (code.name().to_owned(), json!(count)))
+            .collect::<serde_json::Map<_, _>>(),
+        "handlers": status.counts.handlers.iter().map(|it| json!({
+            "handler": it.handler.kind(),
+            "outcome": it.outcome.name(),
+            "count": it.count,
+        })).collect::<Vec<_>>(),
+        "events_lost": status.counts.events_lost,
+        "ranked": status.counts.ranked,
+        "rank_fallbacks": status.counts.rank_failures.iter()
+            .map(|(failure, count)| (failure.name().to_owned(), json!(count)))
+            .collect::<serde_json::Map<_, _>>(),
+        "metrics": status.counts.custom.iter()
+            .map(|it| (it.name.clone(), json!(it.value)))
+            .collect::<serde_json::Map<_, _>>(),
         "limits": status.limits.iter().map(|limit| json!({
             "limit": limit.limit.name(),
             "declared": limit.declared,
@@ -85,7 +105,12 @@ fn default_log_lines() -> usize {
 }
 
 fn line_json(line: &LogLine) -> Value {
-    json!({"unix_ms": line.unix_ms, "stream": line.stream.name(), "text": &*line.text})
+    json!({
+        "unix_ms": line.unix_ms,
+        "stream": line.stream.name(),
+        "level": line.level.name(),
+        "text": &*line.text,
+    })
 }
 
 /// The newest lines, or those after `since`; with `follow` one JSON object a line, for as long
@@ -195,4 +220,37 @@ pub(super) async fn steer(
         StatusCode::ACCEPTED,
         Json(json!({"name": name, "action": action})),
     ))
+}
+
+/// Calls a method of a plugin, as an operator rather than a client.
+pub(super) async fn call(
+    State(admin): Shared,
+    Extension(caller): Extension<Caller>,
+    Path((name, method)): Path<(String, String)>,
+    body: Bytes,
+) -> Result<Response, Problem> {
+    admin.supervisor.status(&name)?;
+    tracing::info!("{} calls a method of plugin `{name}`", caller.name);
+    let method = format!("{name}.{method}");
+    let called = admin.supervisor.call(&method, "", "http", body);
+    let failed = |failure: CallFailure| {
+        let (status, code) = match failure {
+            CallFailure::NoPlugin(_) => (StatusCode::NOT_FOUND, "plugin-not-found"),
+            CallFailure::NotGranted(_) => (StatusCode::FORBIDDEN, "plugin-serves-no-calls"),
+            CallFailure::NotRunning { .. } => (StatusCode::CONFLICT, "plugin-not-running"),
+            CallFailure::Busy(_) => (StatusCode::TOO_MANY_REQUESTS, "plugin-calls-waiting"),
+            CallFailure::TooLarge { .. } => (StatusCode::PAYLOAD_TOO_LARGE, "body-too-large"),
+            CallFailure::Timeout { .. } => (StatusCode::GATEWAY_TIMEOUT, "plugin-call-timeout"),
+            CallFailure::Ended(_) | CallFailure::Failed(_) => {
+                (StatusCode::BAD_GATEWAY, "plugin-call-failed")
+            }
+        };
+        Problem::new(status, code, failure.to_string())
+    };
+    let payload = called.await.map_err(failed)?;
+    Ok((
+        [(header::CONTENT_TYPE, "application/octet-stream")],
+        payload,
+    )
+        .into_response())
 }

@@ -1,12 +1,14 @@
 //! `stockade simulate`: the hit rates that policies and pool sizes would have given.
 
 mod plot;
+mod plugin;
 mod trace_file;
 
 use std::{
     io::Write as _,
     path::PathBuf,
     sync::{
+        Arc,
         atomic::{AtomicUsize, Ordering},
         mpsc,
     },
@@ -22,6 +24,7 @@ use stockade_cache::{
     simulator::{Simulated, SimulatedPool, Trace, Workload, simulate},
 };
 
+use self::plugin::{PluginPolicy, PolicyChoice};
 use super::print;
 
 const GIB: f64 = (1_u64 << 30) as f64;
@@ -54,9 +57,9 @@ pub struct SimulateCommand {
     #[arg(long, value_name = "BYTES")]
     kv_bytes_per_chunk: Option<u64>,
 
-    /// Policies to compare, separated by commas [default: all that evict]
+    /// Policies to compare, separated by commas; plugin:FILE is LRU with a plugin that ranks at the watermark [default: all that evict]
     #[arg(long, value_delimiter = ',', value_name = "NAME")]
-    policy: Vec<PolicyKind>,
+    policy: Vec<PolicyChoice>,
     /// Sizes of the pool in GiB, separated by commas [default: parts of what the trace stores]
     #[arg(long, value_delimiter = ',', value_name = "GIB")]
     size_gb: Vec<f64>,
@@ -82,11 +85,40 @@ pub struct SimulateCommand {
 }
 
 /// One policy at one size.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 struct Run {
-    policy: PolicyKind,
+    policy: String,
     size_bytes: u64,
     result: Simulated,
+    /// Rounds of eviction that a plugin gave no order for; `None` without a plugin.
+    fallbacks: Option<u64>,
+}
+
+/// One pool to try.
+struct Trial {
+    policy: PolicyChoice,
+    pool: SimulatedPool,
+}
+
+impl Trial {
+    /// Replays the trace; a plugin runs for this pool alone.
+    fn run(
+        &self,
+        trace: &Trace,
+        progress: &mut dyn FnMut(usize),
+    ) -> anyhow::Result<(Simulated, Option<u64>)> {
+        let PolicyChoice::Plugin(file) = &self.policy else {
+            return Ok((simulate(trace, &self.pool, progress)?, None));
+        };
+        let plugin = PluginPolicy::start(file)?;
+        let ranker = Arc::clone(&plugin);
+        let pool = SimulatedPool {
+            ranker: Some(ranker as _),
+            ..self.pool.clone()
+        };
+        let result = simulate(trace, &pool, progress)?;
+        Ok((result, Some(plugin.fallbacks())))
+    }
 }
 
 impl SimulateCommand {
@@ -169,7 +201,7 @@ impl SimulateCommand {
     }
 
     /// The pools to try, policy by policy.
-    fn pools(&self, footprint: u64) -> Vec<SimulatedPool> {
+    fn trials(&self, footprint: u64) -> Vec<Trial> {
         let mut sizes = Vec::new();
         sizes.extend(self.size_gb.iter().map(|&gb| (gb * GIB) as u64));
         if sizes.is_empty() {
@@ -181,28 +213,35 @@ impl SimulateCommand {
             .into_iter()
             .filter(|&it| it != PolicyKind::Noop);
         let policies = match self.policy.is_empty() {
-            true => evicting.collect(),
+            true => evicting.map(PolicyChoice::Native).collect(),
             false => self.policy.clone(),
         };
-        let pools = policies.iter().flat_map(|&policy| {
-            sizes.iter().map(move |&size| SimulatedPool {
-                align_bytes: self.l1_align_bytes,
-                trigger_watermark: self.eviction_trigger_watermark,
-                eviction_ratio: self.eviction_ratio,
-                ..SimulatedPool::new(size, policy)
+        let trials = policies.iter().flat_map(|policy| {
+            let kind = match policy {
+                PolicyChoice::Native(kind) => *kind,
+                PolicyChoice::Plugin(_) => PolicyKind::Lru,
+            };
+            sizes.iter().map(move |&size| Trial {
+                policy: policy.clone(),
+                pool: SimulatedPool {
+                    align_bytes: self.l1_align_bytes,
+                    trigger_watermark: self.eviction_trigger_watermark,
+                    eviction_ratio: self.eviction_ratio,
+                    ..SimulatedPool::new(size, kind)
+                },
             })
         });
-        pools.collect()
+        trials.collect()
     }
 
     /// Tries all pools, as many at once as there are processors.
     fn simulate(&self, trace: &Trace, footprint: u64) -> anyhow::Result<Vec<Run>> {
-        let pools = self.pools(footprint);
+        let pools = self.trials(footprint);
         let (next, served) = (AtomicUsize::new(0), AtomicUsize::new(0));
         let workers = std::thread::available_parallelism().map_or(1, usize::from);
         let (sender, receiver) = mpsc::channel();
         let mut runs: Vec<Option<Run>> = vec![None; pools.len()];
-        std::thread::scope(|scope| {
+        std::thread::scope(|scope| -> anyhow::Result<()> {
             for _ in 0..workers.min(pools.len()) {
                 let (sender, pools, next, served) = (sender.clone(), &pools, &next, &served);
                 scope.spawn(move || {
@@ -214,7 +253,7 @@ impl SimulateCommand {
                             served.fetch_add(done - before, Ordering::Relaxed);
                             before = done;
                         };
-                        let result = simulate(trace, pool, &mut progress);
+                        let result = pool.run(trace, &mut progress);
                         // The receiver is gone only when another run has failed.
                         let _ = sender.send((nth, result));
                     }
@@ -226,10 +265,12 @@ impl SimulateCommand {
                 match receiver.recv_timeout(PROGRESS_INTERVAL) {
                     Ok((nth, result)) => {
                         if let (Some(run), Some(pool)) = (runs.get_mut(nth), pools.get(nth)) {
+                            let (result, fallbacks) = result?;
                             *run = Some(Run {
-                                policy: pool.policy,
-                                size_bytes: pool.capacity_bytes,
-                                result: result?,
+                                policy: pool.policy.name(),
+                                size_bytes: pool.pool.capacity_bytes,
+                                result,
+                                fallbacks,
                             });
                         }
                     }
@@ -240,8 +281,7 @@ impl SimulateCommand {
                     Err(mpsc::RecvTimeoutError::Disconnected) => return Ok(()),
                 }
             }
-        })
-        .map_err(|error: stockade_cache::BudgetError| anyhow::Error::from(error))?;
+        })?;
         let runs: Vec<Run> = runs.into_iter().flatten().collect();
         if runs.len() != pools.len() {
             bail!("a simulation ended without a result");
@@ -253,22 +293,22 @@ impl SimulateCommand {
         let mut sizes: Vec<u64> = runs.iter().map(|run| run.size_bytes).collect();
         sizes.sort_unstable();
         sizes.dedup();
-        let mut policies: Vec<PolicyKind> = runs.iter().map(|run| run.policy).collect();
+        let mut policies: Vec<String> = runs.iter().map(|run| run.policy.clone()).collect();
         policies.dedup();
         let mut table = Table::new();
         table.load_style(NOTHING);
         let mut header = vec!["POOL GIB".to_owned(), "OF ALL".to_owned()];
-        header.extend(policies.iter().map(ToString::to_string));
+        header.extend(policies.iter().cloned());
         table.set_header(header);
         for size in sizes {
             let mut row = vec![
                 format!("{:.2}", size as f64 / GIB),
                 format!("{:.1} %", 100.0 * size as f64 / footprint.max(1) as f64),
             ];
-            row.extend(policies.iter().map(|&policy| {
+            row.extend(policies.iter().map(|policy| {
                 let run = runs
                     .iter()
-                    .find(|run| run.policy == policy && run.size_bytes == size);
+                    .find(|run| run.policy == *policy && run.size_bytes == size);
                 run.map_or_else(String::new, |run| {
                     format!("{:.2} %", 100.0 * run.result.token_hit_rate())
                 })
@@ -292,7 +332,7 @@ impl SimulateCommand {
             .iter()
             .map(|run| {
                 json!({
-                    "policy": run.policy.name(),
+                    "policy": run.policy,
                     "size_bytes": run.size_bytes,
                     "token_hit_rate": run.result.token_hit_rate(),
                     "lookups": run.result.lookups,
@@ -300,6 +340,7 @@ impl SimulateCommand {
                     "hit_tokens": run.result.hit_tokens,
                     "evicted_objects": run.result.evicted_objects,
                     "refused_objects": run.result.refused_objects,
+                    "rank_fallbacks": run.fallbacks,
                 })
             })
             .collect();

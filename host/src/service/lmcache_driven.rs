@@ -351,6 +351,7 @@ impl Service {
         let length = slots.iter().map(|slot| slot.length).sum();
         self.metrics
             .retrieve_began(&worker.model_name, range.salt(), slots.len(), length);
+        self.tell_retrieved(key, &range, worker.layout.bytes);
         let is_over = || Instant::now() >= deadline || worker.has_ended();
         let copy = || -> Result<(), String> {
             let shown = |error: CopyError| error.to_string();

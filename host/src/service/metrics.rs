@@ -83,6 +83,15 @@ impl Names {
         known.insert(Arc::clone(&name));
         ClientLabel(name)
     }
+
+    /// Those that have a label of their own.
+    fn all(&self) -> Vec<ClientLabel> {
+        let known = self.0.lock();
+        known
+            .iter()
+            .map(|name| ClientLabel(Arc::clone(name)))
+            .collect()
+    }
 }
 
 /// The pairs of them that were seen.
@@ -145,6 +154,16 @@ struct Totals {
     stored_bytes: AtomicU64,
     retrieved_bytes: AtomicU64,
     errors: AtomicU64,
+}
+
+/// What was done for some salts since the server's start.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct SaltCounts {
+    pub(crate) lookups: u64,
+    pub(crate) lookup_tokens: u64,
+    pub(crate) hit_tokens: u64,
+    pub(crate) stored_chunks: u64,
+    pub(crate) retrieved_chunks: u64,
 }
 
 /// What the server has done since its start.
@@ -326,6 +345,36 @@ impl ServiceMetrics {
         self.lookup_hit_l1_tokens
             .get_or_create(&labels)
             .inc_by(hit as u64);
+    }
+
+    /// What was done for the salts that are wanted; those that share a label count for none.
+    pub(crate) fn counts_of(&self, wanted: impl Fn(&str) -> bool) -> SaltCounts {
+        let mut counts = SaltCounts::default();
+        let models = self.models.all();
+        for cache_salt in self.salts.all() {
+            if !wanted(&cache_salt.0) {
+                continue;
+            }
+            for model_name in &models {
+                let labels = ModelSaltLabels {
+                    model_name: model_name.clone(),
+                    cache_salt: cache_salt.clone(),
+                };
+                let of = |family: &Family<ModelSaltLabels, Counter>| {
+                    family.get(&labels).map_or(0, |counter| counter.get())
+                };
+                counts.lookups += of(&self.lookups);
+                counts.lookup_tokens += of(&self.lookup_requested_tokens);
+                counts.hit_tokens += of(&self.lookup_hit_tokens);
+            }
+            let labels = SaltLabels { cache_salt };
+            let of = |family: &Family<SaltLabels, Counter>| {
+                family.get(&labels).map_or(0, |counter| counter.get())
+            };
+            counts.stored_chunks += of(&self.written_chunks);
+            counts.retrieved_chunks += of(&self.read_chunks);
+        }
+        counts
     }
 
     pub(crate) fn early_exit(&self, reason: &'static str) {

@@ -4,13 +4,13 @@
 use std::{ops::Range, sync::Arc, time::Instant};
 
 use bytes::Bytes;
-use stockade_cache::{KeyScope, ObjectKey, Slot};
+use stockade_cache::{CacheSalt, KeyScope, ObjectKey, Slot};
 use stockade_wire::{CacheKey, InstanceId, RequestId, Response, pickle};
 
 use super::{
     Answer, Service,
     sessions::{Lookup, SessionId},
-    store::{describe, object_keys},
+    store::{TransferRange, describe, object_keys},
     workers::{TransferKey, Worker},
 };
 use crate::tenancy::Caller;
@@ -88,6 +88,15 @@ impl Service {
                 .coordinator
                 .used(found.flatten().cloned().collect());
         }
+        if self.plugin_events.is_wanted() {
+            self.plugin_events.looked_up(
+                &salt,
+                &key.model_name,
+                &key.request_id,
+                chunks * chunk_size,
+                found.hit_chunks * chunk_size,
+            );
+        }
         session.result = Some(found.hit_chunks);
         session.lookup = Some(Lookup {
             lease: found.lease,
@@ -137,6 +146,7 @@ impl Service {
         let bytes = slots.iter().map(|slot| slot.length).sum();
         self.metrics
             .retrieve_began(&worker.model_name, range.salt(), slots.len(), bytes);
+        self.tell_retrieved(key, &range, worker.layout.bytes);
         let began = Instant::now();
         if !inline {
             worker.put_read(
@@ -287,6 +297,15 @@ impl Service {
         Ok(Response::None)
     }
 
+    /// Tells plugins that a worker was given the chunks of a range.
+    pub(super) fn tell_retrieved(&self, key: &CacheKey, range: &TransferRange, bytes: u64) {
+        if self.plugin_events.is_wanted() {
+            let keys = object_keys(&range.transfer.scope, &range.hashes);
+            self.plugin_events
+                .retrieved(keys.into_iter(), bytes, &key.request_id);
+        }
+    }
+
     /// Ends a request: its chunks count as used, and its locks are given back.
     ///
     /// LMCache leaves unreleased locks to their TTL here; a read that a worker has begun
@@ -299,9 +318,22 @@ impl Service {
         let session = session.lock();
         if let Some(lookup) = &session.lookup {
             for scope in lookup.scopes.iter() {
-                self.engine
-                    .touch(&object_keys(scope, session.known_hashes()));
+                self.engine.touch_for(
+                    &object_keys(scope, session.known_hashes()),
+                    Some(request_id),
+                );
             }
+        }
+        if self.plugin_events.is_wanted() {
+            let scope = session.lookup.as_ref().and_then(|it| it.scopes.first());
+            let (salt, model) = match scope {
+                Some(scope) => (scope.cache_salt.clone(), Arc::clone(&scope.model_name)),
+                None => (
+                    caller.salt(&CacheSalt::default()).unwrap_or_default(),
+                    "".into(),
+                ),
+            };
+            self.plugin_events.session_ended(&salt, &model, request_id);
         }
         self.engine.end_owner(session.owner);
         Ok(Response::None)

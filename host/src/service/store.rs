@@ -149,7 +149,10 @@ impl Service {
         let realm = caller.realm();
         self.events
             .stored(realm, key, self.hasher.chunk_size(), range, slots);
-        let (field, problem) = match self.engine.commit(worker.owner, lease) {
+        let committed = self
+            .engine
+            .commit_for(worker.owner, lease, Some(&key.request_id));
+        let (field, problem) = match committed {
             Ok(committed) if committed.discarded > 0 => {
                 let problem = format!("{} chunks were not written in full", committed.discarded);
                 ("data", problem)

@@ -77,4 +77,6 @@ pub struct TenantUsage {
     pub share_bytes: u64,
     /// Bytes of its objects that were evicted, for whomever.
     pub evicted_bytes: u64,
+    /// Objects evicted so far.
+    pub evicted_objects: u64,
 }

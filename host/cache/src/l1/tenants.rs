@@ -48,6 +48,7 @@ struct Entry {
     /// Bytes of objects that were taken and not yet answered for.
     taken_bytes: u64,
     evicted_bytes: u64,
+    evicted_objects: u64,
 }
 
 impl Entry {
@@ -63,6 +64,7 @@ impl Entry {
             evictable_bytes: 0,
             taken_bytes: 0,
             evicted_bytes: 0,
+            evicted_objects: 0,
         }
     }
 
@@ -525,6 +527,7 @@ impl Tenants {
             entry.policy.evicted(place);
             entry.free_places.push(place);
             entry.evicted_bytes += bytes;
+            entry.evicted_objects += 1;
         }
     }
 
@@ -623,6 +626,7 @@ impl Tenants {
                 objects: entry.objects,
                 share_bytes: budget.cap_bytes.map_or(share, |cap| share.min(cap)),
                 evicted_bytes: entry.evicted_bytes,
+                evicted_objects: entry.evicted_objects,
             }
         });
         usage.collect()

@@ -28,7 +28,7 @@ const MAX_WAITING_CALLS: usize = 64;
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum CallFailure {
     /// There is no such plugin.
-    #[error("no plugin serves `{0}`: its name would be what stands before the first dot")]
+    #[error("no plugin serves `{0}`: its name would be what stands before a dot")]
     NoPlugin(String),
     /// The plugin serves no calls.
     #[error(
@@ -154,18 +154,21 @@ impl Drop for RankTurn {
 /// The server's end: cheap to clone.
 #[derive(Debug, Clone)]
 pub(crate) struct Link {
-    calls: mpsc::Sender<CallAsk>,
-    ranks: mpsc::Sender<RankAsk>,
+    // Boxed, because a queue keeps room for 32 of what it holds.
+    calls: mpsc::Sender<Box<CallAsk>>,
+    ranks: mpsc::Sender<Box<RankAsk>>,
     is_ranking: Arc<AtomicBool>,
 }
 
 impl Link {
     /// Hands a call over; `Err` with what becomes of it otherwise.
     pub(crate) fn call(&self, plugin: &Arc<str>, ask: CallAsk) -> Result<(), CallFailure> {
-        self.calls.try_send(ask).map_err(|error| match error {
-            mpsc::error::TrySendError::Full(_) => CallFailure::Busy(Arc::clone(plugin)),
-            mpsc::error::TrySendError::Closed(_) => CallFailure::Ended(Arc::clone(plugin)),
-        })
+        self.calls
+            .try_send(Box::new(ask))
+            .map_err(|error| match error {
+                mpsc::error::TrySendError::Full(_) => CallFailure::Busy(Arc::clone(plugin)),
+                mpsc::error::TrySendError::Closed(_) => CallFailure::Ended(Arc::clone(plugin)),
+            })
     }
 
     /// Has candidates put into an order, and waits for that until the deadline. Blocks.
@@ -182,10 +185,12 @@ impl Link {
             reply,
             turn,
         };
-        self.ranks.try_send(ask).map_err(|error| match error {
-            mpsc::error::TrySendError::Full(_) => RankFailure::Busy,
-            mpsc::error::TrySendError::Closed(_) => RankFailure::NotRunning,
-        })?;
+        self.ranks
+            .try_send(Box::new(ask))
+            .map_err(|error| match error {
+                mpsc::error::TrySendError::Full(_) => RankFailure::Busy,
+                mpsc::error::TrySendError::Closed(_) => RankFailure::NotRunning,
+            })?;
         // Whoever waits here keeps no run from being told of its end.
         drop(self);
         match ordered.recv_timeout(deadline) {
@@ -221,8 +226,8 @@ struct Timer {
 /// The run's end.
 #[derive(Debug)]
 pub(crate) struct Inbox {
-    calls: mpsc::Receiver<CallAsk>,
-    ranks: mpsc::Receiver<RankAsk>,
+    calls: mpsc::Receiver<Box<CallAsk>>,
+    ranks: mpsc::Receiver<Box<RankAsk>>,
     events: mpsc::Receiver<EventBatch>,
     events_in: mpsc::Sender<EventBatch>,
     stop: CancellationToken,
@@ -267,7 +272,7 @@ impl Inbox {
             let (calls, events) = (&mut self.calls, &mut self.events);
             let others = async {
                 tokio::select! {
-                    Some(call) = calls.recv() => Some(Incoming::Call(call)),
+                    Some(call) = calls.recv() => Some(Incoming::Call(*call)),
                     Some(batch) = events.recv() => Some(Incoming::Events(batch)),
                     () = timer => None,
                     else => std::future::pending().await,
@@ -279,7 +284,7 @@ impl Inbox {
                     self.is_told = true;
                     return Incoming::Shutdown;
                 }
-                Some(rank) = self.ranks.recv() => return Incoming::Rank(rank),
+                Some(rank) = self.ranks.recv() => return Incoming::Rank(*rank),
                 other = others => other,
             };
             if let Some(incoming) = incoming.or_else(|| self.take_due_timer()) {

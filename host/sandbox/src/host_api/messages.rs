@@ -134,9 +134,10 @@ pub(crate) enum Wants {
     Nothing,
     Call(oneshot::Sender<Result<Bytes, String>>),
     Rank {
+        /// First, so that it is free when whoever waits sees the reply lost.
+        turn: RankTurn,
         reply: std::sync::mpsc::SyncSender<Result<Vec<u32>, RankFailure>>,
         count: usize,
-        _turn: RankTurn,
     },
 }
 
@@ -225,37 +226,37 @@ impl Message {
             wants: Wants::Rank {
                 reply,
                 count: request.count,
-                _turn: turn,
+                turn,
             },
             ..Self::new(Handler::Rank, seq, fields)
         }
     }
 
     /// Ends the message: whoever waits for a reply gets it, or `failure` as the reason why not.
-    /// Returns whether that was a success.
-    pub(crate) fn settle(self, failure: Option<String>) -> bool {
+    /// Before that, `count_as` hears whether it was a success.
+    pub(crate) fn settle(self, failure: Option<String>, count_as: impl FnOnce(bool)) {
         match (self.wants, self.given, failure) {
-            (Wants::Nothing, _, failure) => failure.is_none(),
-            (Wants::Call(reply), Some(given), None) => {
+            (Wants::Nothing, _, failure) => count_as(failure.is_none()),
+            (Wants::Call(reply), given, failure) => {
+                let outcome = match (given, failure) {
+                    (_, Some(failure)) => Err(failure),
+                    (Some(given), None) => Ok(Bytes::from(given)),
+                    (None, None) => Err("the plugin returned without a reply".to_owned()),
+                };
+                count_as(outcome.is_ok());
                 // Whoever asked may have stopped waiting.
-                let _ = reply.send(Ok(given.into()));
-                true
+                let _ = reply.send(outcome);
             }
-            (Wants::Call(reply), _, failure) => {
-                let reason =
-                    failure.unwrap_or_else(|| "the plugin returned without a reply".to_owned());
-                let _ = reply.send(Err(reason));
-                false
-            }
-            (Wants::Rank { reply, count, .. }, given, failure) => {
+            (Wants::Rank { reply, count, turn }, given, failure) => {
                 let order = match (given, failure) {
                     (_, Some(_)) => Err(RankFailure::Garbage),
                     (None, None) => Err(RankFailure::Missing),
                     (Some(given), None) => parse_order(&given, count),
                 };
-                let is_used = order.is_ok();
+                count_as(order.is_ok());
+                // Whoever gets the order may ask for the next one at once.
+                drop(turn);
                 let _ = reply.try_send(order);
-                is_used
             }
         }
     }

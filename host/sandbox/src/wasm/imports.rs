@@ -161,11 +161,14 @@ impl Api {
     pub(super) fn settle(&self, message: Message, failure: Option<String>) {
         use host_api::Outcome;
         let handler = message.handler;
-        let outcome = match message.settle(failure) {
-            true => Outcome::Ok,
-            false => Outcome::Failed,
-        };
-        self.access.tally.handled(handler, outcome);
+        let tally = &self.access.tally;
+        message.settle(failure, |is_success| {
+            let outcome = match is_success {
+                true => Outcome::Ok,
+                false => Outcome::Failed,
+            };
+            tally.handled(handler, outcome);
+        });
     }
 }
 

@@ -12,6 +12,7 @@ use clap::Args;
 use serde_json::{Value, json};
 use stockade_sandbox::{
     Manifest, SecretKey,
+    host_api::{Handler, NAMESPACE, check_imports, requirements},
     loader::{self, Found, PluginKind},
     prove::{Held, Proof, prove},
     wasm::{self, ModuleFacts},
@@ -86,12 +87,22 @@ fn read(file: &Path, settings: &PluginSettings) -> anyhow::Result<Found> {
 fn missing(name: &str, facts: &ModuleFacts) -> Option<String> {
     let granted = |module: &str| match facts.is_component {
         true => module.starts_with("wasi:") && !module.starts_with("wasi:http"),
-        false => module == "wasi_snapshot_preview1",
+        false => module == "wasi_snapshot_preview1" || module == NAMESPACE,
     };
     let is_run = |export: &String| match facts.is_component {
         true => export.starts_with("wasi:cli/run@0.2"),
-        false => export == "_start",
+        false => {
+            export == "_start"
+                || Handler::ALL
+                    .iter()
+                    .any(|handler| export == handler.export())
+        }
     };
+    let imports = facts.imports.iter();
+    let imports = imports.map(|(module, field)| (module.as_str(), field.as_str()));
+    if let Err(error) = check_imports(name, imports) {
+        return Some(error.to_string());
+    }
     if let Some((module, field)) = facts.imports.iter().find(|(module, _)| !granted(module)) {
         let hint = match module.starts_with("wasi:http") {
             true => "; components are not offered HTTP, modules have http_request",
@@ -105,8 +116,24 @@ fn missing(name: &str, facts: &ModuleFacts) -> Option<String> {
         return None;
     }
     Some(format!(
-        "{name} exports neither _start nor, as a component, wasi:cli/run"
+        "{name} exports neither _start, nor a handler such as stockade_timer, nor, as a component, wasi:cli/run"
     ))
+}
+
+/// What each function that needs a grant needs, and what is missing with the line to add.
+fn needs_json(facts: &ModuleFacts, granted: &Manifest) -> Value {
+    let needs = requirements(&facts.imports, &facts.exports, granted);
+    let shown = needs.into_iter().filter_map(|need| {
+        let line = need.grant?;
+        let shown = match need.granted {
+            true => format!("granted: {line}"),
+            false => {
+                format!("missing: add {line} to the manifest, and leave it to it in [plugins]")
+            }
+        };
+        Some((need.function, Value::from(shown)))
+    });
+    Value::Object(shown.collect())
 }
 
 fn manifest_json(manifest: &Manifest) -> Value {
@@ -123,6 +150,9 @@ fn manifest_json(manifest: &Manifest) -> Value {
         "env": manifest.env,
         "directories": directories,
         "http": manifest.http.iter().map(ToString::to_string).collect::<Vec<_>>(),
+        "cache": manifest.cache,
+        "calls": manifest.calls,
+        "rank": manifest.rank,
         "limits": manifest.limits,
     })
 }
@@ -150,6 +180,7 @@ fn report(
             field => format!("{module}.{field}"),
         }).collect::<Vec<_>>()),
         "exports": facts.map(|facts| facts.exports.clone()),
+        "needs": facts.map(|facts| needs_json(facts, &found.manifest)),
         "asks_for": manifest_json(asked),
         "granted": manifest_json(&found.manifest),
         "refused": refusal,

@@ -4,7 +4,6 @@ use std::path::Path;
 
 use anyhow::{Context as _, anyhow};
 use plotters::prelude::*;
-use stockade_cache::PolicyKind;
 
 use super::{GIB, Run};
 
@@ -53,7 +52,7 @@ fn chart(svg: &mut String, title: &str, runs: &[Run]) -> Result<(), String> {
         .y_label_formatter(&|rate| format!("{rate:.0}"))
         .draw()
         .map_err(|error| failed(&error))?;
-    let mut policies: Vec<PolicyKind> = runs.iter().map(|run| run.policy).collect();
+    let mut policies: Vec<&str> = runs.iter().map(|run| &*run.policy).collect();
     policies.dedup();
     for (nth, policy) in policies.into_iter().enumerate() {
         let color = Palette99::pick(nth).to_rgba();
@@ -68,7 +67,7 @@ fn chart(svg: &mut String, title: &str, runs: &[Run]) -> Result<(), String> {
         chart
             .draw_series(LineSeries::new(points, color.stroke_width(2)).point_size(3))
             .map_err(|error| failed(&error))?
-            .label(policy.name())
+            .label(policy)
             .legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], color.stroke_width(2)));
     }
     chart

@@ -1,0 +1,27 @@
+;; A command that subscribes to everything and tells it.
+(module
+  (import "stockade:plugin/v1" "log" (func $log (param i32 i32 i32) (result i32)))
+  (import "stockade:plugin/v1" "cache_stats" (func $cache_stats (result i32)))
+  (import "stockade:plugin/v1" "cache_keys" (func $cache_keys (param i32 i32) (result i32)))
+  (import "stockade:plugin/v1" "events_subscribe" (func $subscribe (param i32 i32) (result i32)))
+  (import "stockade:plugin/v1" "answer_read" (func $answer_read (param i32 i32) (result i32)))
+  (import "stockade:plugin/v1" "next_message" (func $next_message (param i32) (result i32)))
+  (import "stockade:plugin/v1" "message_read" (func $message_read (param i32 i32) (result i32)))
+  (memory (export "memory") 4)
+  (data (i32.const 0) "{}")
+  (data (i32.const 8) "subscribed")
+  (func $tell (param $length i32)
+    (drop (call $answer_read (i32.const 65536) (local.get $length)))
+    (drop (call $log (i32.const 2) (i32.const 65536) (local.get $length))))
+  (func (export "_start")
+    (local $length i32)
+    (if (i32.lt_s (call $subscribe (i32.const 0) (i32.const 2)) (i32.const 0)) (then unreachable))
+    (drop (call $log (i32.const 2) (i32.const 8) (i32.const 10)))
+    (loop $again
+      (local.set $length (call $next_message (i32.const -1)))
+      (drop (call $message_read (i32.const 4096) (local.get $length)))
+      (drop (call $log (i32.const 2) (i32.const 4096) (local.get $length)))
+      ;; After each message, how the cache stands.
+      (call $tell (call $cache_stats))
+      (call $tell (call $cache_keys (i32.const 0) (i32.const 2)))
+      (br_if $again (i32.ne (i32.load8_u (i32.const 4106)) (i32.const 104))))))
