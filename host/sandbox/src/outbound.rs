@@ -1,8 +1,8 @@
 //! HTTP requests of plugins to the hosts that they were granted, and to no others.
 //!
 //! 1. The request costs one token of its plugin's rate, whatever becomes of it.
-//! 2. Its URL must name a granted host, port and method ([`target`]).
-//! 3. A name is looked up, and every address is checked ([`address`]); the connection goes to the
+//! 2. Its URL must name a granted host, port and method (`target`).
+//! 3. A name is looked up, and every address is checked (`address`); the connection goes to the
 //!    addresses that were checked, so that a second answer of the name server changes nothing.
 //! 4. Request and response are bounded in size and time. No redirect is followed, no proxy of the
 //!    environment used, no connection kept, and nothing is decompressed.
