@@ -33,13 +33,20 @@ step() {                                # NAME COMMAND...
 }
 
 step "toolchain for sandboxed plugins" plugin-sdk/toolchain.sh rust go || true
-step "example plugins" plugin-sdk/build.sh || true
+sandboxed=()
+for directory in examples/*/; do
+  if [[ -f $directory/Cargo.toml || -f $directory/go.mod ]]; then sandboxed+=("${directory%/}"); fi
+done
+step "example plugins" plugin-sdk/build.sh "${sandboxed[@]}" || true
 step "server" cargo build --release --locked
 
 plugins=(examples/mp_runtime_plugins)
-if compgen -G 'target/plugins/*.wasm' > /dev/null; then
-  plugins+=(target/plugins)
-else
+for directory in "${sandboxed[@]}"; do
+  name=${directory##*/}
+  module=target/plugins/${name//-/_}.wasm
+  if [[ -f $module ]]; then plugins+=("$module"); fi
+done
+if [[ ${#plugins[@]} == 1 ]]; then
   say "no sandboxed plugin could be built, so examples/hello.wat runs in their place"
   plugins+=(examples/hello.wat)
 fi

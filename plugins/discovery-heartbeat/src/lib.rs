@@ -176,9 +176,9 @@ mod tests {
     type Asked = Rc<RefCell<Vec<String>>>;
 
     /// A service that answers with `statuses`, one after the other; 0 is nobody there.
-    fn host(statuses: &[u16]) -> (Host, Asked) {
+    fn host(statuses: Vec<u16>) -> (Host, Asked) {
         let asked = Asked::default();
-        let (log, mut statuses) = (Rc::clone(&asked), statuses.to_vec().into_iter());
+        let (log, mut statuses) = (Rc::clone(&asked), statuses.into_iter());
         let host = Host::new()
             .config(json!({"http_config": {"http_host": "10.1.2.3", "http_port": 8080}}))
             .setting("plugin.frontend.heartbeat_url", "http://d/heartbeat")
@@ -196,7 +196,7 @@ mod tests {
 
     #[test]
     fn it_reports_what_lmcache_s_heartbeat_reports() {
-        let (host, asked) = host(&[]);
+        let (host, asked) = host(vec![]);
         let mut plugin = host.start::<Heartbeat>().unwrap();
         plugin.advance(Duration::from_secs(65)).unwrap();
         assert_eq!(asked.borrow().len(), 3);
@@ -207,7 +207,7 @@ mod tests {
 
     #[test]
     fn settings_say_when_and_for_whom() {
-        let (host, asked) = host(&[]);
+        let (host, asked) = host(vec![]);
         let host = host
             .setting("plugin.frontend.heartbeat_url", "http://d/h?zone=1")
             .setting("plugin.frontend.heartbeat_initial_delay", 5)
@@ -225,7 +225,7 @@ mod tests {
 
     #[test]
     fn failures_are_counted_and_it_goes_on() {
-        let (host, _) = host(&[0, 500, 200]);
+        let (host, _) = host(vec![0, 500, 200]);
         let mut plugin = host.start::<Heartbeat>().unwrap();
         plugin.advance(Duration::from_secs(60)).unwrap();
         assert_eq!(
