@@ -20,7 +20,8 @@ pub use listeners::{DEFAULT as DEFAULT_LISTENER, ListenerConfig, Users};
 pub use settings::Settings;
 
 use crate::{
-    admin::TlsFiles, coordinator::CoordinatorSettings, tenancy::Rules, traces::TraceSettings,
+    admin::TlsFiles, coordinator::CoordinatorSettings, service::HashLogSettings, tenancy::Rules,
+    traces::TraceSettings,
 };
 
 /// One GiB, the unit that LMCache calls GB.
@@ -67,6 +68,8 @@ pub struct Config {
     pub session_ttl: Duration,
     /// Records kept for KV-event subscribers; zero turns the channel off.
     pub kv_event_log_size: usize,
+    /// Where lookups are logged, as LMCache's lookup-hash logs; `None` for nowhere.
+    pub lookup_hash_log: Option<HashLogSettings>,
     /// Largest request in bytes, all frames together.
     pub max_message_bytes: usize,
     /// Most connections at once.
@@ -405,6 +408,31 @@ impl Config {
                 "--request-deadline-seconds {deadline}: give a number above 0"
             ));
         }
+        let lookup_hash_log = match settings.lookup_hash_log_dir {
+            Some(directory) if !directory.as_os_str().is_empty() => {
+                let interval = settings.lookup_hash_log_rotation_interval.unwrap_or(21_600);
+                let max_bytes = settings
+                    .lookup_hash_log_rotation_max_size
+                    .unwrap_or(100 << 20);
+                let max_files = settings.lookup_hash_log_max_files.unwrap_or(100);
+                for (flag, value) in [
+                    ("rotation-interval", interval),
+                    ("rotation-max-size", max_bytes),
+                    ("max-files", u64::from(max_files)),
+                ] {
+                    if value == 0 {
+                        return Err(format!("--lookup-hash-log-{flag} 0: give a number above 0"));
+                    }
+                }
+                Some(HashLogSettings {
+                    directory,
+                    rotation_interval: Duration::from_secs(interval),
+                    rotation_max_bytes: max_bytes,
+                    max_files: max_files as usize,
+                })
+            }
+            _ => None,
+        };
         let http_host = settings.http_host.unwrap_or_else(|| "127.0.0.1".to_owned());
         let http_insecure = settings.http_insecure.unwrap_or(false);
         if !is_loopback(&http_host) && settings.http_token_file.is_none() && !http_insecure {
@@ -460,6 +488,7 @@ impl Config {
                 settings.session_ttl_seconds.unwrap_or(600.0),
             )?,
             kv_event_log_size: settings.kv_event_log_size.unwrap_or(32_768) as usize,
+            lookup_hash_log,
             max_message_bytes: (max_message_mib as usize) << 20,
             max_connections: max_connections as usize,
             request_deadline: seconds("request-deadline-seconds", deadline)?,

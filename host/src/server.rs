@@ -223,9 +223,11 @@ impl Server {
                 transfer_mode: TransferMode::from_name(&config.supported_transfer_mode)
                     .unwrap_or(TransferMode::Auto),
                 null_block_id: config.null_block_id,
+                lookup_hash_log: config.lookup_hash_log.clone(),
             },
             &mut registry,
-        );
+        )
+        .context("--lookup-hash-log-dir cannot be used")?;
         let transport = stockade_transport::Server::new(
             ServiceHandler(Arc::clone(&service)),
             transport_config(&config),
@@ -377,6 +379,12 @@ impl Server {
         if let Some(export) = export {
             service.end_sessions();
             export.finish(TRACES_GRACE).await;
+        }
+        if config.lookup_hash_log.is_some() {
+            let ending = tokio::task::spawn_blocking(move || service.end_hash_log());
+            if let Err(error) = ending.await {
+                tracing::error!("the log of lookups did not end well: {error}");
+            }
         }
         tracing::info!("stopped");
         Ok(())

@@ -4,6 +4,7 @@
 //! address is answered. Follows the handlers in `lmcache/v1/multiprocess/modules/`.
 
 mod control;
+mod hash_log;
 mod kv_events;
 mod lapsed;
 mod latencies;
@@ -20,6 +21,7 @@ mod tests;
 mod workers;
 
 use std::{
+    io,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{
         Arc, OnceLock, Weak,
@@ -44,6 +46,7 @@ use stockade_wire::{
 
 use self::{
     control::P2pTasks,
+    hash_log::HashLog,
     kv_events::KvEvents,
     lapsed::{Lapsed, RECONNECT_WINDOW},
     lmcache_driven::Copies,
@@ -64,6 +67,7 @@ use crate::{
     traces::{Answered, Place, Traces},
 };
 
+pub use hash_log::HashLogSettings;
 pub use latencies::Snapshot as LatencySnapshot;
 pub use metrics::Activity;
 pub(crate) use metrics::SaltCounts;
@@ -101,6 +105,8 @@ pub struct ServiceSettings {
     pub transfer_mode: TransferMode,
     /// The block id that engines pass for blocks that hold nothing.
     pub null_block_id: i64,
+    /// Where lookups are logged, if they are.
+    pub lookup_hash_log: Option<HashLogSettings>,
 }
 
 /// Who copies KV between engine and cache, as LMCache's `--supported-transfer-mode` has it.
@@ -156,6 +162,7 @@ pub struct Service {
     events: Arc<KvEvents>,
     plugin_events: Arc<EventLog>,
     plugins: OnceLock<Weak<Supervisor>>,
+    hash_log: Option<HashLog>,
     p2p: P2pTasks,
     metrics: ServiceMetrics,
     log: CauseLimiter,
@@ -169,14 +176,22 @@ pub struct Service {
 
 impl Service {
     /// A service over `engine`; becomes its observer and registers its metrics.
-    #[must_use]
+    ///
+    /// # Errors
+    /// When lookups cannot be logged.
     pub fn new(
         engine: Arc<CacheEngine>,
         hasher: TokenHasher,
         tenancy: Arc<Tenancy>,
         settings: ServiceSettings,
         registry: &mut Registry,
-    ) -> Arc<Self> {
+    ) -> io::Result<Arc<Self>> {
+        let metrics = ServiceMetrics::register(registry);
+        let counts = hash_log::Counts::register(registry);
+        let hash_log = match &settings.lookup_hash_log {
+            Some(wanted) => Some(HashLog::open(wanted.clone(), counts)?),
+            None => None,
+        };
         let events = Arc::new(KvEvents::new(
             settings.kv_event_log_size,
             Arc::clone(&tenancy),
@@ -188,7 +203,7 @@ impl Service {
             Arc::clone(&plugin_events) as _,
         ])));
         let sessions = Sessions::new(settings.traces.clone());
-        Arc::new(Self {
+        Ok(Arc::new(Self {
             engine,
             hasher,
             tenancy,
@@ -199,8 +214,9 @@ impl Service {
             events,
             plugin_events,
             plugins: OnceLock::new(),
+            hash_log,
             p2p: P2pTasks::default(),
-            metrics: ServiceMetrics::register(registry),
+            metrics,
             log: CauseLimiter::default(),
             lapsed: Lapsed::default(),
             copies: Copies::default(),
@@ -208,7 +224,14 @@ impl Service {
             stored: Notify::new(),
             maintenance_rounds: AtomicU64::new(0),
             draining: AtomicBool::new(false),
-        })
+        }))
+    }
+
+    /// Writes what is still to be logged of lookups, as far as a moment allows. May block.
+    pub fn end_hash_log(&self) {
+        if let Some(log) = &self.hash_log {
+            log.end();
+        }
     }
 
     /// Who tells the fleet's coordinator what is here.

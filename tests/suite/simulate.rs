@@ -4,7 +4,7 @@ use std::path::Path;
 use std::process::{Command, Output};
 
 use serde_json::Value;
-use stockade_tests::{binary, root};
+use stockade_tests::{Key, Server, Worker, binary, lookup, root, tokens};
 
 fn simulate(args: &[&str]) -> Output {
     let mut command = Command::new(binary());
@@ -129,4 +129,55 @@ fn what_cannot_be_simulated_is_said_in_a_sentence() {
         );
         assert!(!stderr.contains("panicked"), "{stderr}");
     }
+}
+
+/// What a server logs of its lookups says the same to `simulate` as to LMCache's simulator.
+#[tokio::test]
+async fn a_server_s_own_lookup_hash_log_is_replayed() {
+    let directory = tempfile::tempdir().unwrap();
+    let logs = directory.path().join("logs");
+    let mut server = Server::start(&[
+        "--lookup-hash-log-dir",
+        logs.to_str().unwrap(),
+        "--lookup-hash-log-rotation-max-size",
+        "1",
+    ]);
+    let mut worker = Worker::register(&server, 1, "m").await;
+    for (request, count) in [("first", 40), ("second", 64)] {
+        let key = Key::new("m", &tokens(count, 7), None, request);
+        lookup(&mut worker.client, &key).await;
+    }
+    server.signal(rustix::process::Signal::TERM);
+    assert_eq!(server.wait(), Some(0));
+    let mut files: Vec<_> = std::fs::read_dir(&logs)
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .collect();
+    files.sort();
+    // A byte a file, so one for each lookup.
+    let lines: Vec<Value> = files
+        .iter()
+        .map(|file| serde_json::from_slice(&std::fs::read(file).unwrap()).unwrap())
+        .collect();
+    assert_eq!(lines.len(), 2);
+    assert_eq!(lines[0]["request_id"], "first");
+    assert_eq!(
+        (&lines[0]["chunk_size"], &lines[0]["seq_len"]),
+        (&16.into(), &40.into())
+    );
+    let hashes = |line: &Value| line["chunk_hashes"].as_array().unwrap().clone();
+    assert_eq!(hashes(&lines[1])[..2], hashes(&lines[0]));
+    let found = results(&[
+        "--trace",
+        logs.to_str().unwrap(),
+        "--size-gb",
+        "1",
+        "--policy",
+        "LRU",
+    ]);
+    let run = &found["results"][0];
+    assert_eq!(
+        (&run["lookups"], &run["hit_tokens"]),
+        (&2.into(), &32.into())
+    );
 }

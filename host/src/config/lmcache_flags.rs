@@ -58,7 +58,6 @@ const NO_GDS: &str = "the pool lives in host memory; leave it out and use --l1-s
 const NO_DEVDAX: &str = "the pool is a shared-memory segment; leave it out and use --l1-size-gb";
 const NO_SCRIPT: &str =
     "running callers' scripts in the server is remote code execution; write a plugin";
-const NO_HASH_LOG: &str = "lookup hashes are not logged in this release; leave it out";
 
 /// `lmcache server --help` of 0.5.6 less what [`super::Settings`] covers.
 const FLAGS: &[LmcacheFlag] = &[
@@ -142,10 +141,6 @@ const FLAGS: &[LmcacheFlag] = &[
     ),
     ignored("event-bus-queue-size", 1, "there is no event bus to size"),
     ignored("metrics-sample-rate", 1, "every event is counted"),
-    refused("lookup-hash-log-dir", 1, NO_HASH_LOG),
-    refused("lookup-hash-log-rotation-interval", 1, NO_HASH_LOG),
-    refused("lookup-hash-log-rotation-max-size", 1, NO_HASH_LOG),
-    refused("lookup-hash-log-max-files", 1, NO_HASH_LOG),
     ignored("enable-gc-monitor", 0, NO_GC),
     ignored("gc-monitor-min-pause-ms", 1, NO_GC),
     ignored("gc-monitor-top-objects", 1, NO_GC),

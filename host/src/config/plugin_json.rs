@@ -44,6 +44,20 @@ impl Config {
             "tag": "_default",
             "eviction": eviction,
         });
+        let hash_log = match &self.lookup_hash_log {
+            Some(log) => json!({
+                "output_dir": log.directory.to_string_lossy(),
+                "rotation_interval_sec": log.rotation_interval.as_secs(),
+                "rotation_max_size": log.rotation_max_bytes,
+                "max_files": log.max_files,
+            }),
+            None => json!({
+                "output_dir": "",
+                "rotation_interval_sec": 21600,
+                "rotation_max_size": 104_857_600,
+                "max_files": 100,
+            }),
+        };
         let mut config = json!({
             "mp_config": {
                 "transport": "zmq",
@@ -107,12 +121,7 @@ impl Config {
                 "otlp_endpoint": self.traces.as_ref().map(|traces| &traces.endpoint),
                 "prometheus_port": self.prometheus_port.unwrap_or(http_port),
                 "metrics_sample_rate": 1.0,
-                "lookup_hash_log": {
-                    "output_dir": "",
-                    "rotation_interval_sec": 21600,
-                    "rotation_max_size": 104_857_600,
-                    "max_files": 100,
-                },
+                "lookup_hash_log": hash_log,
                 "gc_monitor": {"enabled": false, "min_pause_ms": 1.0, "top_objects": 0},
                 "extra_logging_enabled": false,
                 "extra_logging_interval": 10.0,

@@ -326,6 +326,35 @@ pub struct Settings {
     /// error, warn, info, debug or trace [default: info] (ours)
     #[arg(long, env = "STOCKADE_LOG_LEVEL", help_heading = "HTTP and logs")]
     pub log_level: Option<String>,
+    /// Directory for lookup-hash logs, JSON lines of what was looked up; empty for none [default: none]
+    #[arg(
+        long,
+        value_name = "DIR",
+        env = "STOCKADE_LOOKUP_HASH_LOG_DIR",
+        help_heading = "HTTP and logs"
+    )]
+    pub lookup_hash_log_dir: Option<PathBuf>,
+    /// Seconds after which a lookup-hash log ends and a new one begins [default: 21600]
+    #[arg(
+        long,
+        env = "STOCKADE_LOOKUP_HASH_LOG_ROTATION_INTERVAL",
+        help_heading = "HTTP and logs"
+    )]
+    pub lookup_hash_log_rotation_interval: Option<u64>,
+    /// Bytes after which a lookup-hash log ends and a new one begins [default: 104857600]
+    #[arg(
+        long,
+        env = "STOCKADE_LOOKUP_HASH_LOG_ROTATION_MAX_SIZE",
+        help_heading = "HTTP and logs"
+    )]
+    pub lookup_hash_log_rotation_max_size: Option<u64>,
+    /// Lookup-hash logs that are kept; the oldest is deleted for a new one [default: 100]
+    #[arg(
+        long,
+        env = "STOCKADE_LOOKUP_HASH_LOG_MAX_FILES",
+        help_heading = "HTTP and logs"
+    )]
+    pub lookup_hash_log_max_files: Option<u32>,
     /// human or json [default: human] (ours)
     #[arg(long, env = "STOCKADE_LOG_FORMAT", help_heading = "HTTP and logs")]
     pub log_format: Option<String>,
@@ -360,6 +389,10 @@ impl Settings {
             worker_registration_grace_seconds,
             session_ttl_seconds,
             kv_event_log_size,
+            lookup_hash_log_dir,
+            lookup_hash_log_rotation_interval,
+            lookup_hash_log_rotation_max_size,
+            lookup_hash_log_max_files,
             max_message_mib,
             max_connections,
             request_deadline_seconds,

@@ -9,6 +9,7 @@ use stockade_wire::{CacheKey, InstanceId, RequestId, Response, pickle};
 
 use super::{
     Answer, Service,
+    hash_log::Record,
     sessions::{Lookup, SessionId},
     store::{TransferRange, describe, object_keys},
     workers::{TransferKey, Worker},
@@ -68,6 +69,20 @@ impl Service {
                 .release_prefix(session.owner, lease, 0..usize::MAX, u32::MAX);
         }
         let hashes = session.chunk_hashes(&self.hasher, &key.tokens, chunks);
+        if let Some(log) = &self.hash_log
+            && let Some(layout) =
+                self.workers
+                    .layout(caller.realm(), &key.model_name, key.world_size)
+        {
+            log.log(Record {
+                request_id: Arc::from(&*key.request_id),
+                model_name: Arc::clone(&key.model_name),
+                chunk_tokens: chunk_size,
+                tokens: key.tokens.len(),
+                layout,
+                hashes: hashes.to_vec(),
+            });
+        }
         let rows: Vec<Vec<ObjectKey>> = scopes
             .iter()
             .map(|scope| object_keys(scope, hashes))

@@ -443,6 +443,20 @@ impl Workers {
         Some(newest.1)
     }
 
+    /// The layout of the newest registration of this model.
+    pub(crate) fn layout(
+        &self,
+        realm: &Realm,
+        model_name: &Arc<str>,
+        world_size: u32,
+    ) -> Option<ChunkLayout> {
+        let registry = self.registry.lock();
+        let model = (realm.clone(), Arc::clone(model_name), world_size);
+        let (id, _) = registry.models.get(&model)?.last()?;
+        let worker = registry.workers.get(id)?;
+        Some(worker.layout.clone())
+    }
+
     /// Notes a sign of life; `false` if there is no such worker.
     pub(crate) fn ping(&self, id: &WorkerId, peer: u64) -> bool {
         let Some(worker) = self.get(id) else {

@@ -365,7 +365,7 @@ fn encoded_layout_bytes(layout: &Value) -> Option<u64> {
         .collect();
     let dtypes = field(layout, "dtypes")?.as_array()?.iter();
     let dtypes: Option<Vec<String>> = dtypes
-        .map(|dtype| Some(dtype.as_str()?.trim_start_matches("torch.").to_owned()))
+        .map(|dtype| Some(dtype.as_str()?.to_owned()))
         .collect();
     layout_bytes(&shapes?, &dtypes?)
 }
@@ -374,7 +374,8 @@ fn encoded_layout_bytes(layout: &Value) -> Option<u64> {
 fn layout_bytes(shapes: &[Vec<u64>], dtypes: &[String]) -> Option<u64> {
     let mut sum = 0_u64;
     for (shape, dtype) in shapes.iter().zip(dtypes) {
-        let width = match dtype.as_str() {
+        // As Python writes a dtype, or its bare name.
+        let width = match dtype.trim_start_matches("torch.") {
             "float64" | "int64" => 8,
             "float32" | "int32" => 4,
             "float16" | "bfloat16" | "int16" => 2,
