@@ -57,7 +57,7 @@ type KeyPage struct {
 type Key struct {
 	Key    string `json:"key"`     // LMCache's object key, <model>@<kv_rank>@<group>@<hash> and @<salt>
 	Bytes  uint64 `json:"bytes"`   // its size
-	IdleMs uint64 `json:"idle_ms"` // milliseconds since it was used
+	IdleMs uint64 `json:"idle_ms"` // milliseconds since it was last asked for; 0 too where that is not known
 	Pinned bool   `json:"pinned"`  // whether it is pinned
 }
 
@@ -130,7 +130,7 @@ const (
 
 // Subscription says what to subscribe to.
 type Subscription struct {
-	Types    []EventType `json:"types"`               // these kinds
+	Types    []EventType `json:"types,omitempty"`     // these kinds; all of them where it is empty
 	Cursor   *uint64     `json:"cursor"`              // go on after this event; from now on without
 	MaxBatch uint32      `json:"max_batch,omitempty"` // most events of a batch
 }

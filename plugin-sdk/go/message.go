@@ -87,11 +87,11 @@ type Candidate struct {
 	Salt    string `json:"salt"`    // its salt
 	Model   string `json:"model"`   // its model
 	Bytes   uint64 `json:"bytes"`   // its size
-	Chunk   uint64 `json:"chunk"`   // which chunk of its request it is, from 0
-	IdleMs  uint64 `json:"idle_ms"` // milliseconds since it was used
+	Chunk   uint64 `json:"chunk"`   // its place in the prompt of the request that used it last, from 0; 0 too where it is not known
+	IdleMs  uint64 `json:"idle_ms"` // milliseconds since it was last asked for
 	AgeMs   uint64 `json:"age_ms"`  // milliseconds since it was stored
-	Uses    uint64 `json:"uses"`    // how often it was used
-	Request string `json:"request"` // the request that used it last
+	Uses    uint64 `json:"uses"`    // how often it was asked for
+	Request string `json:"request"` // the last request that ended after using it; empty where there is none
 }
 
 // Unknown is what a newer server may send; it can be left alone.

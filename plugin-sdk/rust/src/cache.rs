@@ -102,8 +102,8 @@ pub struct Key {
     pub key: String,
     /// Its size.
     pub bytes: u64,
-    /// Milliseconds since it was used.
-    pub idle_ms: u64,
+    /// Milliseconds since it was last asked for, where that is known.
+    pub idle_ms: Option<u64>,
     /// Whether it is pinned.
     pub pinned: bool,
 }
@@ -210,7 +210,8 @@ pub enum EventType {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Subscription {
-    /// These kinds.
+    /// These kinds; all of them where it is empty.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
     pub types: Vec<EventType>,
     /// Go on after this event, as far as the server still has it; from now on without.
     pub cursor: Option<u64>,

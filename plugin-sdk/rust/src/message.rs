@@ -150,9 +150,9 @@ pub enum Event {
         /// Its size.
         #[serde(default)]
         bytes: u64,
-        /// The request that stored it.
+        /// The request that stored it, where it is known.
         #[serde(default)]
-        request: String,
+        request: Option<String>,
         /// Tokens that it holds.
         #[serde(default)]
         tokens: u64,
@@ -268,16 +268,16 @@ pub struct Candidate {
     pub model: String,
     /// Its size.
     pub bytes: u64,
-    /// Which chunk of its request it is, from 0.
-    pub chunk: u64,
-    /// Milliseconds since it was used.
+    /// Its place in the prompt of the request that used it last, from 0, where it is known.
+    pub chunk: Option<u64>,
+    /// Milliseconds since it was last asked for.
     pub idle_ms: u64,
     /// Milliseconds since it was stored.
     pub age_ms: u64,
-    /// How often it was used.
+    /// How often it was asked for.
     pub uses: u64,
-    /// The request that used it last.
-    pub request: String,
+    /// The last request that ended after using it, if there is one.
+    pub request: Option<String>,
 }
 
 impl Message {

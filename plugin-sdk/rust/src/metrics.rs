@@ -1,5 +1,6 @@
 //! Metrics of the plugin's own, which the server shows at `/metrics` as
-//! `stockade_plugin_custom{plugin,name}`. The manifest's `metrics` limits how many names there are.
+//! `stockade_plugin_custom_total{plugin,name}` and `stockade_plugin_custom_gauge{plugin,name}`. The
+//! manifest's `metrics` limits how many names there are; each is a counter or a gauge for good.
 
 use crate::{Result, abi, error::done};
 
@@ -7,8 +8,8 @@ use crate::{Result, abi, error::done};
 ///
 /// # Errors
 /// [`ErrorCode::Limit`](crate::ErrorCode::Limit) for a further name when there are too many,
-/// [`ErrorCode::Invalid`](crate::ErrorCode::Invalid) for a name of other than letters, digits and
-/// `_`, or a value that is negative or no number.
+/// [`ErrorCode::Invalid`](crate::ErrorCode::Invalid) for a name of other than `a-z`, `0-9` and
+/// `_`, a letter first, or a value that is negative or no number.
 pub fn add(name: &str, value: f64) -> Result<()> {
     done(abi::metric_add(name, value))
 }

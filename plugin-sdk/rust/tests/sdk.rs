@@ -339,6 +339,11 @@ fn what_newer_servers_add_is_left_alone() {
     assert!(matches!(batch.events[1], Event::Lookup { tokens: 4, .. }));
     let unknown: Message = serde_json::from_str(r#"{"kind": "weather", "seq": 2}"#).unwrap();
     assert_eq!(unknown, Message::Unknown);
+    let text = r#"{"kind": "rank", "candidates": [{"id": 3, "bytes": 1, "chunk": null, "request": null}]}"#;
+    let Message::Rank(rank) = serde_json::from_str(text).unwrap() else {
+        panic!("this was a ranking");
+    };
+    assert_eq!((rank.candidates[0].id, rank.candidates[0].chunk), (3, None));
     let stats: Stats = serde_json::from_str(r#"{"objects": 3, "new": {}}"#).unwrap();
     assert_eq!(stats.objects, 3);
 }

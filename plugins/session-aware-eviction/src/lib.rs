@@ -62,9 +62,14 @@ impl SessionAware {
 
     /// Lower goes first: finished before live, then idle long for its uses, then from behind.
     fn place(&self, candidate: &Candidate) -> (bool, f64, u64) {
-        let is_live = !self.finished.contains(&candidate.request);
+        let request = candidate.request.as_deref();
+        let is_live = !request.is_some_and(|request| self.finished.contains(request));
         let idle_for_each_use = candidate.idle_ms as f64 / (candidate.uses as f64 + 1.0);
-        (is_live, -idle_for_each_use, u64::MAX - candidate.chunk)
+        (
+            is_live,
+            -idle_for_each_use,
+            u64::MAX - candidate.chunk.unwrap_or_default(),
+        )
     }
 }
 
@@ -123,8 +128,8 @@ mod tests {
     fn candidate(id: u32, request: &str, chunk: u64, idle_ms: u64, uses: u64) -> Candidate {
         Candidate {
             id,
-            request: request.to_owned(),
-            chunk,
+            request: Some(request.to_owned()),
+            chunk: Some(chunk),
             idle_ms,
             uses,
             ..Candidate::default()
