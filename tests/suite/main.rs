@@ -17,6 +17,7 @@ mod lmcache_driven;
 mod load;
 mod native_plugins;
 mod plugin_calls;
+mod plugin_author;
 mod plugin_files;
 mod plugins;
 mod replay;

@@ -1,6 +1,13 @@
 //! `stockade plugin`: plugins of a running server, and plugin files without one.
 
+mod build;
+mod check;
 mod local;
+mod new;
+mod pack;
+mod run;
+mod test;
+mod trial;
 
 use std::path::PathBuf;
 
@@ -10,7 +17,15 @@ use comfy_table::{Table, presets::NOTHING};
 use serde_json::Value;
 use stockade_sandbox::prove::Held;
 
-use self::local::Local;
+use self::{
+    build::Build,
+    check::Check,
+    local::Local,
+    new::New,
+    pack::{Pack, Unpack},
+    run::{Bench, Run},
+    test::Test,
+};
 use super::{print, print_json, remote::Remote};
 
 /// Arguments of `stockade plugin`.
@@ -62,6 +77,22 @@ enum Action {
         /// Name as `list` shows it
         name: String,
     },
+    /// Make a folder with a plugin in Rust or Go that builds, its test and manifest, and the SDK
+    New(New),
+    /// Build the plugin of a folder for the sandbox, and check it
+    Build(Build),
+    /// Say what keeps a module from running as it means to, and what to add where
+    Check(Check),
+    /// Run a plugin in the sandbox beside a made-up cache, and show what it logs
+    Run(Run),
+    /// Send a plugin what a test file says, in the sandbox, and compare what comes of it
+    Test(Test),
+    /// Measure calls of a plugin, or its rankings, in the sandbox
+    Bench(Bench),
+    /// Put a module, its manifest and its signature into one file
+    Pack(Pack),
+    /// Check a pack and put its files into a directory of plugins
+    Unpack(Unpack),
     /// Show what a plugin file is, imports, asks for and would be granted
     Inspect {
         /// A .wasm, .wat, .py or .sh file
@@ -153,6 +184,14 @@ impl PluginCommand {
                 let sha256 = answer["sha256"].as_str().unwrap_or("-");
                 print(&format!("{name}: reloaded, sha256 {sha256}\n"))
             }
+            Action::New(new) => new.run(remote.is_json()),
+            Action::Build(build) => build.run(remote.is_json()),
+            Action::Check(check) => check.run(remote.is_json()),
+            Action::Run(run) => run.run(remote.is_json()),
+            Action::Test(test) => test.run(remote.is_json()),
+            Action::Bench(bench) => bench.run(remote.is_json()),
+            Action::Pack(pack) => pack.run(remote.is_json()),
+            Action::Unpack(unpack) => unpack.run(remote.is_json()),
             Action::Inspect { file, local } => local::inspect(file, local, remote.is_json()),
             Action::Prove {
                 files,

@@ -29,6 +29,12 @@ pub(super) struct Local {
     config: Option<PathBuf>,
 }
 
+impl Local {
+    pub(super) fn config(&self) -> Option<&Path> {
+        self.config.as_deref()
+    }
+}
+
 /// Shows what a plugin file is, what it wants and what it would get.
 ///
 /// # Errors
@@ -66,7 +72,7 @@ pub(super) fn inspect(file: &Path, local: &Local, is_json: bool) -> anyhow::Resu
     }
 }
 
-fn read(file: &Path, settings: &PluginSettings) -> anyhow::Result<Found> {
+pub(super) fn read(file: &Path, settings: &PluginSettings) -> anyhow::Result<Found> {
     let found = loader::find(&[file.to_owned()], &settings.policy)?.pop();
     match found {
         Some(found) => Ok(found),

@@ -1,0 +1,7 @@
+module my-plugin
+
+go 1.24
+
+require stockade.dev/plugin v0.0.0
+
+replace stockade.dev/plugin => ../../go

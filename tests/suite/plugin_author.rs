@@ -1,0 +1,340 @@
+//! What the author of a plugin gets: `stockade plugin new`, `check`, `run`, `test`, `bench`, `pack`.
+//! What the compilers make of the SDKs is tried in `tests/plugins/`.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use serde_json::Value;
+use stockade_tests::binary;
+
+/// A reactor that logs at its start, answers `ping` calls, and ranks backwards two candidates.
+const REACTOR: &str = r#"(module
+    (import "stockade:plugin/v1" "log" (func $log (param i32 i32 i32) (result i32)))
+    (import "stockade:plugin/v1" "reply" (func $reply (param i32 i32) (result i32)))
+    (import "stockade:plugin/v1" "metric_add" (func $add (param i32 i32 f64) (result i32)))
+    (memory (export "memory") 1)
+    (data (i32.const 0) "hello from the startpongpings[1,0]")
+    (func (export "stockade_start") (param i32) (result i32)
+        (drop (call $log (i32.const 2) (i32.const 0) (i32.const 20)))
+        (i32.const 0))
+    (func (export "stockade_call") (param i32) (result i32)
+        (drop (call $add (i32.const 24) (i32.const 5) (f64.const 1)))
+        (drop (call $reply (i32.const 20) (i32.const 4)))
+        (i32.const 0))
+    (func (export "stockade_rank") (param i32) (result i32)
+        (drop (call $reply (i32.const 29) (i32.const 5)))
+        (i32.const 0)))"#;
+
+/// A module with an empty `_start`.
+const COMMAND: &[u8] =
+    b"\0asm\x01\0\0\0\x01\x04\x01\x60\0\0\x03\x02\x01\0\x07\x0a\x01\x06_start\0\0\x0a\x04\x01\x02\0\x0b";
+
+struct Folder(tempfile::TempDir);
+
+impl Folder {
+    fn new() -> Self {
+        Self(tempfile::tempdir().unwrap())
+    }
+
+    fn write(&self, name: &str, text: impl AsRef<[u8]>) -> PathBuf {
+        let path = self.path(name);
+        fs::write(&path, text).unwrap();
+        path
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    /// Runs `stockade plugin`; whether it succeeded, and what it printed.
+    fn stockade(&self, arguments: &[&str]) -> (bool, String) {
+        let output = Command::new(binary())
+            .arg("plugin")
+            .args(arguments)
+            .current_dir(self.0.path())
+            .env("XDG_CACHE_HOME", self.path("cache"))
+            .output()
+            .unwrap();
+        let text = [output.stdout, output.stderr].concat();
+        (output.status.success(), String::from_utf8(text).unwrap())
+    }
+
+    #[track_caller]
+    fn succeeds(&self, arguments: &[&str]) -> String {
+        let (is_success, text) = self.stockade(arguments);
+        assert!(is_success, "{arguments:?}: {text}");
+        text
+    }
+
+    #[track_caller]
+    fn fails(&self, arguments: &[&str], why: &str) -> String {
+        let (is_success, text) = self.stockade(arguments);
+        assert!(!is_success, "{arguments:?}: {text}");
+        assert!(text.contains(why), "no {why:?} in {text}");
+        text
+    }
+}
+
+fn exists(path: &Path) -> bool {
+    path.try_exists().unwrap()
+}
+
+#[test]
+fn new_makes_a_folder_once() {
+    let folder = Folder::new();
+    for (language, source) in [("rust", "src/lib.rs"), ("go", "main.go")] {
+        let name = format!("my-{language}");
+        let made = folder.succeeds(&["--json", "new", "--lang", language, &name]);
+        let made: Value = serde_json::from_str(&made).unwrap();
+        for file in made["files"].as_array().unwrap() {
+            let path = folder.path(&name).join(file.as_str().unwrap());
+            assert!(exists(&path), "{path:?}");
+            assert!(
+                !fs::read_to_string(&path).unwrap().contains("../../rust")
+                    && !fs::read_to_string(&path).unwrap().contains("my_plugin"),
+                "{path:?}"
+            );
+        }
+        let source = fs::read_to_string(folder.path(&name).join(source)).unwrap();
+        assert!(source.contains(&format!("my_{language}.seconds")));
+        folder.fails(&["new", "--lang", language, &name], "is there already");
+    }
+    folder.fails(&["new", "--lang", "rust", "../x"], "no name for a plugin");
+    assert!(!exists(&folder.path("x")));
+}
+
+#[test]
+fn check_names_the_import_and_the_line_to_add() {
+    let folder = Folder::new();
+    folder.write("it.wat", REACTOR);
+    let text = folder.succeeds(&["check", "it.wat"]);
+    assert!(text.contains("it: a reactor"), "{text}");
+    assert!(
+        text.contains("add to it.plugin.toml: calls = true"),
+        "{text}"
+    );
+    let imports = r#"(import "stockade:plugin/v1" "cache_stats" (func (result i32)))"#;
+    folder.write(
+        "it.wat",
+        format!("(module {imports} (func (export \"_start\")))"),
+    );
+    let text = folder.succeeds(&["check", "it.wat"]);
+    assert!(
+        text.contains("warning: cache_stats is not granted"),
+        "{text}"
+    );
+    assert!(
+        text.contains("add to it.plugin.toml: cache = [\"stats\"]"),
+        "{text}"
+    );
+    folder.fails(&["check", "--strict", "it.wat"], "--strict");
+    // Granted by the manifest, then taken away by the server's file.
+    folder.write("it.plugin.toml", "cache = [\"stats\", \"evict\"]\n");
+    let text = folder.succeeds(&["check", "--strict", "it.wat"]);
+    assert!(
+        text.contains("granted cache = [\"evict\"] and has no use for it"),
+        "{text}"
+    );
+    folder.write("stockade.toml", "[plugins.it]\ncache = []\n");
+    let text = folder.succeeds(&["check", "it.wat", "--config", "stockade.toml"]);
+    assert!(text.contains("the server's file takes it away"), "{text}");
+    let json = folder.succeeds(&["--json", "check", "it.wat"]);
+    let json: Value = serde_json::from_str(&json).unwrap();
+    assert_eq!(json["style"], "command");
+    assert_eq!(json["needs"][0]["granted"], true);
+}
+
+#[test]
+fn check_says_why_a_module_would_not_run() {
+    let folder = Folder::new();
+    let start = "(func (export \"_start\"))";
+    for (module, why, fix) in [
+        (
+            format!("(module (import \"stockade:plugin/v2\" \"log\" (func)) {start})"),
+            "stockade:plugin/v2.log",
+            "this server has stockade:plugin/v1",
+        ),
+        (
+            format!("(module (import \"stockade:plugin/v1\" \"fly\" (func)) {start})"),
+            "stockade:plugin/v1.fly",
+            "SDK of this server",
+        ),
+        (
+            format!("(module (import \"env\" \"puts\" (func)) {start})"),
+            "env.puts",
+            "wasm32-wasip1",
+        ),
+        (
+            "(module)".to_owned(),
+            "neither _start nor a handler",
+            "export_plugin!",
+        ),
+        ("(module".to_owned(), "text", ""),
+    ] {
+        folder.write("it.wat", &module);
+        let text = folder.fails(&["check", "it.wat"], why);
+        assert!(text.contains(fix), "{module}: {text}");
+    }
+    folder.write("it.sh", "#!/bin/sh\n");
+    folder.fails(&["check", "it.sh"], "is a script");
+    folder.fails(&["check", "none.wasm"], "none.wasm");
+}
+
+#[test]
+fn test_files_say_what_must_come_of_what() {
+    let folder = Folder::new();
+    folder.write("it.wat", REACTOR);
+    folder.write("it.plugin.toml", "calls = true\nrank = true\n");
+    let good = r#"
+        [[step]]
+        send = "nothing"
+        logs = ["hello", ]
+        no_logs = ["goodbye"]
+        calls = []
+        [[step]]
+        send = "call"
+        method = "it.ping"
+        reply = "pong"
+        metrics = { pings = 1 }
+        [[step]]
+        send = "rank"
+        candidates = [{ bytes = 1 }, { bytes = 2 }]
+        order = [1, 0]
+        [[step]]
+        send = "shutdown"
+    "#;
+    folder.write("it.test.toml", good);
+    let text = folder.succeeds(&["test", "--module", "it.wat"]);
+    assert!(text.contains("4 steps passed"), "{text}");
+    for (from, to, why) in [
+        ("\"hello\"", "\"bonjour\"", "no line with \"bonjour\""),
+        ("\"goodbye\"", "\"from the\"", "no_logs has \"from the\""),
+        ("calls = []", "calls = [\"pin\"]", "calls has [\"pin\"]"),
+        ("\"pong\"", "\"ping\"", "the reply is \"pong\""),
+        ("pings = 1", "pings = 2", "metric pings is Some(1.0)"),
+        ("order = [1", "order = [0", "the order is [1, 0]"),
+        ("send = \"rank\"", "send = \"fly\"", "fly"),
+        (
+            "send = \"nothing\"",
+            "send = \"nothing\"\nwithin_ms = 300\nfoo = 1",
+            "foo",
+        ),
+    ] {
+        // What never comes is not waited for longer than this test has patience.
+        let bad = good.replace("send = \"nothing\"", "send = \"nothing\"\nwithin_ms = 300");
+        let bad = bad.replace("reply =", "within_ms = 300\nreply =");
+        let bad = match from {
+            "send = \"nothing\"" => good.replace(from, to),
+            from => bad.replace(from, to),
+        };
+        assert_ne!(bad, good, "{from}");
+        folder.write("it.test.toml", &bad);
+        let text = folder.fails(&["test", "--module", "it.wat"], why);
+        if !["fly", "foo"].contains(&why) {
+            assert!(text.contains("| hello from the start"), "{text}");
+        }
+    }
+    folder.fails(&["test"], "stockade plugin build");
+}
+
+#[test]
+fn a_call_that_fails_may_be_what_is_wanted() {
+    let folder = Folder::new();
+    folder.write("it.wat", REACTOR);
+    let step = "[[step]]\nsend = \"call\"\nmethod = \"it.ping\"\nfails = \"calls\"\n";
+    folder.write("it.test.toml", step);
+    // Without the grant.
+    folder.succeeds(&["test", "--module", "it.wat"]);
+    folder.write("it.plugin.toml", "calls = true\n");
+    folder.fails(
+        &["test", "--module", "it.wat"],
+        "the call had the reply \"pong\"",
+    );
+}
+
+#[test]
+fn run_shows_the_log_and_how_it_ended() {
+    let folder = Folder::new();
+    folder.write("it.wat", REACTOR);
+    let text = folder.succeeds(&["run", "it.wat", "--seconds", "0.2"]);
+    assert!(text.contains("info  hello from the start"), "{text}");
+    folder.write(
+        "trap.wat",
+        "(module (func (export \"_start\") unreachable))",
+    );
+    folder.fails(&["run", "trap.wat"], "unreachable");
+    folder.fails(&["run", "it.wat", "--settings", "[]"], "--settings");
+}
+
+#[test]
+fn bench_measures_calls_and_rankings() {
+    let folder = Folder::new();
+    folder.write("it.wat", REACTOR);
+    folder.write("it.plugin.toml", "calls = true\nrank = true\n");
+    for what in [&["--method", "it.ping"][..], &["--rank", "2"]] {
+        let arguments = [&["--json", "bench", "it.wat", "--seconds", "0.1"][..], what].concat();
+        let text = folder.succeeds(&arguments);
+        let found: Value = serde_json::from_str(&text).unwrap();
+        assert!(found["calls"].as_u64().unwrap() > 0, "{text}");
+        assert!(found["nanoseconds"]["p50"].as_u64().unwrap() > 0, "{text}");
+    }
+    folder.fails(&["bench", "it.wat"], "--method");
+    folder.fails(
+        &["bench", "it.wat", "--method", "other.ping"],
+        "other.ping failed",
+    );
+}
+
+#[test]
+fn a_pack_is_checked_on_both_sides() {
+    let folder = Folder::new();
+    folder.write("it.wasm", COMMAND);
+    folder.write("it.plugin.toml", "restart = \"never\"\n");
+    let public = folder.succeeds(&["keygen", "my.key"]);
+    let text = folder.succeeds(&["pack", "it.wasm", "--key", "my.key"]);
+    assert!(text.contains("3 files, signed"), "{text}");
+    let again = folder.succeeds(&["pack", "it.wasm", "--key", "my.key", "-o", "again.tar"]);
+    let digest = |text: &str| text.rsplit(' ').next().unwrap().to_owned();
+    assert_eq!(digest(&text), digest(&again));
+
+    let trusting = format!(
+        "[plugins]\nrequire_signatures = true\ntrusted_keys = [\"{}\"]\n",
+        public.trim()
+    );
+    folder.write("stockade.toml", &trusting);
+    let unpack = [
+        "unpack",
+        "it.plugin.tar",
+        "--into",
+        "there",
+        "--config",
+        "stockade.toml",
+    ];
+    folder.succeeds(&unpack);
+    assert_eq!(fs::read(folder.path("there/it.wasm")).unwrap(), COMMAND);
+    assert!(exists(&folder.path("there/it.plugin.toml")));
+
+    // An unsigned pack, and one of somebody else, change nothing there.
+    folder.write("it.plugin.toml", "restart = \"always\"\n");
+    folder.succeeds(&["pack", "it.wasm"]);
+    folder.fails(&unpack, "is refused");
+    folder.succeeds(&["keygen", "their.key"]);
+    folder.succeeds(&["pack", "it.wasm", "--key", "their.key"]);
+    folder.fails(&unpack, "is refused");
+    let kept = fs::read_to_string(folder.path("there/it.plugin.toml")).unwrap();
+    assert_eq!(kept, "restart = \"never\"\n");
+    let left: Vec<_> = fs::read_dir(folder.path("there")).unwrap().collect();
+    assert_eq!(left.len(), 3);
+
+    // A byte of the module in the pack.
+    let mut bytes = fs::read(folder.path("again.tar")).unwrap();
+    let place = bytes.windows(4).position(|it| it == b"\0asm").unwrap() + 4;
+    bytes[place] ^= 2;
+    folder.write("it.plugin.tar", &bytes);
+    folder.fails(&unpack, "damaged");
+    folder.write("bad.wasm", "no module");
+    folder.fails(&["pack", "bad.wasm"], "the server would not run");
+}
