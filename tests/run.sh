@@ -22,7 +22,7 @@ say "example plugins: Python and Bash"
 python3 -m unittest discover -s examples/tests
 
 say "the SDK, example plugins and shipped plugins: Rust, natively"
-for plugin in plugin-sdk/rust examples/*/ plugins/*/; do
+for plugin in plugin-sdk/rust plugin-sdk/templates/rust examples/*/ plugins/*/; do
   if [[ -f $plugin/Cargo.toml ]]; then
     (cd "$plugin" && cargo test --locked --target-dir "$OLDPWD/target/guests-native")
   fi
@@ -30,7 +30,7 @@ done
 
 say "the SDK, example plugins and shipped plugins: Go, natively"
 if command -v go > /dev/null 2>&1; then
-  for plugin in plugin-sdk/go examples/*/ plugins/*/; do
+  for plugin in plugin-sdk/go plugin-sdk/templates/go examples/*/ plugins/*/; do
     if [[ -f $plugin/go.mod ]]; then (cd "$plugin" && go vet ./... && go test ./...); fi
   done
 else
@@ -55,6 +55,16 @@ if "$traces/bin/pip" install --quiet --requirement tests/traces/requirements.txt
 else
   echo "TRACES ARE NOT TESTED: the packages of tests/traces/requirements.txt cannot be had"
 fi
+
+say "pages about plugins, and the plugins that come with the server"
+venv=${CARGO_TARGET_DIR:-target}/plugins-venv
+python=python3
+if python3 -m venv "$venv" && "$venv/bin/pip" install --quiet --requirement tests/plugins/requirements.txt; then
+  python=$venv/bin/python
+else
+  echo "there is no moto, so the uploader is not tested beside an S3-compatible server"
+fi
+"$python" -m unittest discover --start-directory tests/plugins --verbose
 
 say "packaging"
 packaging/check.sh
