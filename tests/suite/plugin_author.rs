@@ -187,7 +187,10 @@ fn check_says_why_a_module_would_not_run() {
 fn test_files_say_what_must_come_of_what() {
     let folder = Folder::new();
     folder.write("it.wat", REACTOR);
-    folder.write("it.plugin.toml", "calls = true\nrank = true\n");
+    folder.write(
+        "it.plugin.toml",
+        "calls = true\nrank = true\n[limits]\nrank_ms = 1000\n",
+    );
     let good = r#"
         [[step]]
         send = "nothing"
@@ -237,6 +240,7 @@ fn test_files_say_what_must_come_of_what() {
             assert!(text.contains("| hello from the start"), "{text}");
         }
     }
+    folder.write("it.test.toml", good);
     folder.fails(&["test"], "stockade plugin build");
 }
 
@@ -273,7 +277,10 @@ fn run_shows_the_log_and_how_it_ended() {
 fn bench_measures_calls_and_rankings() {
     let folder = Folder::new();
     folder.write("it.wat", REACTOR);
-    folder.write("it.plugin.toml", "calls = true\nrank = true\n");
+    folder.write(
+        "it.plugin.toml",
+        "calls = true\nrank = true\n[limits]\nrank_ms = 1000\n",
+    );
     for what in [&["--method", "it.ping"][..], &["--rank", "2"]] {
         let arguments = [&["--json", "bench", "it.wat", "--seconds", "0.1"][..], what].concat();
         let text = folder.succeeds(&arguments);

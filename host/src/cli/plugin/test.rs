@@ -333,6 +333,7 @@ async fn play(
     let mut trial = Trial::start(module, local, settings).await?;
     fill(&trial, &script.cache);
     let mut steps = Vec::new();
+    let mut said: Vec<String> = Vec::new();
     for (nth, step) in script.step.iter().enumerate() {
         let place = format!("{} step {} ({:?})", file.display(), nth + 1, step.send).to_lowercase();
         match take(&mut trial, step, file).await {
@@ -340,10 +341,12 @@ async fn play(
                 if !is_json {
                     print(&format!("ok   {place}\n"))?;
                 }
+                said.extend(lines.iter().cloned());
                 steps.push(json!({"step": nth + 1, "logs": lines}));
             }
             Err((error, lines)) => {
-                let said: String = lines.iter().map(|line| format!("\n  | {line}")).collect();
+                said.extend(lines);
+                let said: String = said.iter().map(|line| format!("\n  | {line}")).collect();
                 let status = trial.status()?;
                 let state = status.state.name();
                 let end = status
@@ -574,12 +577,12 @@ async fn rank(trial: &Trial, step: &Step) -> anyhow::Result<()> {
             }
             Ok(())
         }
-        (None, Err(error)) => bail!("the ranking failed: {error}"),
+        (None, Err(error)) => bail!("the ranking failed: {}", error.name()),
         (Some(wanted), Ok(order)) => {
             bail!("the order is {order:?}, and fails has {wanted:?}")
         }
         (Some(wanted), Err(error)) => {
-            let error = error.to_string();
+            let error = error.name();
             ensure!(
                 error.contains(&**wanted),
                 "the ranking failed with {error:?}, and fails has {wanted:?}"
