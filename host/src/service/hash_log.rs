@@ -223,8 +223,8 @@ struct Line<'a> {
     model_name: &'a str,
     chunk_size: usize,
     seq_len: usize,
-    dtypes: [&'a str; 1],
-    shapes: [&'a [u64]; 1],
+    dtypes: Vec<&'a str>,
+    shapes: Vec<&'a [u64]>,
     chunk_hashes: Vec<String>,
 }
 
@@ -270,6 +270,8 @@ impl Files {
     }
 
     fn append(&mut self, time: SystemTime, record: &Record) -> io::Result<()> {
+        let layout = &record.layout;
+        let parts = || std::iter::once(&layout.first).chain(&*layout.rest);
         let line = Line {
             timestamp: since_epoch(time).as_secs_f64(),
             request_id: &record.request_id,
@@ -277,8 +279,8 @@ impl Files {
             chunk_size: record.chunk_tokens,
             seq_len: record.tokens,
             // LMCache writes `torch.` before it, which its own simulator takes for no dtype.
-            dtypes: [record.layout.dtype.torch_name()],
-            shapes: [&record.layout.shape],
+            dtypes: parts().map(|part| part.dtype.torch_name()).collect(),
+            shapes: parts().map(|part| &*part.shape).collect(),
             chunk_hashes: record.hashes.iter().map(|hash| hex(&hash.0)).collect(),
         };
         let mut text = serde_json::to_vec(&line)?;
@@ -394,7 +396,7 @@ mod tests {
 
     use stockade_wire::Dtype;
 
-    use super::*;
+    use super::{super::workers::LayoutPart, *};
 
     fn settings(directory: &Path) -> HashLogSettings {
         HashLogSettings {
@@ -412,8 +414,12 @@ mod tests {
             chunk_tokens: 256,
             tokens: 800,
             layout: ChunkLayout {
-                shape: Arc::from([2, 32, 256, 8]),
-                dtype: Dtype::parse("bfloat16").unwrap(),
+                first: LayoutPart {
+                    shape: Arc::from([2, 32, 256, 8]),
+                    dtype: Dtype::parse("bfloat16").unwrap(),
+                    kept_blocks: None,
+                },
+                rest: Arc::from([]),
                 bytes: 262_144,
             },
             hashes: (0..hashes).map(|nth| ChunkHash([nth as u8; 32])).collect(),

@@ -38,6 +38,7 @@ fn settings() -> ServiceSettings {
         write_ttl: long,
         read_ttl: long,
         kv_event_log_size: 16,
+        lookup_hash_log: None,
         transfer_mode: TransferMode::Auto,
         null_block_id: 0,
         traces: Traces::default(),
@@ -83,7 +84,8 @@ async fn a_handler_that_fails_answers_and_the_connection_goes_on() {
         Arc::new(Tenancy::new(Arc::default())),
         settings(),
         &mut registry,
-    );
+    )
+    .unwrap();
     engine.set_observer(Arc::new(Failing));
     let endpoint = "tcp://127.0.0.1:0".parse().unwrap();
     let listener = Listener::bind(&endpoint, ListenOptions::default())
