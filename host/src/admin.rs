@@ -439,6 +439,16 @@ pub fn router(admin: &Arc<Admin>) -> Router {
             tenants::list,
         )
         .add(
+            (Post, "/v1/tenants/{name}/purge"),
+            Operate,
+            "Removes everything of a tenant and answers a receipt",
+            Describe {
+                problems: &[(404, "tenant-not-found"), (500, "purge-failed")],
+                ..Describe::default()
+            },
+            tenants::purge,
+        )
+        .add(
             (Post, "/v1/config/reload"),
             Operate,
             "Reads the configuration file's tenants again and puts them in force",

@@ -5,6 +5,7 @@ mod config_check;
 mod log_level;
 mod plugin;
 mod remote;
+mod selftest;
 mod shell;
 mod simulate;
 mod status;
@@ -19,6 +20,7 @@ pub use bench::BenchCommand;
 pub use config_check::ConfigCommand;
 pub use log_level::LogLevelCommand;
 pub use plugin::PluginCommand;
+pub use selftest::SelftestCommand;
 pub use simulate::SimulateCommand;
 pub use status::StatusCommand;
 pub use tenant::TenantCommand;
@@ -54,6 +56,8 @@ pub enum Tool {
     LogLevel(LogLevelCommand),
     /// Put load on a server and measure it, beside another one if asked
     Bench(BenchCommand),
+    /// Try a running server for what it promises
+    Selftest(Box<SelftestCommand>),
     /// Say what hit rates policies and pool sizes would have given
     Simulate(Box<SimulateCommand>),
     /// Check the settings that `serve` would start with
@@ -88,6 +92,7 @@ impl Tool {
             Self::Tenant(command) => command.run(),
             Self::LogLevel(command) => command.run(),
             Self::Bench(command) => command.run(),
+            Self::Selftest(command) => command.run(),
             Self::Simulate(command) => command.run(),
             Self::Config(command) => print(&command.check()?),
             Self::Completions { shell, json } => {

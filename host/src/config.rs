@@ -136,6 +136,10 @@ pub struct Config {
     pub coordinator: Option<CoordinatorSettings>,
     /// Where traces go; `None` to make none.
     pub traces: Option<TraceSettings>,
+    /// Where what tenants use is written.
+    pub metering_dir: Option<PathBuf>,
+    /// Time between two lines of a tenant.
+    pub metering_interval: Duration,
     /// Most verbose level that is logged.
     pub log_level: tracing::Level,
     /// Shape of log lines.
@@ -530,6 +534,11 @@ impl Config {
             http_insecure,
             coordinator,
             traces,
+            metering_dir: settings.metering_dir,
+            metering_interval: seconds(
+                "metering-interval-seconds",
+                settings.metering_interval_seconds.unwrap_or(60.0).max(1.0),
+            )?,
             log_level: tracing::Level::from_str(level).map_err(|_| {
                 format!("--log-level {level}: give error, warn, info, debug or trace")
             })?,

@@ -32,7 +32,7 @@ use crate::{
     service::{Service, ServiceHandler, ServiceSettings, TransferMode},
     state_dir::StateDir,
     telemetry::Log,
-    tenancy::{Tenancy, TenantFile},
+    tenancy::{MeterFile, Tenancy, TenantFile},
     traces::Traces,
     watchdog::{BEAT, Heart, Watchdog},
 };
@@ -41,6 +41,8 @@ use crate::{
 const MAINTENANCE_INTERVAL: Duration = Duration::from_millis(250);
 /// Least time between two looks at the watermark after stores.
 const EVICTION_SPACING: Duration = Duration::from_millis(5);
+/// How often the bytes of tenants are summed up.
+const SAMPLE_INTERVAL: Duration = Duration::from_secs(1);
 /// Memory that a growing pool takes ahead of its use: seconds of stores, at the speed with
 /// which the kernel gives pages.
 const GROWTH_AHEAD_BYTES: u64 = 1 << 30;
@@ -184,7 +186,10 @@ impl Server {
     ) -> anyhow::Result<()> {
         let config = self.config;
         let mut registry = Registry::default();
-        let tenancy = Arc::new(Tenancy::new(Arc::clone(&config.tenant_rules)));
+        let tenancy = Arc::new(Tenancy::new(
+            Arc::clone(&config.tenant_rules),
+            tokio::runtime::Handle::current().metrics().num_workers(),
+        ));
         warn_of_open_listeners(&config);
         let (coordinator_events, coordinator) = match &config.coordinator {
             Some(settings) => {
@@ -259,6 +264,12 @@ impl Server {
                 turns.load(Ordering::Relaxed)
             });
         }
+        let meter_file = match &config.metering_dir {
+            Some(path) => Some(MeterFile::open(path).with_context(|| {
+                format!("--metering-dir {} cannot be written to", path.display())
+            })?),
+            None => None,
+        };
         let (stop, stopped) = watch::channel(false);
         let admin = Admin::new(AdminParts {
             service: Arc::clone(&service),
@@ -308,6 +319,14 @@ impl Server {
             Arc::clone(&service),
             ranker,
             heart("maintenance"),
+            stopped.clone(),
+        )));
+        tasks.push(tokio::spawn(meter(
+            Arc::clone(&service),
+            Arc::clone(&supervisor),
+            meter_file,
+            config.metering_interval,
+            heart("meter"),
             stopped.clone(),
         )));
         tasks.push(tokio::spawn(observe(
@@ -444,6 +463,66 @@ async fn observe(
         });
         if let Err(error) = look.await {
             tracing::error!("a look at the server failed: {error}");
+        }
+    }
+}
+
+/// Sums up what tenants use, and writes it down.
+async fn meter(
+    service: Arc<Service>,
+    supervisor: Arc<Supervisor>,
+    mut file: Option<MeterFile>,
+    interval: Duration,
+    heart: Heart,
+    mut stopped: watch::Receiver<bool>,
+) {
+    let mut written = Instant::now();
+    let mut sampled = Instant::now();
+    loop {
+        heart.beat();
+        heart.stall_here().await;
+        let is_over = tokio::select! {
+            () = tokio::time::sleep(BEAT) => false,
+            _ = stopped.wait_for(|&is_stopped| is_stopped) => true,
+        };
+        if !is_over && sampled.elapsed() < SAMPLE_INTERVAL {
+            continue;
+        }
+        sampled = Instant::now();
+        let is_due = is_over || written.elapsed() >= interval;
+        let (sampling, plugins) = (Arc::clone(&service), Arc::clone(&supervisor));
+        let mut taken = file.take();
+        let work = tokio::task::spawn_blocking(move || {
+            let tenancy = sampling.tenancy();
+            let sums = tenancy.meter();
+            sums.sample(&sampling.engine().budgets(), Instant::now());
+            let rules = tenancy.rules();
+            for plugin in plugins.snapshot() {
+                if let Some(owner) = rules.owner_of_plugin(&plugin.name.to_string())
+                    && let Some(time) = plugin.cpu_time
+                {
+                    sums.plugin(&owner.name, &plugin.name.to_string(), time);
+                }
+            }
+            if is_due
+                && let Some(file) = &mut taken
+                && let Err(error) = file.write(sums)
+            {
+                tracing::error!(
+                    "what tenants use could not be written, and is tried again: {error}"
+                );
+            }
+            taken
+        });
+        match work.await {
+            Ok(returned) => file = returned,
+            Err(error) => tracing::error!("a look at what tenants use failed: {error}"),
+        }
+        if is_due {
+            written = Instant::now();
+        }
+        if is_over {
+            return;
         }
     }
 }

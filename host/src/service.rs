@@ -5,6 +5,7 @@
 
 mod control;
 mod hash_log;
+mod hints;
 mod kv_events;
 mod lapsed;
 mod latencies;
@@ -13,6 +14,7 @@ mod metrics;
 mod modules;
 mod observers;
 mod probe;
+mod purge;
 mod retrieve;
 mod sessions;
 mod store;
@@ -27,6 +29,7 @@ use std::{
         Arc, OnceLock, Weak,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
+    task::{Context, Poll},
     time::{Duration, Instant, SystemTime},
 };
 
@@ -47,6 +50,7 @@ use stockade_wire::{
 use self::{
     control::P2pTasks,
     hash_log::HashLog,
+    hints::Expiry,
     kv_events::KvEvents,
     lapsed::{Lapsed, RECONNECT_WINDOW},
     lmcache_driven::Copies,
@@ -63,7 +67,7 @@ use crate::coordinator::CoordinatorEvents;
 use crate::{
     plugin_host::EventLog,
     telemetry::CauseLimiter,
-    tenancy::{Caller, DENIED_SALT, Tenancy},
+    tenancy::{Caller, DENIED_SALT, Tenancy, TooManyInFlight},
     traces::{Answered, Place, Traces},
 };
 
@@ -72,6 +76,7 @@ pub use latencies::Snapshot as LatencySnapshot;
 pub use metrics::Activity;
 pub(crate) use metrics::SaltCounts;
 pub use probe::{PROBE_TENANT, ProbeReport};
+pub use purge::{Leaving, PurgeError, digest_of, seal};
 
 /// Requests up to this size are handled where they were read; larger ones take milliseconds,
 /// and go to a thread of their own so that the connections beside them do not wait.
@@ -168,6 +173,7 @@ pub struct Service {
     log: CauseLimiter,
     lapsed: Lapsed,
     copies: Copies,
+    expiry: Expiry,
     started: Instant,
     stored: Notify,
     maintenance_rounds: AtomicU64,
@@ -220,6 +226,7 @@ impl Service {
             log: CauseLimiter::default(),
             lapsed: Lapsed::default(),
             copies: Copies::default(),
+            expiry: Expiry::default(),
             started: Instant::now(),
             stored: Notify::new(),
             maintenance_rounds: AtomicU64::new(0),
@@ -645,6 +652,10 @@ impl Service {
             tracing::info!(sessions, "idle sessions ended");
         }
         self.tenancy.audit().settle();
+        self.expiry.end_due(Instant::now(), |keys| {
+            self.engine.withdraw(keys);
+            self.engine.held(keys)
+        });
         self.engine.maintain();
     }
 
@@ -907,6 +918,9 @@ impl Handler for ServiceHandler {
             .as_ref()
             .and_then(|envelope| envelope.known_operation(&service.limits));
         let bytes: usize = frames.iter().map(Bytes::len).sum();
+        if service.tenancy.is_over_rate(peer) {
+            return over_rate(service, peer, &frames);
+        }
         if operation == Some(Operation::ServerModuleCall) {
             let reply = Arc::clone(service).module_call(Arc::clone(peer), frames);
             return Outcome::Later(Box::pin(reply));
@@ -916,6 +930,7 @@ impl Handler for ServiceHandler {
                 .answer(peer, frames, arrived)
                 .map_or(Outcome::Nothing, Outcome::Reply);
         }
+        let caller = service.tenancy.caller(peer);
         let (worker, peer) = (Arc::clone(service), Arc::clone(peer));
         let service = Arc::clone(service);
         let deadline = arrived + service.settings.deadline;
@@ -924,9 +939,33 @@ impl Handler for ServiceHandler {
             let answer = if operation.is_some_and(lmcache_driven::copies) {
                 service.copy(answer, deadline).await
             } else {
-                let answer = tokio::task::spawn_blocking(answer);
-                let answer = tokio::time::timeout_at(deadline.into(), answer).await;
-                answer.ok().and_then(Result::ok)
+                let (realm, share) = (caller.realm(), caller.share());
+                let place = service.tenancy.large().admit(realm, share, bytes);
+                match tokio::time::timeout_at(deadline.into(), place).await {
+                    Ok(Ok(place)) => {
+                        // The place is given back when the work is done, whoever still waits.
+                        let work = tokio::task::spawn_blocking(move || {
+                            let reply = answer();
+                            drop(place);
+                            reply
+                        });
+                        let work = tokio::time::timeout_at(deadline.into(), work).await;
+                        work.ok().and_then(Result::ok)
+                    }
+                    Ok(Err(TooManyInFlight { .. })) => {
+                        let envelope = envelope?;
+                        service.metrics.failed(operation, "in_flight");
+                        service.log.warn("in_flight", || {
+                            "a tenant has as many large requests in flight as it may".to_owned()
+                        });
+                        return Some(service.refusal(
+                            &envelope,
+                            operation,
+                            "this tenant has as many large requests in flight as it may: send fewer at once, or raise max_in_flight of its table",
+                        ));
+                    }
+                    Err(_) => None,
+                }
             };
             if let Some(reply) = answer {
                 return reply;
@@ -943,8 +982,17 @@ impl Handler for ServiceHandler {
         }))
     }
 
+    fn poll_turn(&self, peer: &Arc<Peer>, cx: &mut Context<'_>) -> Poll<usize> {
+        self.0.tenancy.poll_turn(peer, cx)
+    }
+
+    fn turn_over(&self, peer: &Arc<Peer>, messages: usize) {
+        self.0.tenancy.turn_over(peer, messages);
+    }
+
     fn disconnected(&self, peer: &Arc<Peer>, _reason: DisconnectReason) {
         let service = &self.0;
+        service.tenancy.gone(peer);
         service.events.disconnected(peer.id());
         // Without a runtime the server is being taken down, and the workers with it.
         let Ok(runtime) = Handle::try_current() else {
@@ -954,6 +1002,29 @@ impl Handler for ServiceHandler {
             runtime.spawn(Arc::clone(service).await_death(orphan));
         }
     }
+}
+
+/// The answer to what has waited for its tenant's rate for as long as anything should.
+fn over_rate(service: &Service, peer: &Peer, frames: &[Bytes]) -> Outcome {
+    let envelope = envelope(frames);
+    let operation = envelope
+        .as_ref()
+        .and_then(|envelope| envelope.known_operation(&service.limits));
+    service.metrics.failed(operation, "over_rate");
+    service.log.warn("over_rate", || {
+        let name = operation.map_or("request", Operation::name);
+        format!(
+            "{name} from {} refused: its tenant is over its rate",
+            peer.address()
+        )
+    });
+    envelope.map_or(Outcome::Nothing, |envelope| {
+        Outcome::Reply(service.refusal(
+            &envelope,
+            operation,
+            "this tenant is over its rate: send less, or raise requests_per_second of its table",
+        ))
+    })
 }
 
 fn too_large(

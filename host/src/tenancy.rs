@@ -8,24 +8,36 @@
 //! a miss and tells nothing.
 
 mod audit;
+mod large;
+mod meter;
 mod reload;
 mod rules;
+mod shares;
 
 use std::sync::{
     Arc,
-    atomic::{AtomicU64, Ordering},
+    atomic::{AtomicBool, AtomicU64, Ordering},
 };
+use std::task::{Context, Poll};
 
 use parking_lot::RwLock;
-use stockade_cache::CacheSalt;
+use stockade_cache::{CacheSalt, EVERYBODY_ELSE};
 use stockade_transport::{Credentials, Peer};
 
 pub use audit::{Audit, DeniedCount};
+pub use large::{LargeRequests, TooManyInFlight};
+pub use meter::{Meter, MeterFile, Reading, Sums};
 pub use reload::TenantFile;
-pub use rules::{Binding, Rules, TenantRules, Unsalted};
+pub use rules::{Binding, HintRules, Rules, TenantRules, Unsalted};
+pub use shares::{Rate, Share, ShareUse};
+
+use shares::{Seat, Shares};
 
 /// The salt of what nobody may have. Nothing is stored under it, whoever asks.
 pub const DENIED_SALT: &str = "stockade-denied";
+
+/// Realm of strangers; no tenant can have this name.
+const STRANGER: &str = "\0stranger";
 
 /// Keeps the request ids, worker ids and streams of one tenant apart from all others'.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -36,6 +48,17 @@ impl Realm {
     #[must_use]
     pub fn open() -> Self {
         Self(Arc::from(""))
+    }
+
+    /// The tenant as logs and metrics name it; `(none)` and `(stranger)` for connections
+    /// without one.
+    #[must_use]
+    pub fn shown(&self) -> &str {
+        match &*self.0 {
+            "" => "(none)",
+            STRANGER => "(stranger)",
+            name => name,
+        }
     }
 
     /// The tenant's name; empty for [`open`](Self::open).
@@ -88,6 +111,7 @@ pub struct Caller {
     realm: Realm,
     standing: Standing,
     rules: Arc<Rules>,
+    share: Share,
     denied: CacheSalt,
     /// The connection, in words.
     origin: Arc<str>,
@@ -98,13 +122,18 @@ impl Caller {
         let realm = match &standing {
             Standing::Open => Realm::open(),
             Standing::Tenant(tenant) => Realm(Arc::clone(&tenant.name)),
-            // No tenant can have this name.
-            Standing::Stranger => Realm(Arc::from("\0stranger")),
+            Standing::Stranger => Realm(Arc::from(STRANGER)),
+        };
+        let share = match &standing {
+            Standing::Open => rules.open_share(),
+            Standing::Tenant(tenant) => tenant.share,
+            Standing::Stranger => Share::default(),
         };
         Self {
             realm,
             standing,
             rules,
+            share,
             denied: denied_salt(),
             origin: Arc::from(origin),
         }
@@ -126,6 +155,12 @@ impl Caller {
     #[must_use]
     pub fn standing(&self) -> &Standing {
         &self.standing
+    }
+
+    /// What it gets of the server's time.
+    #[must_use]
+    pub fn share(&self) -> Share {
+        self.share
     }
 
     /// The rules of its tenant.
@@ -202,7 +237,19 @@ fn denied_salt() -> CacheSalt {
 
 /// What a connection was found to be, kept with it.
 #[derive(Debug)]
-struct Found(RwLock<(u64, Arc<Caller>)>);
+struct Found {
+    caller: RwLock<(u64, Arc<Caller>)>,
+    seat: Seat,
+}
+
+impl Found {
+    fn of(peer: &Peer) -> Option<&Self> {
+        peer.context(|| Self {
+            caller: RwLock::new((0, Arc::new(Caller::internal()))),
+            seat: Seat::new(peer.id()),
+        })
+    }
+}
 
 /// The rules in force, and what was denied under them.
 #[derive(Debug)]
@@ -210,14 +257,23 @@ pub struct Tenancy {
     rules: RwLock<Arc<Rules>>,
     /// Counts reloads, so that connections know when what was found of them is out of date.
     generation: AtomicU64,
+    /// Whether there is anybody to share with, or a rate to keep.
+    shared: AtomicBool,
+    shares: Shares,
+    large: LargeRequests,
+    meter: Meter,
     audit: Audit,
 }
 
 impl Tenancy {
-    /// Rules in force from the start.
+    /// Rules in force from the start, on a server with so many threads for requests.
     #[must_use]
-    pub fn new(rules: Arc<Rules>) -> Self {
+    pub fn new(rules: Arc<Rules>, threads: usize) -> Self {
         Self {
+            shared: AtomicBool::new(rules.share()),
+            shares: Shares::new(threads),
+            large: LargeRequests::new(threads),
+            meter: Meter::default(),
             rules: RwLock::new(rules),
             generation: AtomicU64::new(1),
             audit: Audit::default(),
@@ -233,6 +289,9 @@ impl Tenancy {
     /// Puts other rules in force. Connections that are open go on under them; what their
     /// requests hold already they keep.
     pub fn replace(&self, rules: Arc<Rules>) {
+        self.shared.store(rules.share(), Ordering::Relaxed);
+        let stays = |realm: &Realm| realm.name().is_empty() || rules.tenant(realm.name()).is_some();
+        self.shares.retain(stays);
         let mut current = self.rules.write();
         *current = rules;
         self.generation.fetch_add(1, Ordering::Release);
@@ -242,6 +301,75 @@ impl Tenancy {
     #[must_use]
     pub fn audit(&self) -> &Audit {
         &self.audit
+    }
+
+    /// Forgets what was counted of a tenant that is gone.
+    pub fn forget(&self, name: &str) {
+        self.audit.forget(name);
+        self.shares.retain(|realm| realm.name() != name);
+    }
+
+    /// Large requests that wait for their turn.
+    #[must_use]
+    pub fn large(&self) -> &LargeRequests {
+        &self.large
+    }
+
+    /// What tenants use.
+    #[must_use]
+    pub fn meter(&self) -> &Meter {
+        &self.meter
+    }
+
+    /// The sums of the tenant that objects under a salt belong to.
+    #[must_use]
+    pub fn sums(&self, salt: &CacheSalt) -> Arc<Sums> {
+        let rules = self.rules.read();
+        let name = rules.owner(salt).map_or(EVERYBODY_ELSE, |it| &it.name);
+        self.meter.of(name)
+    }
+
+    /// What tenants' connections went through for others' sake.
+    #[must_use]
+    pub fn share_use(&self) -> Vec<ShareUse> {
+        self.shares.usage()
+    }
+
+    /// Whether the peer's connection may work, and for how many messages; as
+    /// [`Handler::poll_turn`](stockade_transport::Handler::poll_turn).
+    pub fn poll_turn(&self, peer: &Peer, cx: &mut Context<'_>) -> Poll<usize> {
+        if !self.shared.load(Ordering::Relaxed) {
+            return Poll::Ready(usize::MAX);
+        }
+        let caller = self.caller(peer);
+        match Found::of(peer) {
+            Some(found) => self
+                .shares
+                .poll_turn(&found.seat, caller.realm(), caller.share(), cx),
+            None => Poll::Ready(1),
+        }
+    }
+
+    /// The peer's turn is over.
+    pub fn turn_over(&self, peer: &Peer, messages: usize) {
+        if let Some(found) = Found::of(peer).filter(|found| found.seat.has_turn()) {
+            let share = found.caller.read().1.share();
+            self.shares.turn_over(&found.seat, messages, share);
+        }
+    }
+
+    /// The peer's connection is gone.
+    pub fn gone(&self, peer: &Peer) {
+        if let Some(found) = Found::of(peer) {
+            self.shares.ended(&found.seat);
+        }
+    }
+
+    /// Whether the peer's message at hand is to be refused, because its tenant is over its rate.
+    #[must_use]
+    pub fn is_over_rate(&self, peer: &Peer) -> bool {
+        self.shared.load(Ordering::Relaxed)
+            && Found::of(peer).is_some_and(|found| found.seat.is_refusing())
     }
 
     /// Whose connections are told of objects under the salt.
@@ -257,8 +385,7 @@ impl Tenancy {
     /// Who the peer is under the rules in force.
     #[must_use]
     pub fn caller(&self, peer: &Peer) -> Arc<Caller> {
-        let found = peer.context(|| Found(RwLock::new((0, Arc::new(Caller::internal())))));
-        let Some(Found(found)) = found else {
+        let Some(Found { caller: found, .. }) = Found::of(peer) else {
             // Nobody else keeps things with connections.
             return Arc::new(Caller::new(Standing::Stranger, self.rules(), ""));
         };

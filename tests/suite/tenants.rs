@@ -20,10 +20,23 @@ struct House {
 
 impl House {
     fn start(listeners: &[&str], tables: &str, flags: &[&str]) -> Self {
+        Self::start_with(listeners, tables, flags, &[])
+    }
+
+    fn start_with_env(listeners: &[&str], tables: &str, environment: &[(&str, &str)]) -> Self {
+        Self::start_with(listeners, tables, &[], environment)
+    }
+
+    fn start_with(
+        listeners: &[&str],
+        tables: &str,
+        flags: &[&str],
+        environment: &[(&str, &str)],
+    ) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let file = write_file(directory.path(), listeners, tables);
         let flags = [&["--config", file.to_str().unwrap()], flags].concat();
-        let server = Server::start(&flags);
+        let server = Server::start_with_env(&flags, environment);
         Self { directory, server }
     }
 
@@ -377,5 +390,353 @@ async fn tenants_of_a_changed_file_are_in_force_without_a_restart() {
     assert_eq!(
         lookup_free(&mut again.client, &salted(&key, SALT_A, "q")).await,
         2
+    );
+}
+
+/// A key with settings of its request.
+fn with_configs(key: &Key, configs: &[(&str, Value)]) -> Value {
+    let Value::Map(mut fields) = key.value() else {
+        panic!("a key is a map");
+    };
+    for (name, value) in &mut fields {
+        if name.as_str() == Some("request_configs") {
+            *value = stockade_tests::map(configs);
+        }
+    }
+    Value::Map(fields)
+}
+
+/// Stores one chunk inline, with settings; the server's answer.
+async fn store_inline(worker: &mut Worker, key: &Key, configs: &[(&str, Value)]) -> Value {
+    let bytes = vec![7; 2 * 2 * CHUNK * 16 * 2];
+    let shape = [2, 2, CHUNK as u64, 16];
+    let tensors = [(stockade_wire::Dtype::Float16, &shape[..], &bytes[..])];
+    let data = Value::Binary(stockade_wire::pickle::write_tensors(&tensors).unwrap());
+    let arguments = [with_configs(key, configs), worker.id.into(), data];
+    worker.client.call(17, &arguments).await.value()
+}
+
+#[tokio::test]
+async fn hints_of_a_request_are_heard_as_far_as_its_tenant_may() {
+    let tables = "[tenants.free]\nsalts = ['f']\nlisteners = ['a']\n\
+                  [tenants.limited]\nsalts = ['l']\nlisteners = ['b']\nmax_ttl_seconds = 0.2\nskip_save = false\n";
+    let house = House::start(&["a", "b"], tables, &[]);
+    let mut free = Worker::register_at(&house.url("a"), 1, "m").await;
+    let mut limited = Worker::register_at(&house.url("b"), 1, "m").await;
+    let skip = [("lmcache.skip_save", Value::from(true))];
+    let key = |seed| Key::new("m", &tokens(CHUNK, seed), Some(0), "r");
+
+    // Not stored, both ways of transfer, and both are told that all is well.
+    assert_eq!(store_inline(&mut free, &key(20), &skip).await, true.into());
+    let prepare = [with_configs(&key(20), &skip), 1.into()];
+    let prepared = free.client.call(16, &prepare).await.value();
+    let slots = field(field(&prepared, "context"), "slots");
+    assert!(slots.as_array().unwrap().is_empty(), "{prepared}");
+    assert_eq!(lookup_free(&mut free.client, &key(20)).await, 0);
+    // A tenant that always saves does not hear it.
+    assert_eq!(
+        store_inline(&mut limited, &key(20), &skip).await,
+        true.into()
+    );
+    assert_eq!(lookup_free(&mut limited.client, &key(20)).await, 1);
+
+    // A long time is a long time for one, and what the file says for the other, as is none.
+    let long = [("lmcache.ttl", Value::from(3600))];
+    let short = [("lmcache.ttl", Value::from(0.2))];
+    assert_eq!(store_inline(&mut free, &key(21), &long).await, true.into());
+    assert_eq!(store_inline(&mut free, &key(22), &short).await, true.into());
+    assert_eq!(
+        store_inline(&mut limited, &key(21), &long).await,
+        true.into()
+    );
+    for (listener, seed) in [("a", 22), ("b", 21), ("b", 20)] {
+        let mut client = Client::connect(&house.url(listener)).await;
+        let deadline = std::time::Instant::now() + stockade_tests::PATIENCE;
+        while lookup_free(&mut client, &key(seed)).await > 0 {
+            assert!(std::time::Instant::now() < deadline, "{seed} does not end");
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+    }
+    assert_eq!(lookup_free(&mut free.client, &key(21)).await, 1);
+}
+
+#[tokio::test]
+async fn over_its_rate_a_tenant_is_refused_and_another_is_not() {
+    let tables = "[tenants.fast]\nsalts = ['f']\nlisteners = ['a']\n\
+                  [tenants.slow]\nsalts = ['s']\nlisteners = ['b']\nrequests_per_second = 0.05\nburst = 3\n";
+    let house = House::start(&["a", "b"], tables, &[]);
+    let mut calls = tokio::task::JoinSet::new();
+    for _ in 0..8 {
+        let url = house.url("b");
+        calls.spawn(async move { Client::connect(&url).await.call(24, &[]).await });
+    }
+    let mut fast = Client::connect(&house.url("a")).await;
+    for _ in 0..500 {
+        assert_eq!(fast.call(24, &[]).await.value(), Value::from("OK"));
+    }
+    let replies = calls.join_all().await;
+    let refused = replies
+        .iter()
+        .filter(|reply| matches!(reply, stockade_tests::Reply::Error(text) if text.contains("over its rate")))
+        .count();
+    let served = replies.len() - refused;
+    assert!((1..=4).contains(&served), "{replies:?}");
+    house
+        .server
+        .metric_becomes("stockade_tenant_rate_refusals_total", |count| count >= 4.0)
+        .await;
+}
+
+/// Runs the self-test against a server with two tenants; whether it succeeded, and what it said.
+fn selftest(house: &House) -> (bool, serde_json::Value) {
+    let config = house.directory.path().join("stockade.toml");
+    let output = std::process::Command::new(stockade_tests::binary())
+        .args([
+            "selftest",
+            "isolation",
+            "--json",
+            "--l1-size-gb",
+            "0.0625",
+            "--config",
+        ])
+        .arg(config)
+        .output()
+        .unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    let said = serde_json::from_str(&text)
+        .unwrap_or_else(|_| panic!("no JSON: {text}{}", String::from_utf8_lossy(&output.stderr)));
+    (output.status.success(), said)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_self_test_passes_where_tenants_are_kept_apart_and_fails_where_not() {
+    let tables = format!(
+        "[tenants.a]\nsalts = ['{SALT_A}']\nlisteners = ['a']\n\
+         [tenants.b]\nsalts = ['{SALT_B}', 'second']\ndefault_salt = 'second'\nlisteners = ['b']\n"
+    );
+    let house = House::start(&["a", "b"], &tables, &[]);
+    let (passed, said) = selftest(&house);
+    assert!(passed, "{said:#}");
+    assert_eq!(said["pairs"].as_array().unwrap().len(), 2);
+    for pair in said["pairs"].as_array().unwrap() {
+        assert_eq!(pair["verdict"], "kept-apart", "{said:#}");
+        assert!(pair["control_z"].as_f64().unwrap() >= 6.0, "{said:#}");
+    }
+    drop(house);
+
+    // The same server without the check of salts: it must be seen.
+    let environment = [("STOCKADE_TEST_NO_SALT_CHECK", "1")];
+    // Salts are sent, so that those of the owner are what is to be found out.
+    let salted = format!(
+        "[tenants.a]\nsalts = ['{SALT_A}']\nunsalted = 'refuse'\nlisteners = ['a']\n\
+         [tenants.b]\nsalts = ['{SALT_B}']\nunsalted = 'refuse'\nlisteners = ['b']\n"
+    );
+    let leaky = House::start_with_env(&["a", "b"], &salted, &environment);
+    let (passed, said) = selftest(&leaky);
+    assert!(!passed, "{said:#}");
+    for pair in said["pairs"].as_array().unwrap() {
+        assert_eq!(pair["verdict"], "leaks", "{said:#}");
+        let why = pair["why"].as_str().unwrap();
+        assert!(why.contains("a salt of the owner"), "{why}");
+        assert!(
+            why.contains("another time"),
+            "the times alone tell too: {why}"
+        );
+    }
+    drop(leaky);
+
+    // A tenant that can store nothing: whatever the prober finds proves nothing.
+    let tables = tables.replace("listeners = ['a']", "listeners = ['a']\ncap_gb = 0.0");
+    let house = House::start(&["a", "b"], &tables, &[]);
+    let (passed, said) = selftest(&house);
+    assert!(!passed, "{said:#}");
+    assert_eq!(said["pairs"][0]["verdict"], "inconclusive", "{said:#}");
+    assert_eq!(said["pairs"][1]["verdict"], "kept-apart", "{said:#}");
+}
+
+/// How often the bytes are in the server's segment.
+fn found_in_segment(segment: &Path, needle: &[u8]) -> usize {
+    let bytes = std::fs::read(segment).unwrap();
+    bytes
+        .windows(needle.len())
+        .step_by(64)
+        .filter(|window| *window == needle)
+        .count()
+}
+
+#[tokio::test]
+async fn a_purged_tenant_leaves_nothing_but_its_receipt() {
+    let house = House::of_two();
+    let mut a = Worker::register_at(&house.url("a"), 1, "m").await;
+    let mut b = Worker::register_at(&house.url("b"), 1, "m").await;
+    let key = Key::new("m", &tokens(20 * CHUNK, 30), Some(0), "r");
+    assert!(a.store(&key, |_| 0xa7).await);
+    assert!(b.store(&key, |_| 0xb3).await);
+    // Traces of a in free memory too: reserved and written, never committed.
+    let pending = Key::new("m", &tokens(4 * CHUNK, 31), Some(0), "p");
+    let slots = a.prepare_store(&pending).await;
+    assert_eq!(slots.len(), 4);
+    {
+        use std::os::unix::fs::FileExt as _;
+        let segment = std::fs::OpenOptions::new()
+            .write(true)
+            .open(&a.segment)
+            .unwrap();
+        for (_, offset, length) in slots {
+            let bytes = vec![0xa7; usize::try_from(length).unwrap()];
+            segment.write_all_at(&bytes, offset).unwrap();
+        }
+    }
+    assert_eq!(lookup(&mut a.client, &key).await, 20);
+    let (of_a, of_b) = ([0xa7; 64], [0xb3; 64]);
+    assert!(found_in_segment(&a.segment, &of_a) > 0);
+
+    let (status, body) = house
+        .server
+        .http("POST", "/v1/tenants/nobody/purge", "")
+        .await;
+    assert_eq!(status, 404, "{body}");
+    let output = std::process::Command::new(stockade_tests::binary())
+        .args(["tenant", "purge", "a", "--server"])
+        .arg(format!("http://{}", house.server.http))
+        .output()
+        .unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(
+        output.status.success(),
+        "{text}{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    let receipt: serde_json::Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(receipt["complete"], true, "{receipt:#}");
+    assert_eq!(receipt["l1"]["objects"], 20, "{receipt:#}");
+    assert_eq!(receipt["workers_ended"], 1);
+    assert!(receipt["sessions_ended"].as_u64().unwrap() >= 1);
+    assert!(receipt["label_sets_forgotten"].as_u64().unwrap() > 0);
+    assert!(!text.contains(SALT_A), "a salt is not told");
+
+    // Nothing of a is in the segment, b's is where it was.
+    assert_eq!(found_in_segment(&a.segment, &of_a), 0);
+    assert!(found_in_segment(&b.segment, &of_b) > 0);
+    assert_eq!(
+        lookup(
+            &mut b.client,
+            &Key {
+                request_id: "again".into(),
+                ..key.clone()
+            }
+        )
+        .await,
+        20
+    );
+    let again = Key {
+        request_id: "again".into(),
+        ..key.clone()
+    };
+    let chunks = b.retrieve(&again).await.unwrap();
+    assert!(chunks.iter().flatten().all(|&byte| byte == 0xb3));
+    let (_, metrics) = house.server.http("GET", "/metrics", "").await;
+    assert!(!metrics.contains(SALT_A), "{metrics}");
+
+    // The receipt can be checked, and one that was changed, or that is wrong, is found out.
+    let path = house.directory.path().join("receipt.json");
+    let check = |receipt: &serde_json::Value| {
+        std::fs::write(&path, receipt.to_string()).unwrap();
+        let output = std::process::Command::new(stockade_tests::binary())
+            .args(["tenant", "check-receipt"])
+            .arg(&path)
+            .output()
+            .unwrap();
+        let said = [output.stdout, output.stderr].concat();
+        (output.status.success(), String::from_utf8(said).unwrap())
+    };
+    let (is_good, said) = check(&receipt);
+    assert!(is_good && said.contains("none of its 20 objects"), "{said}");
+    let mut changed = receipt.clone();
+    changed["l1"]["objects"] = 3.into();
+    let (is_good, said) = check(&changed);
+    assert!(!is_good && said.contains("seal"), "{said}");
+    // As if nothing had been removed: the bytes are put back.
+    {
+        use std::os::unix::fs::FileExt as _;
+        let segment = std::fs::OpenOptions::new()
+            .write(true)
+            .open(&a.segment)
+            .unwrap();
+        let first = &receipt["l1"]["digests"][0];
+        let (offset, length) = (
+            first["offset"].as_u64().unwrap(),
+            first["length"].as_u64().unwrap(),
+        );
+        let bytes = vec![0xa7; usize::try_from(length).unwrap()];
+        segment.write_all_at(&bytes, offset).unwrap();
+    }
+    let (is_good, said) = check(&receipt);
+    assert!(!is_good && said.contains("still there"), "{said}");
+}
+
+#[tokio::test]
+async fn what_tenants_use_is_written_down_line_by_line() {
+    let directory = tempfile::tempdir().unwrap();
+    let meter = directory.path().join("meter");
+    let tables = format!(
+        "[tenants.a]\nsalts = ['{SALT_A}']\nlisteners = ['a']\ntags = ['team']\n\
+         [tenants.b]\nsalts = ['{SALT_B}']\nlisteners = ['b']\n"
+    );
+    let flags = [
+        "--metering-dir",
+        meter.to_str().unwrap(),
+        "--metering-interval-seconds",
+        "1",
+    ];
+    let house = House::start(&["a", "b"], &tables, &flags);
+    let mut a = Worker::register_at(&house.url("a"), 1, "m").await;
+    let key = Key::new("m", &tokens(3 * CHUNK, 40), Some(0), "r");
+    assert!(a.store(&key, |_| 1).await);
+    let scheduler = Key {
+        rank: None,
+        ..key.clone()
+    };
+    let tagged = with_configs(
+        &scheduler,
+        &[
+            ("lmcache.tag.team", "x".into()),
+            ("lmcache.tag.other", "not metered".into()),
+        ],
+    );
+    a.client.call(8, &[tagged, 1.into()]).await.value();
+    assert!(a.retrieve(&key).await.is_some());
+    let lines = stockade_tests::wait_for("lines of the meter", || {
+        let file = std::fs::read_dir(&meter).unwrap().flatten().next()?;
+        let text = std::fs::read_to_string(file.path()).unwrap();
+        let lines: Vec<serde_json::Value> = text
+            .lines()
+            .map(|line| serde_json::from_str(line).unwrap())
+            .collect();
+        let held: f64 = lines
+            .iter()
+            .map(|line| line["l1_byte_seconds"].as_f64().unwrap())
+            .sum();
+        (held > 0.0).then_some(lines)
+    });
+    let sum = |field: &str| {
+        lines
+            .iter()
+            .map(|line| line[field].as_u64().unwrap())
+            .sum::<u64>()
+    };
+    assert_eq!((sum("tokens_requested"), sum("tokens_served")), (48, 48));
+    assert_eq!(sum("stored_bytes"), 3 * 2 * 2 * CHUNK as u64 * 16 * 2);
+    assert!(lines.iter().all(|line| line["tenant"] == "a"), "{lines:?}");
+    let text = serde_json::to_string(&lines).unwrap();
+    assert!(
+        text.contains("\"team\"") && !text.contains("not metered"),
+        "{text}"
+    );
+    let (_, metrics) = house.server.http("GET", "/metrics", "").await;
+    assert!(
+        metrics.contains(
+            "stockade_tenant_tagged_tokens_total{tenant=\"a\",tag=\"team\",value=\"x\"} 48"
+        )
     );
 }

@@ -17,7 +17,8 @@ pub use config::{EngineConfig, Prefault};
 pub use listed::Listed;
 pub use observer::{CacheObserver, RemoveReason};
 pub use status::{
-    Cleared, Committed, EndedOwner, EngineStatus, PrefixLock, ReadLease, Reservation, SaltUsage,
+    Cleared, Committed, EndedOwner, EngineStatus, ObjectDigest, PrefixLock, ReadLease, Reservation,
+    SaltUsage,
 };
 
 pub use tenant::{Budget, EVERYBODY_ELSE, MAX_TENANTS, Tenant, TenantUsage, check_tenants};
@@ -31,7 +32,7 @@ use crate::l1::ranking::Orders;
 use crate::l1::{L1, L1Settings, Notice, Pinned};
 use crate::shm_pool::prefault::{Goal, PrefaultTarget, PrefaultThread};
 use crate::shm_pool::slot_allocator::SlotAllocator;
-use crate::shm_pool::{ReadFault, SegmentHealth, ShmPool};
+use crate::shm_pool::{ReadFault, SegmentHealth, ShmPool, Slot};
 use crate::sync::{Mutex, MutexGuard, RwLock, unlock_fair};
 
 /// Objects handled per hold of the mutex in work that nobody waits for. At well under a
@@ -471,6 +472,86 @@ impl CacheEngine {
         }
     }
 
+    /// The BLAKE3 of readable objects whose salts are `wanted`, of at most `most` of them, and how
+    /// many there are altogether. Copies every byte of those, so it takes its time.
+    pub fn digests(
+        &self,
+        wanted: &dyn Fn(&CacheSalt) -> bool,
+        most: usize,
+    ) -> (Vec<ObjectDigest>, usize) {
+        let mut digests = Vec::new();
+        let mut count = 0;
+        let mut start = 0_u32;
+        loop {
+            let end = start.saturating_add(BACKGROUND_BATCH);
+            let left = most - digests.len();
+            let Some((pinned, found)) = self
+                .inner
+                .with_l1_fairly(|l1, _| l1.pin_range(start..end, wanted, left))
+            else {
+                return (digests, count);
+            };
+            count += found;
+            for pinned in pinned {
+                digests.extend(self.inner.digest(&pinned));
+                self.inner
+                    .with_l1_fairly(|l1, _| l1.unpin_one(pinned.object));
+            }
+            start = end;
+        }
+    }
+
+    /// Makes the policies of tenants forget what they remember of objects that are gone, of those
+    /// tenants among the salts' that have no objects; returns how many policies that were.
+    pub fn forget_histories(&self, salts: &[CacheSalt]) -> usize {
+        self.inner.with_l1(|l1, _| l1.forget_histories(salts))
+    }
+
+    /// Overwrites with zeros whatever holds no object: free memory, and what alignment leaves
+    /// behind the end of objects. Returns the bytes overwritten.
+    ///
+    /// Works in steps of a few MiB, which are out of reach for reservations meanwhile. What other
+    /// threads free while it runs may be left out.
+    ///
+    /// # Errors
+    /// The number of the operating system's error.
+    pub fn scrub(&self) -> Result<u64, i32> {
+        const STEP_BYTES: u64 = 4 << 20;
+        let zeros = vec![0; 1 << 20];
+        let mut scrubbed = 0;
+        let mut from = 0;
+        while let Some((offset, length)) = self
+            .inner
+            .with_l1_fairly(|l1, _| l1.allocator().claim_next(from, STEP_BYTES))
+        {
+            let written = self.inner.zero(offset, length, &zeros);
+            self.inner
+                .with_l1_fairly(|l1, _| l1.allocator().free(offset, length));
+            written.map_err(|errno| errno.raw_os_error())?;
+            scrubbed += length;
+            from = offset + length;
+        }
+        let mut start = 0_u32;
+        loop {
+            let end = start.saturating_add(BACKGROUND_BATCH);
+            // Under the mutex, or the range could have another object by then. It is less than a
+            // page each.
+            let step = self.inner.with_l1_fairly(|l1, _| {
+                let tails = l1.tails(start..end)?;
+                Some(tails.into_iter().try_fold(0, |sum, (offset, length)| {
+                    self.inner.zero(offset, length, &zeros)?;
+                    Ok::<u64, Errno>(sum + length)
+                }))
+            });
+            match step {
+                None => return Ok(scrubbed),
+                Some(Ok(bytes)) => scrubbed += bytes,
+                Some(Err(errno)) => return Err(errno.raw_os_error()),
+            }
+            start = end;
+        }
+    }
+
     /// Withdraws those of `keys` that are readable and that nobody holds; returns how many.
     pub fn withdraw(&self, keys: &[ObjectKey]) -> usize {
         self.inner.with_l1(|l1, _| l1.withdraw_unheld(keys))
@@ -484,6 +565,11 @@ impl CacheEngine {
     pub fn wants_maintenance(&self) -> bool {
         let is_prepared = self.prefault.as_ref().is_none_or(PrefaultThread::has_ended);
         !is_prepared || self.inner.with_l1(|l1, _| l1.bytes_over_watermark() > 0)
+    }
+
+    /// Those of `keys` that are readable and in use now.
+    pub fn held(&self, keys: &[ObjectKey]) -> Vec<ObjectKey> {
+        self.inner.with_l1(|l1, _| l1.held(keys))
     }
 
     /// Does what time brings: ends leases whose deadline has come, evicts above the
@@ -692,6 +778,42 @@ impl Inner {
             }
             _ => Ok(()),
         }
+    }
+
+    /// Writes zeros, from a buffer of some.
+    fn zero(&self, offset: u64, length: u64, zeros: &[u8]) -> Result<(), Errno> {
+        let end = offset + length;
+        let mut at = offset;
+        while at < end {
+            let step = (end - at).min(zeros.len() as u64);
+            // At most the buffer's length, so it fits.
+            let part = zeros.get(..step as usize).unwrap_or_default();
+            self.pool.write_at(at, part, |_| {})?;
+            at += step;
+        }
+        Ok(())
+    }
+
+    /// The BLAKE3 of a pinned object; `None` if it cannot be read.
+    fn digest(&self, pinned: &Pinned) -> Option<ObjectDigest> {
+        const STEP_BYTES: u64 = 1 << 20;
+        let mut hasher = blake3::Hasher::new();
+        let mut bytes = Vec::new();
+        let Slot { offset, length } = pinned.slot;
+        let mut done = 0;
+        while done < length {
+            let step = (length - done).min(STEP_BYTES);
+            bytes.clear();
+            self.pool
+                .read_at(offset + done, step, &mut bytes, |_| {})
+                .ok()?;
+            hasher.update(&bytes);
+            done += step;
+        }
+        Some(ObjectDigest {
+            slot: pinned.slot,
+            blake3: *hasher.finalize().as_bytes(),
+        })
     }
 
     /// If a peer changed the segment's length, withdraws what was cut off, and only then

@@ -28,8 +28,8 @@ pub mod token_hasher;
 pub use clock::{Clock, ManualClock, SystemClock};
 pub use engine::{
     Budget, CacheEngine, CacheObserver, Cleared, Committed, EVERYBODY_ELSE, EndedOwner,
-    EngineConfig, EngineStatus, MAX_TENANTS, Prefault, PrefixLock, ReadLease, RemoveReason,
-    Reservation, SaltUsage, Tenant, TenantUsage, check_tenants,
+    EngineConfig, EngineStatus, MAX_TENANTS, ObjectDigest, Prefault, PrefixLock, ReadLease,
+    RemoveReason, Reservation, SaltUsage, Tenant, TenantUsage, check_tenants,
 };
 pub use error::{BudgetError, CacheError, LeaseError, ReadError, ReserveError};
 pub use eviction::{Candidate, PolicyKind, Ranker};

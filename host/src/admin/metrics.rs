@@ -122,6 +122,7 @@ pub(super) fn render(admin: &Admin) -> Result<String, fmt::Error> {
     read_engine_details(&engine, own);
     read_tenants(&engine, own);
     read_denials(admin, own);
+    read_meter(admin, own);
     read_transport(admin, own);
     read_plugins(admin, own);
     read_plugin_calls(admin, own);
@@ -426,6 +427,54 @@ fn read_tenants(status: &EngineStatus, registry: &mut Registry) {
     registry.register_with_unit("tenant_evicted", help, Unit::Bytes, evicted);
 }
 
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct TagLabels {
+    tenant: String,
+    tag: String,
+    value: String,
+}
+
+/// What tenants used since the start.
+fn read_meter(admin: &Admin, registry: &mut Registry) {
+    let byte_seconds = Family::<TenantLabels, FloatCounter>::default();
+    let requested = Family::<TenantLabels, Counter>::default();
+    let served = Family::<TenantLabels, Counter>::default();
+    let cpu = Family::<TenantLabels, FloatCounter>::default();
+    let tags = Family::<TagLabels, Counter>::default();
+    for (name, reading) in admin.service.tenancy().meter().read() {
+        let labels = TenantLabels {
+            tenant: name.to_string(),
+        };
+        byte_seconds
+            .get_or_create(&labels)
+            .inc_by(reading.l1_byte_seconds);
+        requested
+            .get_or_create(&labels)
+            .inc_by(reading.tokens_requested);
+        served.get_or_create(&labels).inc_by(reading.tokens_served);
+        cpu.get_or_create(&labels)
+            .inc_by(reading.plugin_cpu_seconds);
+        for ((tag, value), tokens) in reading.tags {
+            let labels = TagLabels {
+                tenant: name.to_string(),
+                tag: tag.to_string(),
+                value: value.to_string(),
+            };
+            tags.get_or_create(&labels).inc_by(tokens);
+        }
+    }
+    let help = "Bytes of the pool times the seconds that a tenant held them";
+    registry.register("tenant_l1_byte_seconds", help, byte_seconds);
+    let help = "Tokens in whole chunks that a tenant looked up";
+    registry.register("tenant_requested_tokens", help, requested);
+    let help = "Tokens whose KV a tenant got from the cache";
+    registry.register("tenant_served_tokens", help, served);
+    let help = "CPU time of a tenant's plugins";
+    registry.register_with_unit("tenant_plugin_cpu", help, Unit::Seconds, cpu);
+    let help = "Tokens that a tenant looked up with a metered tag";
+    registry.register("tenant_tagged_tokens", help, tags);
+}
+
 /// What connections named and did not get. Tenants that requests name cannot make labels.
 fn read_denials(admin: &Admin, registry: &mut Registry) {
     let denied = Family::<DeniedLabels, Counter>::default();
@@ -436,6 +485,25 @@ fn read_denials(admin: &Admin, registry: &mut Registry) {
         };
         denied.get_or_create(&labels).inc_by(count.count);
     }
+    let waits = Family::<TenantLabels, Counter>::default();
+    let refusals = Family::<TenantLabels, Counter>::default();
+    for usage in admin.service.tenancy().share_use() {
+        let labels = TenantLabels {
+            tenant: usage.tenant().to_owned(),
+        };
+        waits.get_or_create(&labels).inc_by(usage.waits);
+        refusals.get_or_create(&labels).inc_by(usage.refusals);
+    }
+    registry.register(
+        "tenant_turn_waits",
+        "Turns of a tenant's connections that waited for others or for its rate",
+        waits,
+    );
+    registry.register(
+        "tenant_rate_refusals",
+        "Requests that waited for their tenant's rate and were refused",
+        refusals,
+    );
     registry.register(
         "tenant_denied",
         "Requests that named what their connection's tenant may not have, by reason",

@@ -17,7 +17,10 @@ use super::{
     problem::Problem,
     take,
 };
-use crate::budgets::{self, SetError};
+use crate::{
+    budgets::{self, SetError},
+    service::{PurgeError, seal},
+};
 
 /// LMCache's name for the empty salt in a path.
 const DEFAULT_SALT: &str = "_default";
@@ -307,4 +310,32 @@ pub(super) async fn reload(
         .map_err(|error| Problem::internal("reload-failed", error.to_string()))?
         .map_err(|error| Problem::new(StatusCode::CONFLICT, "bad-tenants", error))?;
     Ok(Json(json!({"status": "ok", "tenants": count})))
+}
+
+/// Removes everything of a tenant; the receipt says what that was.
+pub(super) async fn purge(
+    State(admin): Shared,
+    Extension(caller): Extension<Caller>,
+    Path(name): Path<String>,
+) -> Result<Json<Value>, Problem> {
+    tracing::info!("{} asked for tenant {name:?} to be purged", caller.name);
+    let service = Arc::clone(&admin.service);
+    let receipt = tokio::task::spawn_blocking(move || {
+        let leaving = service.leaving(&name)?;
+        let receipt = seal(service.purge(&leaving)?);
+        service.tenancy().forget(leaving.name());
+        tracing::info!(
+            target: "stockade::audit",
+            tenant = leaving.name(),
+            seal = receipt["seal_blake3"].as_str(),
+            "a tenant was purged"
+        );
+        Ok(receipt)
+    })
+    .await
+    .map_err(|error| Problem::internal("purge-failed", error.to_string()))?;
+    receipt.map(Json).map_err(|error: PurgeError| match error {
+        PurgeError::Unknown(_) => Problem::not_found("tenant-not-found", error.to_string()),
+        PurgeError::Scrub(_) => Problem::internal("purge-failed", error.to_string()),
+    })
 }

@@ -1,6 +1,6 @@
 //! `stockade bench`: load on a running server, beside another one or a bare echo in turns.
 
-mod client;
+pub(super) mod client;
 mod echo;
 mod floor;
 mod plot;

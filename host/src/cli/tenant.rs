@@ -6,6 +6,7 @@ use comfy_table::{Table, presets::NOTHING};
 use serde_json::{Value, json};
 
 use super::{bytes, print, print_json, remote::Remote};
+use crate::service::digest_of;
 
 /// Arguments of `stockade tenant`.
 #[derive(Debug, Args)]
@@ -37,6 +38,19 @@ enum Action {
         /// The salt; `_default` for requests without one
         cache_salt: String,
     },
+    /// Remove everything of a tenant from a running server, and print a receipt
+    Purge {
+        /// Name as `list` shows it
+        name: String,
+    },
+    /// Say whether a receipt is whole, and whether what it names is gone from the pool
+    CheckReceipt {
+        /// The receipt that `purge` printed
+        receipt: std::path::PathBuf,
+        /// The pool [default: the segment that the receipt names]
+        #[arg(long, value_name = "FILE")]
+        segment: Option<std::path::PathBuf>,
+    },
     /// Have the server read the tenants of its configuration file again
     Reload,
     /// Change a tenant's floor, weight or cap; what is not named stays as it is
@@ -56,6 +70,71 @@ enum Action {
         #[arg(long)]
         no_cap: bool,
     },
+}
+
+/// Compares a receipt with its seal, and what it names with what is in the pool now.
+///
+/// # Errors
+/// When the receipt was changed, or bytes that it says are gone are in their place.
+fn check_receipt(
+    path: &std::path::Path,
+    segment: Option<&std::path::Path>,
+) -> anyhow::Result<Value> {
+    let shown = path.display();
+    let text = std::fs::read_to_string(path).with_context(|| format!("{shown} cannot be read"))?;
+    let receipt: Value =
+        serde_json::from_str(&text).with_context(|| format!("{shown} is no receipt"))?;
+    if receipt["seal_blake3"].as_str() != Some(&digest_of(&receipt)) {
+        bail!("{shown} is not as it was printed: its seal does not fit");
+    }
+    let named = receipt["l1"]["segment"].as_str();
+    let segment = match (segment, named) {
+        (Some(path), _) => path.to_owned(),
+        (None, Some(name)) => std::path::Path::new("/dev/shm").join(name),
+        (None, None) => return Ok(json!({"checked": 0, "segment": null})),
+    };
+    let pool = match std::fs::File::open(&segment) {
+        Ok(pool) => pool,
+        // With the server its memory is gone.
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            return Ok(json!({"checked": 0, "segment": null}));
+        }
+        Err(error) => {
+            return Err(error).with_context(|| format!("{} cannot be read", segment.display()));
+        }
+    };
+    let digests = receipt["l1"]["digests"].as_array();
+    let digests = digests.context("the receipt has no digests")?;
+    for entry in digests {
+        let number = |field: &str| entry[field].as_u64();
+        let (Some(offset), Some(length)) = (number("offset"), number("length")) else {
+            bail!("{shown}: an object has no place");
+        };
+        let found = digest_at(&pool, offset, length)
+            .with_context(|| format!("{} cannot be read", segment.display()))?;
+        if entry["blake3"].as_str() == Some(found.to_hex().as_str()) {
+            bail!(
+                "{length} bytes at {offset} of {} are still there",
+                segment.display()
+            );
+        }
+    }
+    Ok(json!({"checked": digests.len(), "segment": segment}))
+}
+
+fn digest_at(pool: &std::fs::File, offset: u64, length: u64) -> std::io::Result<blake3::Hash> {
+    use std::os::unix::fs::FileExt as _;
+    let mut hasher = blake3::Hasher::new();
+    let mut buffer = vec![0; 1 << 20];
+    let mut done = 0;
+    while done < length {
+        let step = usize::try_from(length - done).map_or(buffer.len(), |it| it.min(buffer.len()));
+        let part = buffer.get_mut(..step).unwrap_or_default();
+        pool.read_exact_at(part, offset + done)?;
+        hasher.update(part);
+        done += step as u64;
+    }
+    Ok(hasher.finalize())
 }
 
 /// GiB as bytes.
@@ -89,6 +168,12 @@ impl TenantCommand {
                 remote.put(&format!("/quota/{cache_salt}"), &json!({"limit_gb": gib}))?
             }
             Action::Unlimit { cache_salt } => remote.delete(&format!("/quota/{cache_salt}"))?,
+            Action::Purge { name } => {
+                remote.post_patiently(&format!("/v1/tenants/{name}/purge"))?
+            }
+            Action::CheckReceipt { receipt, segment } => {
+                check_receipt(receipt, segment.as_deref())?
+            }
             Action::Reload => remote.post("/v1/config/reload")?,
             Action::Budget {
                 name,
@@ -128,6 +213,20 @@ impl TenantCommand {
                 Some("removed") => format!("{cache_salt}: no limit, {}\n", how_long(&answer)),
                 _ => format!("{cache_salt}: had no limit\n"),
             }),
+            Action::Purge { .. } => {
+                print_json(&answer)?;
+                if answer["complete"] != true {
+                    bail!(
+                        "{} bytes are still in use by requests that are not the tenant's own: purge again",
+                        answer["l1"]["bytes_left"]
+                    );
+                }
+                Ok(())
+            }
+            Action::CheckReceipt { .. } => print(&format!(
+                "the receipt is whole; none of its {} objects is in its place in the pool\n",
+                answer["checked"]
+            )),
             Action::Reload => print(&format!("{} tenants are in force\n", answer["tenants"])),
             Action::Budget { name, .. } => {
                 let size = |field: &str| answer[field].as_f64().map_or("none".to_owned(), bytes);

@@ -323,6 +323,22 @@ pub struct Settings {
         help_heading = "HTTP and logs"
     )]
     pub tracing_sample_rate: Option<f64>,
+    /// Directory of JSON lines with what each tenant used (ours)
+    #[arg(
+        long,
+        value_name = "DIR",
+        env = "STOCKADE_METERING_DIR",
+        help_heading = "HTTP and logs"
+    )]
+    pub metering_dir: Option<PathBuf>,
+    /// Seconds between two lines of a tenant [default: 60] (ours)
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        env = "STOCKADE_METERING_INTERVAL_SECONDS",
+        help_heading = "HTTP and logs"
+    )]
+    pub metering_interval_seconds: Option<f64>,
     /// error, warn, info, debug or trace [default: info] (ours)
     #[arg(long, env = "STOCKADE_LOG_LEVEL", help_heading = "HTTP and logs")]
     pub log_level: Option<String>,
@@ -432,6 +448,8 @@ impl Settings {
             coordinator_event_flush_interval,
             coordinator_event_transport,
             tracing_sample_rate,
+            metering_dir,
+            metering_interval_seconds,
             log_level,
             log_format,
             config,

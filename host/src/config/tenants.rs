@@ -4,14 +4,19 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     num::NonZeroU32,
     sync::Arc,
+    time::Duration,
 };
 
 use serde::Deserialize;
 use stockade_cache::{Budget, CacheSalt, Tenant, check_tenants};
 
 use super::{GIB, ListenerConfig};
-use crate::tenancy::{Binding, DENIED_SALT, Rules, TenantRules, Unsalted};
+use crate::tenancy::{Binding, DENIED_SALT, HintRules, Rate, Rules, Share, TenantRules, Unsalted};
 
+/// Longest time of a hint: ten years.
+const MAX_HINT_SECONDS: f64 = 10.0 * 365.0 * 86400.0;
+/// Most metered tags of a tenant; each is a label's value.
+const MAX_TAGS: usize = 16;
 /// Longest name of a tenant in bytes; it becomes a metric's label.
 const MAX_NAME_BYTES: usize = 128;
 
@@ -41,6 +46,22 @@ pub(super) struct TenantSettings {
     unsalted: Option<String>,
     /// Whether its workers are given the shared segment, in which they can read everything.
     shared_memory: Option<bool>,
+    /// Requests a second that it may send in the long run.
+    requests_per_second: Option<f64>,
+    /// Requests that it may send at once after a pause.
+    burst: Option<f64>,
+    /// Large requests that it may have in flight.
+    max_in_flight: Option<u32>,
+    /// The longest `lmcache.ttl`, in seconds; objects without one get it too.
+    max_ttl_seconds: Option<f64>,
+    /// `false` stores what `lmcache.skip_save` asks not to store.
+    skip_save: Option<bool>,
+    /// How long `lmcache.pin` keeps objects, in seconds; 0, the default, for not at all.
+    max_pin_seconds: Option<f64>,
+    /// Names of `lmcache.tag.` that are metered.
+    tags: BTreeSet<String>,
+    /// Plugins that are its own, by name.
+    plugins: BTreeSet<String>,
 }
 
 /// Tenants as the pool takes them, and the rules of who they are.
@@ -95,6 +116,13 @@ pub(super) fn check(
             binding,
             unsalted,
             shared_memory: settings.shared_memory.unwrap_or(true),
+            share: settings
+                .share(is_for_the_rest)
+                .map_err(|problem| format!("tenants.{name}.{problem}"))?,
+            hints: settings
+                .hints()
+                .map_err(|problem| format!("tenants.{name}.{problem}"))?,
+            plugins: settings.plugins.clone(),
         });
         let weight = settings.weight.unwrap_or(1);
         let weight = NonZeroU32::new(weight)
@@ -137,6 +165,75 @@ impl TenantSettings {
             uids: self.uids.clone(),
             gids: self.gids.clone(),
         }
+    }
+
+    /// What its requests may ask for.
+    fn hints(&self) -> Result<HintRules, String> {
+        let time = |key: &str, seconds: f64| match (0.0..=MAX_HINT_SECONDS).contains(&seconds) {
+            true => Ok(Duration::from_secs_f64(seconds)),
+            false => Err(format!(
+                "{key} {seconds}: give seconds from 0 to {MAX_HINT_SECONDS}"
+            )),
+        };
+        if self.tags.len() > MAX_TAGS {
+            return Err(format!("tags: give at most {MAX_TAGS} names"));
+        }
+        let max_ttl = match self.max_ttl_seconds {
+            Some(seconds) => Some(time("max_ttl_seconds", seconds)?),
+            None => None,
+        };
+        Ok(HintRules {
+            max_ttl,
+            always_save: self.skip_save == Some(false),
+            max_pin: time("max_pin_seconds", self.max_pin_seconds.unwrap_or(0.0))?,
+            tags: self.tags.clone(),
+        })
+    }
+
+    /// What it gets of the server's time.
+    fn share(&self, is_for_the_rest: bool) -> Result<Share, String> {
+        let has_connections = is_for_the_rest || !self.binding().is_empty();
+        let limits = [
+            ("requests_per_second", self.requests_per_second.is_some()),
+            ("burst", self.burst.is_some()),
+            ("max_in_flight", self.max_in_flight.is_some()),
+        ];
+        if let Some((key, _)) = limits
+            .iter()
+            .find(|(_, is_set)| *is_set && !has_connections)
+        {
+            return Err(format!(
+                "{key} is for the tenant's own connections: give it listeners, users, uids or gids"
+            ));
+        }
+        let rate = match (self.requests_per_second, self.burst) {
+            (None, None) => None,
+            (None, Some(_)) => {
+                return Err("burst needs requests_per_second; set both or none".to_owned());
+            }
+            (Some(per_second), burst) => {
+                let burst = burst.unwrap_or_else(|| per_second.max(1.0));
+                if !(0.01..=1e9).contains(&per_second) {
+                    return Err(format!(
+                        "requests_per_second {per_second}: give a number from 0.01 to 1e9"
+                    ));
+                }
+                if !(1.0..=1e9).contains(&burst) {
+                    return Err(format!("burst {burst}: give a number from 1 to 1e9"));
+                }
+                Some(Rate { per_second, burst })
+            }
+        };
+        let max_in_flight = match self.max_in_flight {
+            Some(0) => return Err("max_in_flight 0: give a number above 0".to_owned()),
+            Some(limit) => limit as usize,
+            None => Share::MAX_IN_FLIGHT,
+        };
+        Ok(Share {
+            weight: self.weight.unwrap_or(1).max(1),
+            rate,
+            max_in_flight,
+        })
     }
 
     /// What requests without a salt get.
@@ -242,6 +339,16 @@ mod tests {
                 "[a]\nsalts = ['x']\nlisteners = ['default']\nunsalted = 'refuse'\ndefault_salt = 'x'",
                 "leave one of them out",
             ),
+            (
+                "[a]\nsalts = ['x']\nrequests_per_second = 5",
+                "give it listeners",
+            ),
+            ("[a]\nlisteners = ['default']\nburst = 5", "set both"),
+            (
+                "[a]\nlisteners = ['default']\nrequests_per_second = 0",
+                "0.01",
+            ),
+            ("[a]\nlisteners = ['default']\nmax_in_flight = 0", "above 0"),
             ("[a]\nsalts = ['stockade-denied']", "the server's own"),
             (
                 "[a]\nsalts = ['x']\n[b]\nsalts = ['x']",

@@ -38,9 +38,16 @@ struct Stream {
     closed: CancellationToken,
 }
 
+/// One change.
+struct Record {
+    /// Who is told of it.
+    realm: Realm,
+    salt: CacheSalt,
+    event: KvEvent,
+}
+
 struct Log {
-    /// Whose objects each is about.
-    records: VecDeque<(Realm, KvEvent)>,
+    records: VecDeque<Record>,
     next_seq: u64,
 }
 
@@ -132,13 +139,14 @@ impl KvEvents {
                 token_ids: tokens.unwrap_or_default(),
             }
         });
-        self.append(realm, events);
+        self.append(realm, &range.transfer.scope.cache_salt, events);
     }
 
     /// Announces that chunks are not held.
     pub(super) fn withdrawn(
         &self,
         realm: &Realm,
+        salt: &CacheSalt,
         model_name: &Arc<str>,
         hashes: impl Iterator<Item = ChunkHash>,
     ) {
@@ -154,10 +162,10 @@ impl KvEvents {
             parent_block_hash: None,
             token_ids: TokenIds::default(),
         };
-        self.append(realm, std::iter::once(event));
+        self.append(realm, salt, std::iter::once(event));
     }
 
-    fn append(&self, realm: &Realm, events: impl Iterator<Item = KvEvent>) {
+    fn append(&self, realm: &Realm, salt: &CacheSalt, events: impl Iterator<Item = KvEvent>) {
         let mut log = self.log.lock();
         for mut event in events {
             event.seq = log.next_seq;
@@ -165,7 +173,11 @@ impl KvEvents {
             if log.records.len() == self.capacity {
                 log.records.pop_front();
             }
-            log.records.push_back((realm.clone(), event));
+            log.records.push_back(Record {
+                realm: realm.clone(),
+                salt: salt.clone(),
+                event,
+            });
         }
         self.newest.send_replace(log.next_seq);
     }
@@ -185,21 +197,40 @@ impl KvEvents {
         let first = log
             .records
             .front()
-            .map_or(last + 1, |(_, record)| record.seq);
+            .map_or(last + 1, |record| record.event.seq);
         batch.lost = cursor.saturating_add(1) < first || cursor > last;
         batch.next_cursor = cursor.min(last);
         let skipped =
             usize::try_from(cursor.saturating_add(1).saturating_sub(first)).unwrap_or(usize::MAX);
-        for (whose, record) in log.records.iter().skip(skipped) {
-            batch.next_cursor = record.seq;
-            if whose == realm && *record.model_name == *model_name {
-                batch.events.push(record.clone());
+        for record in log.records.iter().skip(skipped) {
+            batch.next_cursor = record.event.seq;
+            if record.realm == *realm && *record.event.model_name == *model_name {
+                batch.events.push(record.event.clone());
                 if batch.events.len() == usize::from(max_events) {
                     break;
                 }
             }
         }
         batch
+    }
+
+    /// Forgets what was said of objects under salts that are `wanted`, tokens included; returns
+    /// how many records that were. Numbers of records are not given out again, so that no
+    /// subscriber takes the gap for a loss.
+    pub(crate) fn forget(&self, wanted: &dyn Fn(&CacheSalt) -> bool) -> usize {
+        let mut log = self.log.lock();
+        let mut forgotten = 0;
+        for record in &mut log.records {
+            if wanted(&record.salt) && !record.event.block_hashes.is_empty() {
+                record.event.block_hashes = Vec::new();
+                record.event.parent_block_hash = None;
+                record.event.token_ids = TokenIds::default();
+                record.event.model_name = Arc::from("");
+                record.salt = CacheSalt::default();
+                forgotten += 1;
+            }
+        }
+        forgotten
     }
 
     /// Opens a stream on `peer`: a first batch at once, further ones as credits and records come.
@@ -368,7 +399,7 @@ impl CacheObserver for KvEvents {
         }
         for (salt, model, hashes) in by_model {
             let realm = self.tenancy.realm_of(salt);
-            self.withdrawn(&realm, model, hashes.into_iter());
+            self.withdrawn(&realm, salt, model, hashes.into_iter());
         }
     }
 }

@@ -84,6 +84,12 @@ impl Names {
         ClientLabel(name)
     }
 
+    /// Forgets a name; its label if it had one of its own.
+    fn forget(&self, name: &str) -> Option<ClientLabel> {
+        let end = name.floor_char_boundary(MAX_LABEL_BYTES);
+        self.0.lock().take(&name[..end]).map(ClientLabel)
+    }
+
     /// Those that have a label of their own.
     fn all(&self) -> Vec<ClientLabel> {
         let known = self.0.lock();
@@ -375,6 +381,42 @@ impl ServiceMetrics {
             counts.retrieved_chunks += of(&self.read_chunks);
         }
         counts
+    }
+
+    /// Drops the series of a salt, and its name; returns how many there were.
+    pub(crate) fn forget(&self, salt: &str) -> usize {
+        let Some(cache_salt) = self.salts.forget(salt) else {
+            return 0;
+        };
+        let labels = SaltLabels {
+            cache_salt: cache_salt.clone(),
+        };
+        let mut forgotten = 0;
+        for family in [
+            &self.written_chunks,
+            &self.read_chunks,
+            &self.stored_bytes,
+            &self.retrieved_bytes,
+        ] {
+            forgotten += usize::from(family.remove(&labels));
+        }
+        let others = ClientLabel(Arc::from("other"));
+        for model_name in self.models.all().into_iter().chain([others]) {
+            let labels = ModelSaltLabels {
+                model_name,
+                cache_salt: cache_salt.clone(),
+            };
+            for family in [
+                &self.lookups,
+                &self.lookup_requested_tokens,
+                &self.lookup_hit_tokens,
+                &self.lookup_hit_l1_tokens,
+                &self.loaded_chunks,
+            ] {
+                forgotten += usize::from(family.remove(&labels));
+            }
+        }
+        forgotten
     }
 
     pub(crate) fn early_exit(&self, reason: &'static str) {

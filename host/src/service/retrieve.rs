@@ -8,7 +8,7 @@ use stockade_cache::{CacheSalt, KeyScope, ObjectKey, Slot};
 use stockade_wire::{CacheKey, InstanceId, RequestId, Response, pickle};
 
 use super::{
-    Answer, Service,
+    Answer, DENIED_SALT, Service,
     hash_log::Record,
     sessions::{Lookup, SessionId},
     store::{TransferRange, describe, object_keys},
@@ -112,6 +112,19 @@ impl Service {
                 found.hit_chunks * chunk_size,
             );
         }
+        if salt.as_str() != DENIED_SALT {
+            let sums = self.tenancy.sums(&salt);
+            sums.requested(chunks * chunk_size);
+            if !key.request_configs.tags.is_empty() {
+                let rules = self.tenancy.rules();
+                let metered = &rules.hints(&salt).tags;
+                for (name, value) in &key.request_configs.tags {
+                    if metered.contains(&**name) {
+                        sums.tagged(name, value, chunks * chunk_size);
+                    }
+                }
+            }
+        }
         session.result = Some(found.hit_chunks);
         session.lookup = Some(Lookup {
             lease: found.lease,
@@ -162,6 +175,9 @@ impl Service {
         self.metrics
             .retrieve_began(&worker.model_name, range.salt(), slots.len(), bytes);
         self.tell_retrieved(key, &range, worker.layout.bytes);
+        self.tenancy
+            .sums(&range.transfer.scope.cache_salt)
+            .served(slots.len() * self.hasher.chunk_size(), bytes);
         let began = Instant::now();
         if !inline {
             worker.put_read(

@@ -204,6 +204,21 @@ impl Sessions {
         self.entries.lock().remove(id).map(|entry| entry.session)
     }
 
+    /// Ends all sessions of a realm; returns how many.
+    pub(crate) fn end_realm(&self, realm: &Realm, engine: &CacheEngine) -> usize {
+        let mut ended = Vec::new();
+        self.entries.lock().retain(|id, entry| {
+            let stays = id.realm != *realm;
+            if !stays {
+                ended.push(Arc::clone(&entry.session));
+            }
+            stays
+        });
+        let count = ended.len();
+        end_all(ended, engine);
+        count
+    }
+
     /// Ends sessions that were idle for `ttl`; returns how many.
     pub(crate) fn reap(&self, ttl: Duration, engine: &CacheEngine) -> usize {
         let now = Instant::now();

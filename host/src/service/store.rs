@@ -10,6 +10,7 @@ use stockade_wire::{CacheKey, InstanceId, Response, SlotDescriptor, StoreSlot, p
 
 use super::{
     Answer, DENIED_SALT, Service,
+    hints::{HOLDER, Hints},
     workers::{TransferKey, Worker, WorkerId},
 };
 use crate::tenancy::Caller;
@@ -43,7 +44,8 @@ impl Service {
         if !self.shares_memory(&worker) {
             return Ok(Response::PrepareStore(None));
         }
-        if range.is_denied() {
+        let hints = self.hints(key, &range);
+        if range.is_denied() || hints.skip_save {
             return Ok(self.slots_reply(&worker, &[]));
         }
         if let Some(pending) = worker.pending_store(&range.transfer) {
@@ -72,6 +74,13 @@ impl Service {
         }
     }
 
+    /// What the request asks for, within what its tenant may.
+    fn hints(&self, key: &CacheKey, range: &TransferRange) -> Hints {
+        let rules = self.tenancy.rules();
+        let rules = rules.hints(&range.transfer.scope.cache_salt);
+        Hints::of(&key.request_configs, rules)
+    }
+
     fn slots_reply(&self, worker: &Worker, slots: &[(usize, Slot)]) -> Response {
         let described = slots.iter().map(|&(index, slot)| StoreSlot {
             chunk_index: index as u64,
@@ -92,6 +101,14 @@ impl Service {
         let range = self.transfer_range(caller, "commit_store", key, &worker)?;
         if range.is_denied() {
             return Ok(Response::Bool(false));
+        }
+        let hints = self.hints(key, &range);
+        if hints.skip_save {
+            // Done as asked. What was prepared without the hint is taken back.
+            if let Some(pending) = worker.take_store(&range.transfer) {
+                let _ = self.engine.abort(worker.owner, pending.lease);
+            }
+            return Ok(Response::Bool(true));
         }
         let pending = worker.take_store(&range.transfer);
         let began = pending.as_ref().map_or(Instant::now(), |it| it.began);
@@ -146,6 +163,17 @@ impl Service {
         slots: &[(usize, Slot)],
         began: Instant,
     ) -> bool {
+        let hints = self.hints(key, range);
+        let ends = match hints.ttl {
+            Some(ttl) if self.expiry.has_room(slots.len()) => Some(Instant::now() + ttl),
+            Some(_) => {
+                let _ = self.engine.abort(worker.owner, lease);
+                let problem = "too many objects wait for the end of their time already";
+                self.refused(operation, "lmcache.ttl", problem);
+                return false;
+            }
+            None => None,
+        };
         let realm = caller.realm();
         self.events
             .stored(realm, key, self.hasher.chunk_size(), range, slots);
@@ -158,22 +186,35 @@ impl Service {
                 ("data", problem)
             }
             Ok(_) => {
+                if ends.is_some() || hints.keep.is_some() {
+                    let stored: Vec<_> =
+                        slots.iter().map(|&(index, _)| range.hash(index)).collect();
+                    let keys = object_keys(&range.transfer.scope, &stored);
+                    if let Some(time) = hints.keep {
+                        // Too many kept objects: these are like any others.
+                        let _ = self.engine.keep(&keys, HOLDER, time);
+                    }
+                    if let Some(ends) = ends {
+                        self.expiry.note(keys, ends);
+                    }
+                }
                 // Waking the maintenance takes time that the reply waits for, and a core.
                 if self.engine.wants_maintenance() {
                     self.stored.notify_one();
                 }
-                self.metrics.stored(
-                    range.salt(),
-                    slots.len(),
-                    slots.iter().map(|(_, slot)| slot.length).sum(),
-                    began.elapsed(),
-                );
+                let bytes = slots.iter().map(|(_, slot)| slot.length).sum();
+                let salt = &range.transfer.scope.cache_salt;
+                self.tenancy.sums(salt).stored(bytes);
+                self.metrics
+                    .stored(range.salt(), slots.len(), bytes, began.elapsed());
                 return true;
             }
             Err(error) => ("lease", error.to_string()),
         };
         let hashes = slots.iter().map(|&(index, _)| range.hash(index));
-        self.events.withdrawn(realm, &worker.model_name, hashes);
+        let salt = &range.transfer.scope.cache_salt;
+        self.events
+            .withdrawn(realm, salt, &worker.model_name, hashes);
         self.refused(operation, field, &problem);
         false
     }

@@ -81,7 +81,7 @@ async fn a_handler_that_fails_answers_and_the_connection_goes_on() {
     let service = Service::new(
         Arc::clone(&engine),
         TokenHasher::new(NonZeroUsize::new(CHUNK).unwrap()),
-        Arc::new(Tenancy::new(Arc::default())),
+        Arc::new(Tenancy::new(Arc::default(), 2)),
         settings(),
         &mut registry,
     )

@@ -495,6 +495,18 @@ impl Workers {
         reaped
     }
 
+    /// Removes all workers of a realm; the caller ends their owners.
+    pub(crate) fn end_realm(&self, realm: &Realm) -> Vec<Arc<Worker>> {
+        let mut registry = self.registry.lock();
+        let ids: Vec<WorkerId> = registry
+            .workers
+            .keys()
+            .filter(|id| id.realm == *realm)
+            .cloned()
+            .collect();
+        ids.iter().filter_map(|id| registry.remove(id)).collect()
+    }
+
     /// Forgets a connection; returns the workers with a known process that have no other one.
     pub(crate) fn left_by(&self, peer: u64) -> Vec<Orphan> {
         let registry = self.registry.lock();

@@ -62,7 +62,7 @@ impl Audit {
         let digest = digest.as_ref().and_then(|hex| hex.get(..16)).unwrap_or("-");
         tracing::warn!(
             target: TARGET,
-            tenant = shown(realm),
+            tenant = realm.shown(),
             reason = reason.name(),
             operation,
             salt_blake3 = digest,
@@ -103,7 +103,7 @@ impl Audit {
         for (realm, reason, count) in unsaid {
             tracing::warn!(
                 target: TARGET,
-                tenant = shown(&realm),
+                tenant = realm.shown(),
                 reason = reason.name(),
                 count,
                 "denied: {count} more requests",
@@ -129,20 +129,11 @@ impl Audit {
     }
 }
 
-/// A realm as logs and metrics name it.
-fn shown(realm: &Realm) -> &str {
-    match realm.name() {
-        "" => "(none)",
-        "\0stranger" => "(stranger)",
-        name => name,
-    }
-}
-
 impl DeniedCount {
     /// The tenant as metrics name it; `(none)` and `(stranger)` for connections without one.
     #[must_use]
     pub fn tenant(&self) -> &str {
-        shown(&self.realm)
+        self.realm.shown()
     }
 }
 

@@ -3,12 +3,13 @@
 use std::{
     collections::{BTreeSet, HashMap, HashSet},
     sync::Arc,
+    time::Duration,
 };
 
 use stockade_cache::CacheSalt;
 use stockade_transport::Credentials;
 
-use super::Standing;
+use super::{Realm, Share, Standing};
 
 /// What requests without a salt get on a tenant's connections.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -109,8 +110,21 @@ impl Binding {
     }
 }
 
+/// What `request_configs` may ask for.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct HintRules {
+    /// The longest `lmcache.ttl`; also that of objects without one.
+    pub max_ttl: Option<Duration>,
+    /// Whether `lmcache.skip_save` is not heard.
+    pub always_save: bool,
+    /// How long `lmcache.pin` keeps objects; zero for not at all.
+    pub max_pin: Duration,
+    /// Names of `lmcache.tag.` that are metered.
+    pub tags: BTreeSet<String>,
+}
+
 /// What holds for one tenant beside its budget.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct TenantRules {
     /// Its name.
     pub name: Arc<str>,
@@ -122,6 +136,12 @@ pub struct TenantRules {
     pub unsalted: Unsalted,
     /// Whether its workers are given the shared segment.
     pub shared_memory: bool,
+    /// What it gets of the server's time.
+    pub share: Share,
+    /// What its requests may ask for beside the usual.
+    pub hints: HintRules,
+    /// Plugins that are its own, by name.
+    pub plugins: BTreeSet<String>,
 }
 
 /// All tenants' rules, found to hold together.
@@ -132,6 +152,8 @@ pub struct Rules {
     owners: HashMap<CacheSalt, usize>,
     /// Listeners that tenants name.
     claimed: HashSet<String>,
+    /// What requests may ask for that are no tenant's.
+    usual: HintRules,
     #[cfg(debug_assertions)]
     unchecked: bool,
 }
@@ -166,6 +188,16 @@ impl Rules {
                         other.name
                     ));
                 }
+            }
+            if let Some((plugin, other)) = tenant
+                .plugins
+                .iter()
+                .find_map(|plugin| Some((plugin, rules.owner_of_plugin(plugin)?)))
+            {
+                return Err(format!(
+                    "tenants.{name}.plugins: {plugin:?} is tenant {}'s already; name it in one of them",
+                    other.name
+                ));
             }
             for salt in tenant.salts.iter().flatten() {
                 if let Some(&other) = rules.owners.get(salt)
@@ -214,6 +246,13 @@ impl Rules {
         self.tenants.iter().find(|tenant| *tenant.name == *name)
     }
 
+    /// The realm of a tenant's connections; `None` if it has none.
+    #[must_use]
+    pub fn realm(&self, name: &str) -> Option<Realm> {
+        let tenant = self.tenant(name)?;
+        (!tenant.binding.is_empty()).then(|| Realm(Arc::clone(&tenant.name)))
+    }
+
     /// Whether any tenant is bound to connections.
     #[must_use]
     pub fn bind(&self) -> bool {
@@ -226,6 +265,32 @@ impl Rules {
     pub fn open_listeners<'l>(&self, listeners: &[&'l str]) -> Vec<&'l str> {
         let is_open = |name: &&&str| self.bind() && !self.claimed.contains(**name);
         listeners.iter().filter(is_open).copied().collect()
+    }
+
+    /// What connections get that no tenant is bound to, all together: the share of the tenant of
+    /// all other salts.
+    #[must_use]
+    pub fn open_share(&self) -> Share {
+        let rest = self.tenants.iter().find(|it| it.salts.is_none());
+        rest.map_or_else(Share::default, |rest| rest.share)
+    }
+
+    /// The tenant that has a plugin.
+    #[must_use]
+    pub fn owner_of_plugin(&self, plugin: &str) -> Option<&Arc<TenantRules>> {
+        self.tenants.iter().find(|it| it.plugins.contains(plugin))
+    }
+
+    /// What requests for a salt may ask for.
+    #[must_use]
+    pub fn hints(&self, salt: &CacheSalt) -> &HintRules {
+        self.owner(salt).map_or(&self.usual, |tenant| &tenant.hints)
+    }
+
+    /// Whether connections share the server's time by tenant.
+    #[must_use]
+    pub fn share(&self) -> bool {
+        self.bind() || self.open_share().rate.is_some()
     }
 
     /// Whose a connection is.
@@ -295,6 +360,9 @@ mod tests {
             salts: (!salts.is_empty()).then(|| salts.into_iter().collect()),
             binding,
             shared_memory: true,
+            share: Share::default(),
+            hints: HintRules::default(),
+            plugins: BTreeSet::new(),
         }
     }
 

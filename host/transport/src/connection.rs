@@ -47,6 +47,10 @@ pub(crate) struct Connection<H: Handler, S> {
     in_flight: FuturesUnordered<InFlight>,
     in_flight_bytes: usize,
     account: Account,
+    /// Messages that the turn at hand may give.
+    allowance: usize,
+    /// Whether the handler has not let the next turn begin yet.
+    waits_for_turn: bool,
     phase: Phase,
     timer: Pin<Box<Sleep>>,
     clock: Clock,
@@ -134,6 +138,8 @@ impl<H: Handler, S: AsyncRead + AsyncWrite + Unpin> Connection<H, S> {
             in_flight: FuturesUnordered::new(),
             in_flight_bytes: 0,
             account,
+            allowance: usize::MAX,
+            waits_for_turn: false,
             phase: Phase::Open,
             timer: Box::pin(tokio::time::sleep_until(handshake_until)),
             clock: Clock {
@@ -173,12 +179,41 @@ impl<H: Handler, S: AsyncRead + AsyncWrite + Unpin> Connection<H, S> {
             Ask::SHUTDOWN => self.drain(DisconnectReason::Shutdown, now),
             _ => {}
         }
-        let (mut messages, mut bytes) = (0, 0);
+        let peer = self.peer.clone().filter(|_| self.is_open());
+        self.allowance = usize::MAX;
+        self.waits_for_turn = false;
+        if let Some(peer) = &peer {
+            match self.shared.handler.poll_turn(peer, cx) {
+                Poll::Ready(allowance) => self.allowance = allowance.max(1),
+                Poll::Pending => {
+                    self.waits_for_turn = true;
+                    self.note_pause(now);
+                    return self.poll_timer(cx, now);
+                }
+            }
+        }
+        let mut messages = 0;
+        let outcome = self.work(cx, known, &mut messages, now);
+        if let Some(peer) = &peer {
+            self.shared.handler.turn_over(peer, messages);
+        }
+        outcome
+    }
+
+    /// One turn: gives messages, writes and reads until something must be waited for.
+    fn work(
+        &mut self,
+        cx: &mut Context<'_>,
+        known: &mut Option<Arc<Peer>>,
+        messages: &mut usize,
+        now: Instant,
+    ) -> Poll<DisconnectReason> {
+        let mut bytes = 0;
         loop {
             if let Phase::Lingering { reason, .. } = self.phase {
                 return self.poll_linger(cx, reason);
             }
-            let stop = self.handle_messages(known, &mut messages, now);
+            let stop = self.handle_messages(known, messages, now);
             self.poll_in_flight(cx);
             if self.poll_write(cx, now).is_ready() && self.in_flight.is_empty() {
                 match self.phase {
@@ -253,6 +288,10 @@ impl<H: Handler, S: AsyncRead + AsyncWrite + Unpin> Connection<H, S> {
         self.out.clear();
     }
 
+    fn is_open(&self) -> bool {
+        matches!(self.phase, Phase::Open)
+    }
+
     /// Whether there is room for what the next message may cause.
     fn may_handle(&self) -> bool {
         let config = &self.shared.config;
@@ -278,7 +317,7 @@ impl<H: Handler, S: AsyncRead + AsyncWrite + Unpin> Connection<H, S> {
             if !self.may_handle() {
                 break Stop::Blocked;
             }
-            if *handled >= self.shared.config.messages_per_turn {
+            if *handled >= self.shared.config.messages_per_turn.min(self.allowance) {
                 break Stop::TurnOver;
             }
             let event = match self.session.next(&mut self.out) {
@@ -308,6 +347,8 @@ impl<H: Handler, S: AsyncRead + AsyncWrite + Unpin> Connection<H, S> {
                     self.peer = Some(Arc::clone(&peer));
                     *known = Some(Arc::clone(&peer));
                     self.shared.handler.connected(&peer);
+                    // Its first message needs a turn as all others do.
+                    self.allowance = *handled;
                 }
                 // The session gives `Ready` once and before all messages.
                 (Event::Ready(_), Some(_)) | (Event::Message(_), None) => {}
@@ -495,7 +536,7 @@ impl<H: Handler, S: AsyncRead + AsyncWrite + Unpin> Connection<H, S> {
 
     /// Keeps time limits on the peer from counting while we do not read.
     fn note_pause(&mut self, now: Instant) {
-        let paused = self.account.is_waiting() || !self.may_handle();
+        let paused = self.account.is_waiting() || self.waits_for_turn || !self.may_handle();
         if paused || self.clock.paused {
             self.clock.received = now;
             self.clock.quiet = false;

@@ -5,6 +5,7 @@ use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -40,6 +41,21 @@ pub trait Handler: Send + Sync + 'static {
     /// A message came. Called in the order of arrival.
     fn message(&self, peer: &Arc<Peer>, message: Message) -> Outcome;
 
+    /// Whether the peer's connection may work now, and how many messages it may give at most
+    /// before others are due. Asked at the begin of each of its turns, in which it reads, gives
+    /// messages and writes. While it is pending all of that rests, so that the peer's bytes stay
+    /// with the peer; it must wake `cx` then.
+    fn poll_turn(&self, peer: &Arc<Peer>, cx: &mut Context<'_>) -> Poll<usize> {
+        let _ = (peer, cx);
+        Poll::Ready(usize::MAX)
+    }
+
+    /// The turn that [`poll_turn`](Self::poll_turn) let begin is over, in which so many messages
+    /// and commands came. Not called for one that a panic of the handler ends.
+    fn turn_over(&self, peer: &Arc<Peer>, messages: usize) {
+        let _ = (peer, messages);
+    }
+
     /// The connection is gone, and its last [`Outcome::Later`] has ended or was dropped.
     fn disconnected(&self, peer: &Arc<Peer>, reason: DisconnectReason) {
         let _ = (peer, reason);
@@ -53,6 +69,14 @@ impl<H: Handler> Handler for Arc<H> {
 
     fn message(&self, peer: &Arc<Peer>, message: Message) -> Outcome {
         (**self).message(peer, message)
+    }
+
+    fn poll_turn(&self, peer: &Arc<Peer>, cx: &mut Context<'_>) -> Poll<usize> {
+        (**self).poll_turn(peer, cx)
+    }
+
+    fn turn_over(&self, peer: &Arc<Peer>, messages: usize) {
+        (**self).turn_over(peer, messages);
     }
 
     fn disconnected(&self, peer: &Arc<Peer>, reason: DisconnectReason) {

@@ -49,6 +49,10 @@ pub struct RequestConfigs {
     pub skip_save: bool,
     /// `lmcache.ttl`, in seconds: how long the objects should be kept; at most ten years.
     pub ttl: Option<Duration>,
+    /// `lmcache.pin`: keep the objects for as long as the tenant may.
+    pub pin: bool,
+    /// `lmcache.priority`, a whole number: the objects are worth more, or less, than others.
+    pub priority: i64,
     /// `lmcache.tag.<name>` = value, for the first 16 whose name has at most 64 bytes and
     /// whose value is text of at most 256 bytes. In the order sent.
     pub tags: Vec<(Arc<str>, Arc<str>)>,
@@ -85,6 +89,15 @@ impl RequestConfigs {
         match name {
             "lmcache.skip_save" => self.skip_save = truth(value),
             "lmcache.ttl" => self.ttl = seconds(value).map(|ttl| duration(ttl, MAX_TTL)),
+            "lmcache.pin" => self.pin = truth(value),
+            "lmcache.priority" => {
+                if let Value::Int(priority) = value {
+                    self.priority = i64::try_from(priority).unwrap_or(match priority > 0 {
+                        true => i64::MAX,
+                        false => i64::MIN,
+                    });
+                }
+            }
             _ => {
                 if let (Some(tag), Value::Str(value)) = (name.strip_prefix("lmcache.tag."), value)
                     && let Ok(value) = str::from_utf8(value)

@@ -133,3 +133,12 @@ pub struct EngineStatus {
     /// Usage by salt, most bytes first.
     pub salts: Vec<SaltUsage>,
 }
+
+/// Where an object's bytes are, and what they add up to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ObjectDigest {
+    /// Its place in the pool.
+    pub slot: Slot,
+    /// BLAKE3 of its bytes.
+    pub blake3: [u8; 32],
+}

@@ -298,6 +298,23 @@ impl Tenants {
         self.by_salt.remove(salt).is_some()
     }
 
+    /// Gives the tenants of the salts that have no objects new policies, without ghosts.
+    pub(super) fn forget_histories(&mut self, salts: &[CacheSalt]) -> usize {
+        let ids: HashSet<TenantId> = salts.iter().map(|salt| self.of_salt(salt)).collect();
+        let mut forgotten = 0;
+        for id in ids {
+            if let Some(entry) = self.entries.get_mut(id)
+                && entry.objects == 0
+            {
+                entry.policy = self.kind.build();
+                entry.ranked = Vec::new();
+                entry.free_places = Vec::new();
+                forgotten += 1;
+            }
+        }
+        forgotten
+    }
+
     /// Drops tenants that have neither salts nor objects.
     pub(super) fn drop_abandoned(&mut self) {
         let abandoned: Vec<TenantId> = self

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::stage::{Event, Stage};
 use super::tenants::NOWHERE;
-use super::{Contents, L1, Object, ObjectId, ScopeCursor};
+use super::{Contents, L1, Object, ObjectId, Pinned, ScopeCursor};
 use crate::engine::RemoveReason;
 use crate::key::{CacheSalt, ObjectKey};
 
@@ -62,6 +62,82 @@ impl L1 {
             }
         }
         withdrawn
+    }
+
+    /// Pins at most `most` of the readable objects numbered `range` whose salts are wanted, and
+    /// counts all of them; `None` when there are no such numbers.
+    pub(crate) fn pin_range(
+        &mut self,
+        range: Range<u32>,
+        wanted: &dyn Fn(&CacheSalt) -> bool,
+        most: usize,
+    ) -> Option<(Vec<Pinned>, usize)> {
+        if range.start as usize >= self.objects.numbers() {
+            return None;
+        }
+        let mut pinned = Vec::new();
+        let mut count = 0;
+        for id in range {
+            let Some(object) = self.objects.get(id).filter(|it| it.is_readable()) else {
+                continue;
+            };
+            let scope = self.scopes.scope(object.scope);
+            if !scope.is_some_and(|scope| wanted(&scope.cache_salt)) {
+                continue;
+            }
+            count += 1;
+            if pinned.len() < most {
+                let slot = object.slot();
+                self.pin(id);
+                pinned.push(Pinned {
+                    object: id,
+                    slot,
+                    checksum: None,
+                });
+            }
+        }
+        Some((pinned, count))
+    }
+
+    /// Ends what [`pin_range`](Self::pin_range) did to one object.
+    pub(crate) fn unpin_one(&mut self, id: ObjectId) {
+        self.unpin(id);
+    }
+
+    /// What alignment leaves behind the ends of the objects numbered `range`: offset and length.
+    pub(crate) fn tails(&self, range: Range<u32>) -> Option<Vec<(u64, u64)>> {
+        if range.start as usize >= self.objects.numbers() {
+            return None;
+        }
+        let tails = range
+            .filter_map(|id| self.objects.get(id))
+            .filter(|object| object.footprint > object.length)
+            .map(|object| {
+                let tail = object.footprint - object.length;
+                (object.offset + object.length, tail)
+            });
+        Some(tails.collect())
+    }
+
+    /// Makes policies of tenants without objects forget.
+    pub(crate) fn forget_histories(&mut self, salts: &[CacheSalt]) -> usize {
+        self.tenants.forget_histories(salts)
+    }
+
+    /// Those of `keys` that are readable and in use.
+    pub(crate) fn held(&self, keys: &[ObjectKey]) -> Vec<ObjectKey> {
+        let mut cursor = ScopeCursor::default();
+        let mut held = Vec::new();
+        for key in keys {
+            if let Some(id) = self.find(&mut cursor, key)
+                && let Some(object) = self.objects.get(id)
+                && object.is_readable()
+                && object.is_held()
+            {
+                held.push(key.clone());
+            }
+        }
+        held
     }
 
     /// Withdraws all objects with bytes at or behind `length`; what is being written there

@@ -111,6 +111,24 @@ impl SlotAllocator {
         true
     }
 
+    /// Takes the next free range that has been touched, from `from` on and of at most `most`
+    /// bytes; its offset and length.
+    pub fn claim_next(&mut self, from: u64, most: u64) -> Option<(u64, u64)> {
+        let from = self.footprint(from)?;
+        let most = (most - most % self.align).max(self.align);
+        let around = self.by_offset.range(..=from).next_back();
+        let (start, end) = around
+            .map(|(&start, &length)| (start.max(from), start + length))
+            .filter(|(start, end)| start < end)
+            .or_else(|| {
+                let (&start, &length) = self.by_offset.range(from..).next()?;
+                Some((start, start + length))
+            })?;
+        let length = (end - start).min(most);
+        self.carve(start, length);
+        Some((start, length))
+    }
+
     /// Gives a range back and joins it with its free neighbours. Returns whether all of it
     /// was in use; if not (which would be a double free), nothing changes.
     pub fn free(&mut self, offset: u64, length: u64) -> bool {

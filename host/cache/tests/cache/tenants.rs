@@ -483,3 +483,26 @@ fn a_clearing_of_some_salts_leaves_the_others() {
     let left: Vec<&str> = salts.iter().map(|it| it.cache_salt.as_str()).collect();
     assert_eq!(left, ["a", "c"]);
 }
+
+#[test]
+fn what_is_purged_is_nowhere_in_the_pool() {
+    // Pages of 4 KiB with objects that leave a tail, as evictions and aborts leave traces.
+    let cache = with_tenants(64, vec![tenant("leaves", &["l"], budget(0, 1, None))]);
+    pour(&cache, "l", 0..40);
+    pour(&cache, "stays", 0..10);
+    pour(&cache, "l", 100..140);
+    let of_l = |salt: &CacheSalt| salt.as_str() == "l";
+    let (digests, count) = cache.digests(&of_l, 10);
+    assert_eq!(digests.len(), 10);
+    assert!(count > 10);
+    cache.clear_where(true, &of_l);
+    let scrubbed = cache.scrub().unwrap();
+    assert!(scrubbed >= 40 * PAGE, "{scrubbed}");
+    assert_eq!(cache.forget_histories(&[salt("l")]), 1);
+    cache.check_invariants().unwrap();
+    assert_eq!(cache.digests(&of_l, 10), (Vec::new(), 0));
+    assert_eq!(used(&cache, "everybody else"), 10);
+    // Its memory can be used again.
+    pour(&cache, "l", 0..40);
+    cache.check_invariants().unwrap();
+}

@@ -24,14 +24,14 @@ const MODEL: &str = "stockade-bench";
 const KV: u64 = 2;
 
 /// One connection.
-pub(super) struct Client {
+pub(in crate::cli) struct Client {
     socket: DealerSocket,
     next_uid: u64,
     url: String,
 }
 
 impl Client {
-    pub(super) async fn connect(url: &str) -> anyhow::Result<Self> {
+    pub(in crate::cli) async fn connect(url: &str) -> anyhow::Result<Self> {
         let mut socket = DealerSocket::new();
         tokio::time::timeout(CONNECT_PATIENCE, socket.connect(url))
             .await
@@ -45,7 +45,7 @@ impl Client {
     }
 
     /// Sends one request without waiting; its uid.
-    pub(super) async fn send(
+    pub(in crate::cli) async fn send(
         &mut self,
         operation: Operation,
         payload: &[Bytes],
@@ -67,7 +67,7 @@ impl Client {
     }
 
     /// Receives the next reply: its uid and the third frame, if there is one.
-    pub(super) async fn receive(&mut self) -> anyhow::Result<(u64, Option<Bytes>)> {
+    pub(in crate::cli) async fn receive(&mut self) -> anyhow::Result<(u64, Option<Bytes>)> {
         let reply = tokio::time::timeout(PATIENCE, self.socket.recv())
             .await
             .with_context(|| format!("no reply from {} within {PATIENCE:?}", self.url))??;
@@ -89,7 +89,7 @@ impl Client {
     }
 
     /// One request and its reply.
-    pub(super) async fn call(
+    pub(in crate::cli) async fn call(
         &mut self,
         operation: Operation,
         payload: &[Bytes],
@@ -113,7 +113,7 @@ impl Client {
     }
 
     /// Tokens per chunk of the server.
-    pub(super) async fn chunk_size(&mut self) -> anyhow::Result<usize> {
+    pub(in crate::cli) async fn chunk_size(&mut self) -> anyhow::Result<usize> {
         let value = self.call_value(Operation::GetChunkSize, &[]).await?;
         let size = value.as_u64().and_then(|size| usize::try_from(size).ok());
         size.filter(|&size| size > 0)
@@ -121,10 +121,19 @@ impl Client {
     }
 
     /// `lookup` and `query_prefetch_status`: chunks found from the start.
-    pub(super) async fn lookup(&mut self, prompt: &Prompt, request: &str) -> anyhow::Result<usize> {
+    pub(in crate::cli) async fn lookup(
+        &mut self,
+        prompt: &Prompt,
+        request: &str,
+    ) -> anyhow::Result<usize> {
         let key = prompt.key(request, None);
         self.call(Operation::Lookup, &[key, pack(&Value::from(1))?])
             .await?;
+        self.status(request).await
+    }
+
+    /// `query_prefetch_status`: chunks that the request's lookup found.
+    pub(in crate::cli) async fn status(&mut self, request: &str) -> anyhow::Result<usize> {
         let found = self
             .call_value(Operation::QueryPrefetchStatus, &[pack(&request.into())?])
             .await?;
@@ -135,7 +144,7 @@ impl Client {
     }
 
     /// Gives the locks of a lookup back.
-    pub(super) async fn free_lookup_locks(
+    pub(in crate::cli) async fn free_lookup_locks(
         &mut self,
         prompt: &Prompt,
         request: &str,
@@ -146,7 +155,7 @@ impl Client {
         Ok(())
     }
 
-    pub(super) async fn end_session(&mut self, request: &str) -> anyhow::Result<()> {
+    pub(in crate::cli) async fn end_session(&mut self, request: &str) -> anyhow::Result<()> {
         self.call(Operation::EndSession, &[pack(&request.into())?])
             .await?;
         Ok(())
@@ -155,17 +164,18 @@ impl Client {
 
 /// The tokens of a request, packed once: only the request's name differs between its calls.
 #[derive(Clone)]
-pub(super) struct Prompt {
+pub(in crate::cli) struct Prompt {
     tokens: BytesMut,
     first_token_at: usize,
     len: usize,
     range: (usize, usize),
     salt: String,
+    ttl_seconds: Option<u32>,
 }
 
 impl Prompt {
     /// `len` tokens that no other seed gives, in a vocabulary of 150 000 as real ones are.
-    pub(super) fn new(len: usize, seed: u64, salt: &str) -> Self {
+    pub(in crate::cli) fn new(len: usize, seed: u64, salt: &str) -> Self {
         let mut random = fastrand::Rng::with_seed(seed);
         let mut tokens = BytesMut::with_capacity(5 * len + 5);
         tokens.put_u8(0xdd);
@@ -196,11 +206,12 @@ impl Prompt {
             len,
             range: (0, len),
             salt: salt.to_owned(),
+            ttl_seconds: None,
         }
     }
 
     /// The same length with another first token, which changes every chunk's hash.
-    pub(super) fn renamed(mut self, number: u32) -> Self {
+    pub(in crate::cli) fn renamed(mut self, number: u32) -> Self {
         let at = self.first_token_at + 1;
         if let Some(token) = self.tokens.get_mut(at..at + 4) {
             token.copy_from_slice(&(number | 1 << 31).to_be_bytes());
@@ -209,17 +220,23 @@ impl Prompt {
     }
 
     /// The same tokens, of which `range` is meant.
-    pub(super) fn over(mut self, range: (usize, usize)) -> Self {
+    pub(in crate::cli) fn over(mut self, range: (usize, usize)) -> Self {
         self.range = range;
         self
     }
 
-    pub(super) fn len(&self) -> usize {
+    /// The same tokens, of which the server keeps the KV for so long.
+    pub(in crate::cli) fn lasting(mut self, seconds: u32) -> Self {
+        self.ttl_seconds = Some(seconds);
+        self
+    }
+
+    pub(in crate::cli) fn len(&self) -> usize {
         self.len
     }
 
     /// The cache key of a call (`IPCCacheKey`); the scheduler has no rank.
-    pub(super) fn key(&self, request: &str, rank: Option<u32>) -> Bytes {
+    pub(in crate::cli) fn key(&self, request: &str, rank: Option<u32>) -> Bytes {
         let mut key = BytesMut::with_capacity(self.tokens.len() + 256);
         key.put_u8(0x8a);
         let put = |key: &mut BytesMut, name: &str, value: &Value| {
@@ -237,7 +254,10 @@ impl Prompt {
         put(&mut key, "end", &self.range.1.into());
         put(&mut key, "request_id", &request.into());
         put(&mut key, "cache_salt", &self.salt.as_str().into());
-        put(&mut key, "request_configs", &Value::Nil);
+        let configs = self.ttl_seconds.map_or(Value::Nil, |seconds| {
+            map(&[("lmcache.ttl", seconds.into())])
+        });
+        put(&mut key, "request_configs", &configs);
         put(&mut key, "num_kv_readers", &1.into());
         key.freeze()
     }
@@ -245,15 +265,15 @@ impl Prompt {
 
 /// What one chunk of KV is made of.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Layout {
-    pub(super) chunk_tokens: usize,
+pub(in crate::cli) struct Layout {
+    pub(in crate::cli) chunk_tokens: usize,
     layers: u64,
     hidden: u64,
 }
 
 impl Layout {
     /// Float16 KV whose chunks take about `chunk_bytes`, never less than one value per token.
-    pub(super) fn of(chunk_tokens: usize, chunk_bytes: usize) -> Self {
+    pub(in crate::cli) fn of(chunk_tokens: usize, chunk_bytes: usize) -> Self {
         let per_token = (chunk_bytes / chunk_tokens.max(1)) as u64;
         // Two bytes a value, key and value, two layers.
         let hidden = (per_token / (2 * KV * 2)).max(1);
@@ -264,7 +284,7 @@ impl Layout {
         }
     }
 
-    pub(super) fn chunk_bytes(&self) -> usize {
+    pub(in crate::cli) fn chunk_bytes(&self) -> usize {
         let values = KV * self.layers * self.hidden;
         2 * self.chunk_tokens * usize::try_from(values).unwrap_or(usize::MAX)
     }
@@ -281,25 +301,29 @@ enum Pool {
 }
 
 /// What one store or retrieve took.
-pub(super) struct Transfer {
+pub(in crate::cli) struct Transfer {
     /// Time in requests to the server, without the copy.
-    pub(super) server: Duration,
+    pub(in crate::cli) server: Duration,
     /// Time altogether.
-    pub(super) whole: Duration,
-    pub(super) bytes: usize,
+    pub(in crate::cli) whole: Duration,
+    pub(in crate::cli) bytes: usize,
 }
 
 /// A registered worker: what vLLM runs per GPU.
-pub(super) struct Worker {
-    pub(super) client: Client,
-    pub(super) layout: Layout,
+pub(in crate::cli) struct Worker {
+    pub(in crate::cli) client: Client,
+    pub(in crate::cli) layout: Layout,
     instance: u64,
     pool: Pool,
     buffer: Vec<u8>,
 }
 
 impl Worker {
-    pub(super) async fn register(url: &str, instance: u64, layout: Layout) -> anyhow::Result<Self> {
+    pub(in crate::cli) async fn register(
+        url: &str,
+        instance: u64,
+        layout: Layout,
+    ) -> anyhow::Result<Self> {
         let mut client = Client::connect(url).await?;
         let registration = map(&[
             ("instance_id", instance.into()),
@@ -339,7 +363,7 @@ impl Worker {
         })
     }
 
-    pub(super) async fn unregister(mut self) -> anyhow::Result<()> {
+    pub(in crate::cli) async fn unregister(mut self) -> anyhow::Result<()> {
         let instance = pack(&self.instance.into())?;
         self.client
             .call(Operation::UnregisterKvCacheEngineDrivenContext, &[instance])
@@ -347,9 +371,24 @@ impl Worker {
         Ok(())
     }
 
+    /// Whether `prepare_retrieve` gives the prompt's range to a request.
+    pub(in crate::cli) async fn is_retrievable(
+        &mut self,
+        prompt: &Prompt,
+        request: &str,
+    ) -> anyhow::Result<bool> {
+        let arguments = [prompt.key(request, Some(0)), pack(&self.instance.into())?];
+        let answer = self
+            .client
+            .call_value(Operation::PrepareRetrieve, &arguments)
+            .await?;
+        let success = field(&answer, "success").and_then(Value::as_bool);
+        success.context("no success in the reply")
+    }
+
     /// Stores the prompt's range, each chunk filled by what `seed` and its index give; `None`
     /// when the server had no room or had it all.
-    pub(super) async fn store(
+    pub(in crate::cli) async fn store(
         &mut self,
         prompt: &Prompt,
         request: &str,
@@ -421,7 +460,7 @@ impl Worker {
 
     /// Retrieves the prompt's range and compares every byte with what `seed` gives; `None` for a
     /// miss. A lookup under the same request name came before.
-    pub(super) async fn retrieve(
+    pub(in crate::cli) async fn retrieve(
         &mut self,
         prompt: &Prompt,
         request: &str,
@@ -523,7 +562,7 @@ fn slots(context: &Value) -> anyhow::Result<Vec<(u64, usize)>> {
         .collect()
 }
 
-pub(super) fn pack(value: &Value) -> anyhow::Result<Bytes> {
+pub(in crate::cli) fn pack(value: &Value) -> anyhow::Result<Bytes> {
     let mut bytes = Vec::new();
     rmpv::encode::write_value(&mut bytes, value)?;
     Ok(bytes.into())
