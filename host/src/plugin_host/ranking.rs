@@ -325,7 +325,7 @@ mod tests {
                 assert!(Instant::now() < deadline);
                 tokio::time::sleep(Duration::from_millis(2)).await;
             }
-            let ranker = Arc::new(PluginRanker::new(Arc::new(Tenancy::new(Arc::default()))));
+            let ranker = Arc::new(PluginRanker::new(Arc::new(Tenancy::new(Arc::default(), 2))));
             ranker.ask(&supervisor);
             let asked = Arc::clone(&ranker);
             let work = tokio::task::spawn_blocking(move || {

@@ -309,6 +309,7 @@ mod tests {
             objects: 1,
             share_bytes: 0,
             evicted_bytes: 0,
+            evicted_objects: 0,
         }
     }
 
