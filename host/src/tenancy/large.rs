@@ -269,8 +269,7 @@ mod tests {
         for task in tasks {
             task.await.unwrap();
         }
-        let went = went.lock().clone();
-        went
+        std::mem::take(&mut *went.lock())
     }
 
     #[tokio::test]
@@ -350,7 +349,7 @@ mod tests {
                     let name = ["a", "b", "c"][number % 3];
                     let realm = realm(name);
                     let admitted = large.admit(&realm, share(1), number << 12);
-                    if number % 7 == 0 {
+                    if number.is_multiple_of(7) {
                         // Gives up half-way.
                         let mut admitted = Box::pin(admitted);
                         let _ = is_pending(&mut admitted);
