@@ -196,7 +196,10 @@ pub fn router(admin: &Arc<Admin>) -> Router {
             Read,
             "Adapters of the second tier",
             plain(),
-            async || Json(json!({"adapters": []})),
+            async |State(admin): Shared| {
+                let adapters = admin.service.tier().map(|tier| tier.adapters());
+                Json(adapters.unwrap_or_else(|| json!({"adapters": []})))
+            },
         )
         .add(
             (Get, "/version"),

@@ -1,5 +1,6 @@
 //! Validated settings: flags win over environment, environment over file, file over defaults.
 
+mod l2;
 mod listeners;
 pub(crate) mod lmcache_flags;
 mod plugin_json;
@@ -21,7 +22,7 @@ pub use settings::Settings;
 
 use crate::{
     admin::TlsFiles, coordinator::CoordinatorSettings, service::HashLogSettings, tenancy::Rules,
-    traces::TraceSettings,
+    tier::TierConfig, traces::TraceSettings,
 };
 
 /// One GiB, the unit that LMCache calls GB.
@@ -104,6 +105,8 @@ pub struct Config {
     pub tenant_rules: Arc<Rules>,
     /// The file that was read, for what of it is read again while the server runs.
     pub file: Option<PathBuf>,
+    /// The second tier; `None` without one.
+    pub l2: Option<TierConfig>,
     /// Plugin files and directories.
     pub runtime_plugin_locations: Vec<PathBuf>,
     /// Extra configuration of plugins, a JSON object.
@@ -318,6 +321,7 @@ impl Config {
             "LMCache has no such mode",
         )?;
 
+        let l2 = l2::check(&settings)?;
         let size_gb = settings.l1_size_gb.ok_or("--l1-size-gb is missing: say how many GiB of memory the pool may take, for example --l1-size-gb 10")?;
         if !size_gb.is_finite() || size_gb <= 0.0 || size_gb > (1u64 << 24) as f64 {
             return Err(format!(
@@ -518,6 +522,7 @@ impl Config {
             tenants: Vec::new(),
             tenant_rules: Arc::default(),
             file: None,
+            l2,
             runtime_plugin_locations: settings.runtime_plugin_locations.unwrap_or_default(),
             runtime_plugin_config,
             plugin_policy: Policy::default(),

@@ -20,5 +20,6 @@ pub mod state_dir;
 
 pub mod plugin_host;
 pub mod service;
+pub mod tier;
 
 pub mod admin;

@@ -33,6 +33,7 @@ use crate::{
     state_dir::StateDir,
     telemetry::Log,
     tenancy::{MeterFile, Tenancy, TenantFile},
+    tier::{Tier, TierConfig},
     traces::Traces,
     watchdog::{BEAT, Heart, Watchdog},
 };
@@ -55,6 +56,9 @@ const PLUGIN_GRACE: Duration = Duration::from_secs(5);
 /// What the receiver of traces gets to take the last ones.
 const TRACES_GRACE: Duration = Duration::from_secs(2);
 
+/// What the second tier gets to write down what waits when the server stops.
+const WRITE_DOWN_GRACE: Duration = Duration::from_secs(5);
+
 /// A server with everything found, checked, mapped and bound, that does not answer yet.
 pub struct Server {
     config: Config,
@@ -66,6 +70,7 @@ pub struct Server {
     tls: Option<Arc<Tls>>,
     log: Log,
     engine: Arc<CacheEngine>,
+    tier: Option<Arc<Tier>>,
     budgets: TenantBudgets,
     supervisor: Supervisor,
     plugin_state: Option<PathBuf>,
@@ -118,6 +123,10 @@ impl Server {
         if bound.is_none() {
             bind_zmq(&mut bound, &endpoint, &main).await?;
         }
+        let tier = match config.l2.clone() {
+            Some(l2) => Some(open_tier(&engine, l2).await?),
+            None => None,
+        };
         let mut listeners: Vec<_> = bound.into_iter().collect();
         for listener in further {
             let Some(endpoint) = &listener.endpoint else {
@@ -156,6 +165,7 @@ impl Server {
             tls,
             log,
             engine,
+            tier,
             budgets,
             supervisor,
             plugin_state,
@@ -230,6 +240,7 @@ impl Server {
                 null_block_id: config.null_block_id,
                 lookup_hash_log: config.lookup_hash_log.clone(),
             },
+            self.tier.clone(),
             &mut registry,
         )
         .context("--lookup-hash-log-dir cannot be used")?;
@@ -337,6 +348,8 @@ impl Server {
             stopped.clone(),
         )));
 
+        let writers = self.tier.as_ref().map(Tier::start).unwrap_or_default();
+
         let endpoints: Vec<_> = self
             .listeners
             .iter()
@@ -383,6 +396,14 @@ impl Server {
         stop.send_replace(true);
         let (_, served) = tokio::join!(plugins, serving);
         served.context("the transport failed")?;
+        if let Some(tier) = &self.tier
+            && !tier.drain(WRITE_DOWN_GRACE).await
+        {
+            tracing::warn!("stopped before everything was written to the second tier");
+        }
+        for writer in writers {
+            writer.abort();
+        }
         if let Some(coordinator) = coordinator {
             coordinator.finish().await;
         }
@@ -644,6 +665,14 @@ async fn bind_http(host: &str, port: u16, flag: &str) -> anyhow::Result<TcpListe
     TcpListener::bind((host, port)).await.with_context(|| {
         format!("{flag} {port} of {host} cannot be bound; if another server listens there, stop it or choose another port with {flag}")
     })
+}
+
+async fn open_tier(engine: &Arc<CacheEngine>, config: TierConfig) -> anyhow::Result<Arc<Tier>> {
+    let engine = Arc::clone(engine);
+    tokio::task::spawn_blocking(move || Tier::open(engine, config))
+        .await
+        .context("the second tier could not be opened")?
+        .map_err(anyhow::Error::msg)
 }
 
 async fn open_engine(

@@ -68,13 +68,14 @@ use crate::{
     plugin_host::EventLog,
     telemetry::CauseLimiter,
     tenancy::{Caller, DENIED_SALT, Tenancy, TooManyInFlight},
+    tier::Tier,
     traces::{Answered, Place, Traces},
 };
 
 pub use hash_log::HashLogSettings;
 pub use latencies::Snapshot as LatencySnapshot;
 pub use metrics::Activity;
-pub(crate) use metrics::SaltCounts;
+pub(crate) use metrics::{Names, SaltCounts, SaltLabels, observe_throughput, throughput};
 pub use probe::{PROBE_TENANT, ProbeReport};
 pub use purge::{Leaving, PurgeError, digest_of, seal};
 
@@ -169,6 +170,7 @@ pub struct Service {
     plugins: OnceLock<Weak<Supervisor>>,
     hash_log: Option<HashLog>,
     p2p: P2pTasks,
+    tier: Option<Arc<Tier>>,
     metrics: ServiceMetrics,
     log: CauseLimiter,
     lapsed: Lapsed,
@@ -181,7 +183,8 @@ pub struct Service {
 }
 
 impl Service {
-    /// A service over `engine`; becomes its observer and registers its metrics.
+    /// A service over `engine` and perhaps a second tier; becomes the engine's observer and
+    /// registers its metrics.
     ///
     /// # Errors
     /// When lookups cannot be logged.
@@ -190,9 +193,13 @@ impl Service {
         hasher: TokenHasher,
         tenancy: Arc<Tenancy>,
         settings: ServiceSettings,
+        tier: Option<Arc<Tier>>,
         registry: &mut Registry,
     ) -> io::Result<Arc<Self>> {
         let metrics = ServiceMetrics::register(registry);
+        if let Some(tier) = &tier {
+            tier.register(registry);
+        }
         let counts = hash_log::Counts::register(registry);
         let hash_log = match &settings.lookup_hash_log {
             Some(wanted) => Some(HashLog::open(wanted.clone(), counts)?),
@@ -222,6 +229,7 @@ impl Service {
             plugins: OnceLock::new(),
             hash_log,
             p2p: P2pTasks::default(),
+            tier,
             metrics,
             log: CauseLimiter::default(),
             lapsed: Lapsed::default(),
@@ -266,6 +274,12 @@ impl Service {
     /// Has these plugins serve `server_module_call`.
     pub fn serve_modules(&self, plugins: &Arc<Supervisor>) {
         let _ = self.plugins.set(Arc::downgrade(plugins));
+    }
+
+    /// The second tier, if there is one.
+    #[must_use]
+    pub fn tier(&self) -> Option<&Arc<Tier>> {
+        self.tier.as_ref()
     }
 
     /// Who calls, and what they may.
@@ -750,7 +764,7 @@ impl Service {
             "num_active_adapters": 0,
             "num_draining_adapters": 0,
         });
-        json!({
+        let mut status = json!({
             "is_healthy": !self.is_draining(),
             "engine_type": "Stockade",
             "chunk_size": self.hasher.chunk_size(),
@@ -821,7 +835,19 @@ impl Service {
                 "block_size": worker.block_size,
                 "use_mla": worker.use_mla,
             }))).collect::<serde_json::Map<_, _>>(),
-        })
+        });
+        if let Some(tier) = &self.tier
+            && let Some(storage) = status
+                .get_mut("storage_manager")
+                .and_then(Value::as_object_mut)
+        {
+            let mut parts = tier.status();
+            if let Some(store) = parts.get("store_controller") {
+                storage.insert("store_controllers".to_owned(), json!({"_default": store}));
+            }
+            storage.append(&mut parts);
+        }
+        status
     }
 
     /// What it has done since its start.
@@ -924,6 +950,17 @@ impl Handler for ServiceHandler {
         if operation == Some(Operation::ServerModuleCall) {
             let reply = Arc::clone(service).module_call(Arc::clone(peer), frames);
             return Outcome::Later(Box::pin(reply));
+        }
+        if operation == Some(Operation::WaitPrefetchStatus)
+            && let Some((mut done, timeout)) = service.awaited_by(peer, &frames)
+        {
+            let (service, peer) = (Arc::clone(service), Arc::clone(peer));
+            return Outcome::Later(Box::pin(async move {
+                // Whichever comes first, and also the end of the one who would tell.
+                let is_done = done.wait_for(|&is_done| is_done);
+                let _ = tokio::time::timeout(timeout, is_done).await;
+                service.answer(&peer, frames, arrived)
+            }));
         }
         if bytes <= INLINE_BYTES && !operation.is_some_and(lmcache_driven::is_slow) {
             return service

@@ -149,8 +149,9 @@ async fn metrics_have_the_golden_names_and_the_documented_ones() {
     }
     let text = server.http("GET", "/metrics", "").await.1;
     assert!(text.ends_with("# EOF\n"), "{text}");
+    let of_second_tier = metrics_of_a_second_tier().await;
     let mut metrics = std::collections::BTreeMap::<&str, (&str, &str)>::new();
-    for line in text.lines() {
+    for line in text.lines().chain(of_second_tier.lines()) {
         if let Some((name, help)) = line
             .strip_prefix("# HELP ")
             .and_then(|it| it.split_once(' '))
@@ -181,6 +182,44 @@ async fn metrics_have_the_golden_names_and_the_documented_ones() {
     ] {
         assert!(text.contains(sample), "{sample} is not in\n{text}");
     }
+}
+
+/// What a server with a directory shows after a store, a load, and a value that was damaged.
+async fn metrics_of_a_second_tier() -> String {
+    let directory = tempfile::tempdir().unwrap();
+    let adapter = serde_json::json!({"type": "fs", "base_path": directory.path()}).to_string();
+    let server = Server::start(&["--l2-adapter", &adapter]);
+    let mut worker = Worker::register(&server, 7, "m").await;
+    let key = Key::new("m", &tokens(32, 1), Some(0), "w");
+    assert!(worker.store(&key, |_| 3).await);
+    let stored = "lmcache_mp_l2_store_completed_requests_total";
+    server.metric_becomes(stored, |count| count == 2.0).await;
+    server.http("POST", "/cache/clear", "").await;
+    assert!(worker.store(&key, |_| 3).await);
+    server
+        .metric_becomes("stockade_l2_store_present_objects_total", |count| {
+            count == 2.0
+        })
+        .await;
+    server.http("POST", "/cache/clear", "").await;
+    for file in std::fs::read_dir(directory.path()).unwrap() {
+        std::fs::write(file.unwrap().path(), "damaged").unwrap();
+    }
+    let one = Key::new("m", &tokens(16, 5), Some(0), "one");
+    assert!(worker.store(&one, |_| 4).await);
+    server.metric_becomes(stored, |count| count == 3.0).await;
+    server.http("POST", "/cache/clear", "").await;
+    for (request, tokens, hit) in [("damaged", &key.tokens, 0), ("good", &one.tokens, 1)] {
+        let key = Key::new("m", tokens, None, request);
+        worker
+            .client
+            .call(8, &[key.value(), 1.into()])
+            .await
+            .value();
+        let found = worker.client.call(10, &[request.into(), 60.0.into()]).await;
+        assert_eq!(found.value().as_u64(), Some(hit), "{request}");
+    }
+    server.http("GET", "/metrics", "").await.1
 }
 
 /// The page in the documentation: written by the test, so that it cannot be wrong for long.

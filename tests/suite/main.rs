@@ -26,4 +26,5 @@ mod start_up;
 mod state;
 mod store_retrieve;
 mod tenants;
+mod tier;
 mod traces;

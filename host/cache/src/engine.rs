@@ -244,6 +244,21 @@ impl CacheEngine {
             .with_l1(|l1, now| l1.commit(now, owner, lease, request))
     }
 
+    /// As [`commit`](Self::commit), but the objects are withdrawn with the last lock on them: they
+    /// were loaded for one request and are kept elsewhere. One that nobody locks stays until its
+    /// rank lets it go. Follows `is_temporary` in LMCache's `v1/distributed/l1_manager.py`.
+    ///
+    /// # Errors
+    /// As [`commit`](Self::commit).
+    pub fn commit_temporary(
+        &self,
+        owner: OwnerId,
+        lease: LeaseId,
+    ) -> Result<Committed, LeaseError> {
+        self.inner
+            .with_l1(|l1, now| l1.commit_temporary(now, owner, lease))
+    }
+
     /// Takes the lease's slots back; returns how many there were.
     ///
     /// # Errors
@@ -260,6 +275,52 @@ impl CacheEngine {
     pub fn lock_prefix(&self, owner: OwnerId, rows: &[Vec<ObjectKey>], readers: u32) -> PrefixLock {
         self.inner
             .with_l1(|l1, now| l1.lock_prefix(now, owner, rows, readers))
+    }
+
+    /// Repeats a lookup after more of its chunks became readable: takes the locks of
+    /// [`lock_prefix`](Self::lock_prefix) and gives back those of `old`, in one step, so that
+    /// nothing of the prefix is free in between.
+    pub fn renew_prefix(
+        &self,
+        owner: OwnerId,
+        old: Option<LeaseId>,
+        rows: &[Vec<ObjectKey>],
+        readers: u32,
+    ) -> PrefixLock {
+        self.inner
+            .with_l1(|l1, now| l1.renew_prefix(now, owner, old, rows, readers))
+    }
+
+    /// Which of `keys` are readable now; locks nothing and is no use of them.
+    pub fn readable(&self, keys: &[ObjectKey]) -> Vec<bool> {
+        self.inner.with_l1(|l1, _| l1.readable(keys))
+    }
+
+    /// Appends a committed object to `out`, for whoever keeps a copy of it elsewhere; returns
+    /// whether it was there. No use of the object, and no lease: it cannot be evicted while it is
+    /// being copied.
+    ///
+    /// # Errors
+    /// [`ReadError`]; `out` is as before then. A corrupt object is withdrawn and counted.
+    pub fn copy_committed(&self, key: &ObjectKey, out: &mut Vec<u8>) -> Result<bool, ReadError> {
+        self.inner.check_segment();
+        let Some(pinned) = self.inner.with_l1(|l1, _| l1.begin_copy_of(key)) else {
+            return Ok(false);
+        };
+        let mut guard = CopyGuard {
+            inner: &self.inner,
+            pinned,
+            is_corrupt: false,
+        };
+        let result = self.inner.copy_out(&pinned, out);
+        guard.is_corrupt = result == Err(ReadError::Corrupt);
+        result.map(|()| true)
+    }
+
+    /// Withdraws the readable ones among `keys`, those that are held with the last hold on them;
+    /// returns how many there were.
+    pub fn release(&self, keys: &[ObjectKey]) -> usize {
+        self.inner.with_l1(|l1, _| l1.release(keys))
     }
 
     /// Gives back up to `readers` (1..=128, clamped) locks of a lookup on each object of

@@ -35,7 +35,7 @@ use tally::Tally;
 use tenants::{Place, TenantId, Tenants};
 use uses::Uses;
 
-use crate::engine::EndedOwner;
+use crate::engine::{EndedOwner, RemoveReason};
 use crate::error::LeaseError;
 use crate::eviction::PolicyKind;
 use crate::key::{ChunkHash, KeyScope, ObjectKey};
@@ -80,6 +80,10 @@ struct Object {
     locks: u64,
     /// Copies in progress in this process, and objects a reservation in progress keeps.
     pins: u32,
+    /// Goes with the last lock on it.
+    is_temporary: bool,
+    /// That lock is gone: it goes as soon as nobody holds it.
+    is_due: bool,
 }
 
 impl Object {
@@ -392,7 +396,10 @@ impl L1 {
     }
 
     fn unlock(&mut self, id: ObjectId, count: u64) {
-        self.change_hold(id, |object| object.locks -= count);
+        self.change_hold(id, |object| {
+            object.locks -= count;
+            object.is_due |= object.is_temporary && object.locks == 0;
+        });
         self.after_release(id);
     }
 
@@ -410,6 +417,10 @@ impl L1 {
             && let Some(object) = self.objects.get(id)
             && object.is_evictable()
         {
+            if object.is_due {
+                self.withdraw(id, RemoveReason::Released);
+                return;
+            }
             // It may have been parked while it was held.
             self.tenants.restore(object.tenant, object.place);
         }

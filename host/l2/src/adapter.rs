@@ -20,13 +20,11 @@ pub enum AdapterError {
     /// There is no such value.
     #[error("not there")]
     NotFound,
-    /// There is a value, and it is intact, but of another length than asked for.
-    #[error("has {found} bytes and not {wanted}")]
-    OtherLength {
+    /// There is a value, and it is intact, but of another length or layout than asked for.
+    #[error("has {found} bytes in another layout")]
+    OtherForm {
         /// Bytes of the stored value.
         found: u64,
-        /// Bytes asked for.
-        wanted: u64,
     },
     /// The bytes are not those that were stored. They were moved aside if `moved`.
     #[error("damaged: {what}")]
@@ -80,7 +78,7 @@ impl AdapterError {
     pub fn reason(&self) -> &'static str {
         match self {
             Self::NotFound => "not_found",
-            Self::OtherLength { .. } => "other_length",
+            Self::OtherForm { .. } => "other_form",
             Self::Damaged { .. } => "damaged",
             Self::Full(_) => "full",
             Self::Denied(_) => "denied",
@@ -91,6 +89,16 @@ impl AdapterError {
             Self::Unsupported(_) => "unsupported",
         }
     }
+}
+
+/// What a value must be to be of use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Form {
+    /// Its length in bytes.
+    pub length: u64,
+    /// A number for the layout of its bytes. It is kept beside the value, so that values of one
+    /// name and length in two layouts are told apart; what LMCache wrote has none.
+    pub layout: u32,
 }
 
 /// One stored value, as a listing shows it.
@@ -117,18 +125,19 @@ pub trait Adapter: Send + Sync + fmt::Debug {
     /// [`AdapterError`] if the storage could not tell; a name that it cannot have is not there.
     async fn find(&self, names: &[ObjectName]) -> Result<Vec<bool>, AdapterError>;
 
-    /// The value of `name`, which must have `length` bytes. Bytes that do not match what is kept
+    /// The value of `name`, which must have the form `wanted`. Bytes that do not match what is kept
     /// beside them are moved aside and never returned.
     ///
     /// # Errors
     /// [`AdapterError`]
-    async fn load(&self, name: &ObjectName, length: u64) -> Result<Bytes, AdapterError>;
+    async fn load(&self, name: &ObjectName, wanted: Form) -> Result<Bytes, AdapterError>;
 
-    /// Keeps `value` under `name`, as a whole or not at all.
+    /// Keeps `value` of a layout under `name`, as a whole or not at all.
     ///
     /// # Errors
     /// [`AdapterError`]
-    async fn store(&self, name: &ObjectName, value: Bytes) -> Result<(), AdapterError>;
+    async fn store(&self, name: &ObjectName, value: Bytes, layout: u32)
+    -> Result<(), AdapterError>;
 
     /// Removes values; returns which of `names` were there.
     ///

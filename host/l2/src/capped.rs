@@ -19,7 +19,7 @@ use serde_json::json;
 use tokio::sync::{Notify, mpsc};
 
 use crate::{
-    adapter::{Adapter, AdapterError, Entry},
+    adapter::{Adapter, AdapterError, Entry, Form},
     name::ObjectName,
     spec::Cap,
 };
@@ -261,8 +261,8 @@ impl Adapter for Capped {
         self.shared.inner.find(names).await
     }
 
-    async fn load(&self, name: &ObjectName, length: u64) -> Result<Bytes, AdapterError> {
-        let result = self.shared.inner.load(name, length).await;
+    async fn load(&self, name: &ObjectName, wanted: Form) -> Result<Bytes, AdapterError> {
+        let result = self.shared.inner.load(name, wanted).await;
         let mut index = self.shared.index.lock();
         match &result {
             Ok(value) => index.put(name, value.len() as u64, SystemTime::now()),
@@ -274,7 +274,12 @@ impl Adapter for Capped {
         result
     }
 
-    async fn store(&self, name: &ObjectName, value: Bytes) -> Result<(), AdapterError> {
+    async fn store(
+        &self,
+        name: &ObjectName,
+        value: Bytes,
+        layout: u32,
+    ) -> Result<(), AdapterError> {
         let bytes = value.len() as u64;
         let limit = self.shared.cap.max_bytes;
         if let Some(keep) = limit.checked_sub(bytes)
@@ -288,7 +293,7 @@ impl Adapter for Capped {
                 "max_capacity_gb is {limit} bytes, of which {used} are used"
             )));
         }
-        self.shared.inner.store(name, value).await?;
+        self.shared.inner.store(name, value, layout).await?;
         self.shared.index.lock().put(name, bytes, SystemTime::now());
         self.shared.grown.notify_one();
         Ok(())

@@ -14,7 +14,7 @@ use parking_lot::Mutex;
 use tokio::sync::mpsc;
 
 use crate::{
-    adapter::{Adapter, AdapterError, Entry},
+    adapter::{Adapter, AdapterError, Entry, Form},
     name::ObjectName,
 };
 
@@ -215,11 +215,11 @@ impl Guarded {
     pub async fn load(
         &self,
         name: &ObjectName,
-        length: u64,
+        wanted: Form,
         deadline: Instant,
     ) -> Result<Bytes, AdapterError> {
         self.call(&self.reads, "load", deadline, || {
-            self.adapter.load(name, length)
+            self.adapter.load(name, wanted)
         })
         .await
     }
@@ -232,10 +232,11 @@ impl Guarded {
         &self,
         name: &ObjectName,
         value: &Bytes,
+        layout: u32,
         deadline: Instant,
     ) -> Result<(), AdapterError> {
         self.call(&self.writes, "store", deadline, || {
-            self.adapter.store(name, value.clone())
+            self.adapter.store(name, value.clone(), layout)
         })
         .await
     }

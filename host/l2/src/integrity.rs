@@ -4,20 +4,22 @@
 //! good one. What we write gets a CRC-32C where LMCache does not look; what LMCache wrote has
 //! none and is taken by its length.
 
-use crate::adapter::AdapterError;
+use crate::adapter::{AdapterError, Form};
 
-/// CRC-32C and length of a value.
+/// CRC-32C, length and layout of a value.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Seal {
     crc32c: u32,
     length: u64,
+    layout: u32,
 }
 
 impl Seal {
-    pub(crate) fn of(value: &[u8]) -> Self {
+    pub(crate) fn of(value: &[u8], layout: u32) -> Self {
         Self {
             crc32c: crc32c::crc32c(value),
             length: value.len() as u64,
+            layout,
         }
     }
 
@@ -29,19 +31,21 @@ impl Seal {
     /// Reads what [`to_string`](ToString::to_string) wrote; `None` for anything else.
     pub(crate) fn parse(text: &[u8]) -> Option<Self> {
         let text = std::str::from_utf8(text).ok()?;
-        let (crc32c, length) = text.strip_prefix("crc32c=")?.split_once(" length=")?;
+        let (crc32c, rest) = text.strip_prefix("crc32c=")?.split_once(" length=")?;
+        let (length, layout) = rest.split_once(" layout=")?;
         let seal = Self {
             crc32c: u32::from_str_radix(crc32c, 16).ok()?,
             length: length.parse().ok()?,
+            layout: u32::from_str_radix(layout, 16).ok()?,
         };
         (seal.to_string() == text).then_some(seal)
     }
 
-    /// Checks a value that is expected to have `wanted` bytes.
+    /// Checks a value that is expected to have the form `wanted`.
     ///
     /// # Errors
     /// What does not fit.
-    pub(crate) fn check(seal: Option<Self>, value: &[u8], wanted: u64) -> Result<(), Fault> {
+    pub(crate) fn check(seal: Option<Self>, value: &[u8], wanted: Form) -> Result<(), Fault> {
         let found = value.len() as u64;
         let damaged = |what: String| Err(Fault::Damaged(what));
         match seal {
@@ -51,8 +55,12 @@ impl Seal {
             Some(seal) if crc32c::crc32c(value) != seal.crc32c => {
                 damaged("its checksum does not match".to_owned())
             }
-            Some(_) if found != wanted => Err(Fault::OtherLength { found, wanted }),
-            None if found != wanted => damaged(format!("it has {found} bytes and not {wanted}")),
+            Some(seal) if found != wanted.length || seal.layout != wanted.layout => {
+                Err(Fault::OtherForm { found })
+            }
+            None if found != wanted.length => {
+                damaged(format!("it has {found} bytes and not {}", wanted.length))
+            }
             _ => Ok(()),
         }
     }
@@ -60,7 +68,12 @@ impl Seal {
 
 impl std::fmt::Display for Seal {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "crc32c={:08x} length={}", self.crc32c, self.length)
+        let Self {
+            crc32c,
+            length,
+            layout,
+        } = self;
+        write!(f, "crc32c={crc32c:08x} length={length} layout={layout:08x}")
     }
 }
 
@@ -70,7 +83,7 @@ pub(crate) enum Fault {
     /// To be moved aside.
     Damaged(String),
     /// Good, but somebody else's.
-    OtherLength { found: u64, wanted: u64 },
+    OtherForm { found: u64 },
 }
 
 impl Fault {
@@ -78,7 +91,7 @@ impl Fault {
     pub(crate) fn into_error(self, moved: bool) -> AdapterError {
         match self {
             Self::Damaged(what) => AdapterError::Damaged { what, moved },
-            Self::OtherLength { found, wanted } => AdapterError::OtherLength { found, wanted },
+            Self::OtherForm { found } => AdapterError::OtherForm { found },
         }
     }
 }
@@ -91,11 +104,15 @@ mod tests {
 
     use super::*;
 
+    fn form(length: u64) -> Form {
+        Form { length, layout: 7 }
+    }
+
     #[test]
     fn a_value_without_a_seal_is_taken_by_its_length() {
-        assert_eq!(Seal::check(None, b"abc", 3), Ok(()));
+        assert_eq!(Seal::check(None, b"abc", form(3)), Ok(()));
         assert!(matches!(
-            Seal::check(None, b"ab", 3),
+            Seal::check(None, b"ab", form(3)),
             Err(Fault::Damaged(_))
         ));
     }
@@ -105,16 +122,20 @@ mod tests {
         fn any_flipped_bit_and_any_cut_is_noticed(
             value in proptest::collection::vec(any::<u8>(), 1..600), at: prop::sample::Index, bit in 0..8_u32,
         ) {
-            let seal = Seal::parse(Seal::of(&value).to_string().as_bytes()).unwrap();
-            let wanted = value.len() as u64;
+            let seal = Seal::parse(Seal::of(&value, 7).to_string().as_bytes()).unwrap();
+            let found = value.len() as u64;
+            let wanted = form(found);
             prop_assert_eq!(Seal::check(Some(seal), &value, wanted), Ok(()));
             let at = at.index(value.len());
-            prop_assert!(matches!(Seal::check(Some(seal), &value[..at], wanted), Err(Fault::Damaged(_))));
             let mut flipped = value.clone();
             flipped[at] ^= 1 << bit;
-            prop_assert!(matches!(Seal::check(Some(seal), &flipped, wanted), Err(Fault::Damaged(_))));
-            let longer = Err(Fault::OtherLength { found: wanted, wanted: wanted + 1 });
-            prop_assert_eq!(Seal::check(Some(seal), &value, wanted + 1), longer);
+            for damaged in [&value[..at], &flipped] {
+                let fault = Seal::check(Some(seal), damaged, wanted);
+                prop_assert!(matches!(fault, Err(Fault::Damaged(_))));
+            }
+            for other in [form(found + 1), Form { length: found, layout: 8 }] {
+                prop_assert_eq!(Seal::check(Some(seal), &value, other), Err(Fault::OtherForm { found }));
+            }
         }
 
         #[test]

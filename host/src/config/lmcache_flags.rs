@@ -51,7 +51,6 @@ const WORKERS: &str = "requests run on async tasks, there is no worker pool to s
 const NO_GC: &str = "there is no garbage collector to monitor";
 const NO_BLEND: &str = "CacheBlend is not served; leave it out and use prefix caching";
 const NO_P2P: &str = "peer-to-peer reads are not served; leave it out";
-const NO_L2: &str = "there is no second tier in this release; leave it out and size --l1-size-gb for the working set";
 const OLD_COORDINATOR: &str = "LMCache gave this name up; use --coordinator-event-reporting and --coordinator-event-flush-interval";
 const NO_KAFKA: &str = "events go to the coordinator over HTTP; leave it out";
 const NO_GDS: &str = "the pool lives in host memory; leave it out and use --l1-size-gb";
@@ -114,15 +113,11 @@ const FLAGS: &[LmcacheFlag] = &[
     refused("gds-l1-use-direct-io", 0, NO_GDS),
     harmless("no-gds-l1-use-direct-io", 0),
     refused("gds-l1-backend", 1, NO_GDS),
-    refused("l2-store-policy", 1, NO_L2),
-    refused("l2-prefetch-policy", 1, NO_L2),
-    ignored("l2-prefetch-max-in-flight", 1, NO_L2),
     ignored(
         "periodic-notifier-interval-ms",
         1,
         "events are pushed when they happen",
     ),
-    refused("l2-adapter", LIST, NO_L2),
     refused(
         "disable-observability",
         0,

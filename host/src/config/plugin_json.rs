@@ -2,7 +2,10 @@
 
 use serde_json::{Value, json};
 
+use stockade_l2::AdapterSpec;
+
 use super::{Config, LogFormat};
+use crate::tier::{PrefetchPolicy, StorePolicy};
 
 impl Config {
     /// The JSON object of LMCache 0.5.6 (`multiprocess/http_server.py`, `config.py`), with this
@@ -58,6 +61,22 @@ impl Config {
                 "max_files": 100,
             }),
         };
+        // LMCache shows its adapters as Python objects' addresses; here are their fields, redacted.
+        let l2 = self.l2.as_ref();
+        let adapters: Vec<Value> = l2
+            .iter()
+            .flat_map(|l2| &l2.adapters)
+            .map(AdapterSpec::redacted)
+            .collect();
+        let store_policy = match l2.map(|l2| l2.store_policy) {
+            Some(StorePolicy::SkipL1) => "skip_l1",
+            Some(StorePolicy::Default) | None => "default",
+        };
+        let prefetch_policy = match l2.map(|l2| l2.prefetch_policy) {
+            Some(PrefetchPolicy::Retain) => "retain",
+            Some(PrefetchPolicy::Default) | None => "default",
+        };
+        let max_in_flight = l2.map_or(8, |l2| l2.prefetch_max_in_flight);
         let mut config = json!({
             "mp_config": {
                 "transport": "zmq",
@@ -103,10 +122,10 @@ impl Config {
             "storage_manager_config": {
                 "l1_manager_config": l1_manager,
                 "eviction_config": eviction,
-                "l2_adapter_config": {"adapters": []},
-                "store_policy": "default",
-                "prefetch_policy": "default",
-                "prefetch_max_in_flight": 8,
+                "l2_adapter_config": {"adapters": adapters},
+                "store_policy": store_policy,
+                "prefetch_policy": prefetch_policy,
+                "prefetch_max_in_flight": max_in_flight,
                 "periodic_notifier_interval_ms": 5,
                 "l1_manager_configs": [l1_manager],
             },

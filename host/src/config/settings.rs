@@ -165,6 +165,67 @@ pub struct Settings {
     #[arg(long, env = "STOCKADE_EVICTION_RATIO", help_heading = "Eviction")]
     pub eviction_ratio: Option<f64>,
 
+    /// Storage behind the pool, a JSON object with a `type` of fs, fs_native, resp, valkey, s3,
+    /// mock or fault_inject and LMCache's fields of that type; repeatable
+    #[arg(
+        long,
+        value_name = "JSON",
+        env = "STOCKADE_L2_ADAPTER",
+        hide_env_values = true,
+        help_heading = "Second tier"
+    )]
+    pub l2_adapter: Option<Vec<String>>,
+    /// What becomes of stored objects in memory: `default` keeps them, `skip_l1` lets them go once
+    /// they are written down [default: default]
+    #[arg(long, env = "STOCKADE_L2_STORE_POLICY", help_heading = "Second tier")]
+    pub l2_store_policy: Option<String>,
+    /// What becomes of loaded objects in memory: `default` lets them go when they were read,
+    /// `retain` keeps them [default: default]
+    #[arg(
+        long,
+        env = "STOCKADE_L2_PREFETCH_POLICY",
+        help_heading = "Second tier"
+    )]
+    pub l2_prefetch_policy: Option<String>,
+    /// Lookups that load at once [default: 8]
+    #[arg(
+        long,
+        env = "STOCKADE_L2_PREFETCH_MAX_IN_FLIGHT",
+        help_heading = "Second tier"
+    )]
+    pub l2_prefetch_max_in_flight: Option<u32>,
+    /// Seconds that storage has to say what it holds [default: 1] (ours)
+    #[arg(
+        long,
+        env = "STOCKADE_L2_LOOKUP_DEADLINE_SECONDS",
+        help_heading = "Second tier"
+    )]
+    pub l2_lookup_deadline_seconds: Option<f64>,
+    /// Seconds that a lookup spends in the second tier at most [default: 10] (ours)
+    #[arg(
+        long,
+        env = "STOCKADE_L2_PREFETCH_DEADLINE_SECONDS",
+        help_heading = "Second tier"
+    )]
+    pub l2_prefetch_deadline_seconds: Option<f64>,
+    /// Seconds that writing one object may take [default: 30] (ours)
+    #[arg(
+        long,
+        env = "STOCKADE_L2_STORE_DEADLINE_SECONDS",
+        help_heading = "Second tier"
+    )]
+    pub l2_store_deadline_seconds: Option<f64>,
+    /// Objects that may wait to be written to one adapter [default: 65536] (ours)
+    #[arg(
+        long,
+        env = "STOCKADE_L2_STORE_QUEUE_ITEMS",
+        help_heading = "Second tier"
+    )]
+    pub l2_store_queue_items: Option<u32>,
+    /// GiB of objects that may wait to be written to one adapter [default: 8] (ours)
+    #[arg(long, env = "STOCKADE_L2_STORE_QUEUE_GB", help_heading = "Second tier")]
+    pub l2_store_queue_gb: Option<f64>,
+
     /// Plugin files, or directories searched for *.wasm, *.wat, *.py and *.sh
     #[arg(long, num_args = 0.., value_name = "PATH", help_heading = "Plugins")]
     pub runtime_plugin_locations: Option<Vec<PathBuf>>,
@@ -424,6 +485,15 @@ impl Settings {
             eviction_policy,
             eviction_trigger_watermark,
             eviction_ratio,
+            l2_adapter,
+            l2_store_policy,
+            l2_prefetch_policy,
+            l2_prefetch_max_in_flight,
+            l2_lookup_deadline_seconds,
+            l2_prefetch_deadline_seconds,
+            l2_store_deadline_seconds,
+            l2_store_queue_items,
+            l2_store_queue_gb,
             runtime_plugin_locations,
             runtime_plugin_config,
             plugin_watch,

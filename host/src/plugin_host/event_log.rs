@@ -295,6 +295,7 @@ impl CacheObserver for EventLog {
                 RemoveReason::Evicted => "pressure",
                 RemoveReason::Cleared => "cleared",
                 RemoveReason::Corrupt => "corrupt",
+                RemoveReason::Released => "released",
             };
             self.push(keys.iter().zip(bytes).map(|(key, &bytes)| Event::Evicted {
                 key: key.clone(),

@@ -29,7 +29,7 @@ const MAX_LABEL_BYTES: usize = 128;
 
 /// A label whose values come from clients: bounded in number and length.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-struct ClientLabel(Arc<str>);
+pub(crate) struct ClientLabel(Arc<str>);
 
 impl EncodeLabelValue for ClientLabel {
     fn encode(&self, encoder: &mut LabelValueEncoder<'_>) -> Result<(), fmt::Error> {
@@ -38,7 +38,7 @@ impl EncodeLabelValue for ClientLabel {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct SaltLabels {
+pub(crate) struct SaltLabels {
     cache_salt: ClientLabel,
 }
 
@@ -67,9 +67,16 @@ struct ErrorLabels {
 
 /// What clients may name, remembered so that their number has a bound.
 #[derive(Default)]
-struct Names(Mutex<std::collections::HashSet<Arc<str>>>);
+pub(crate) struct Names(Mutex<std::collections::HashSet<Arc<str>>>);
 
 impl Names {
+    /// The labels of a tenant's salt.
+    pub(crate) fn labels(&self, cache_salt: &str) -> SaltLabels {
+        SaltLabels {
+            cache_salt: self.label(cache_salt),
+        }
+    }
+
     fn label(&self, name: &str) -> ClientLabel {
         let end = name.floor_char_boundary(MAX_LABEL_BYTES);
         let mut known = self.0.lock();
@@ -132,6 +139,7 @@ pub(crate) struct ServiceMetrics {
     lookup_requested_tokens: Family<ModelSaltLabels, Counter>,
     lookup_hit_tokens: Family<ModelSaltLabels, Counter>,
     lookup_hit_l1_tokens: Family<ModelSaltLabels, Counter>,
+    lookup_hit_l2_tokens: Family<ModelSaltLabels, Counter>,
     early_exits: Family<ReasonLabels, Counter>,
     written_chunks: Family<SaltLabels, Counter>,
     read_chunks: Family<SaltLabels, Counter>,
@@ -190,7 +198,7 @@ pub struct Activity {
 }
 
 /// GB a second, as LMCache counts them; its own bounds are the SDK's defaults, too coarse here.
-fn throughput() -> Histogram {
+pub(crate) fn throughput() -> Histogram {
     Histogram::new([0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0])
 }
 
@@ -205,6 +213,7 @@ impl ServiceMetrics {
             lookup_requested_tokens: Family::default(),
             lookup_hit_tokens: Family::default(),
             lookup_hit_l1_tokens: Family::default(),
+            lookup_hit_l2_tokens: Family::default(),
             early_exits: Family::default(),
             written_chunks: Family::default(),
             read_chunks: Family::default(),
@@ -240,6 +249,11 @@ impl ServiceMetrics {
             "lookup_hit_l1_tokens",
             "Tokens that a lookup found in memory",
             metrics.lookup_hit_l1_tokens.clone(),
+        );
+        lmcache.register(
+            "lookup_hit_l2_tokens",
+            "Tokens that a lookup found in the second tier",
+            metrics.lookup_hit_l2_tokens.clone(),
         );
         lmcache.register(
             "lookup_early_exit_requests",
@@ -330,7 +344,15 @@ impl ServiceMetrics {
         metrics
     }
 
-    pub(crate) fn looked_up(&self, model: &str, salt: &str, requested: usize, hit: usize) {
+    /// A lookup of `requested` tokens found `hit`, of which `in_memory` were there already.
+    pub(crate) fn looked_up(
+        &self,
+        model: &str,
+        salt: &str,
+        requested: usize,
+        hit: usize,
+        in_memory: usize,
+    ) {
         let labels = self.pairs.bounded(ModelSaltLabels {
             model_name: self.models.label(model),
             cache_salt: self.salts.label(salt),
@@ -350,7 +372,10 @@ impl ServiceMetrics {
             .inc_by(hit as u64);
         self.lookup_hit_l1_tokens
             .get_or_create(&labels)
-            .inc_by(hit as u64);
+            .inc_by(in_memory as u64);
+        self.lookup_hit_l2_tokens
+            .get_or_create(&labels)
+            .inc_by(hit.saturating_sub(in_memory) as u64);
     }
 
     /// What was done for the salts that are wanted; those that share a label count for none.
@@ -440,7 +465,7 @@ impl ServiceMetrics {
             .inc_by(chunks as u64);
         self.stored_bytes.get_or_create(&labels).inc_by(bytes);
         self.totals.stored_bytes.fetch_add(bytes, Ordering::Relaxed);
-        observe(&self.store_throughput, bytes, time);
+        observe_throughput(&self.store_throughput, bytes, time);
     }
 
     /// A worker was given `chunks` to read.
@@ -468,7 +493,7 @@ impl ServiceMetrics {
     /// A worker is done with what it was given; `time` since then.
     pub(crate) fn retrieved(&self, bytes: u64, time: Duration) {
         self.finished_retrieves.inc();
-        observe(&self.load_throughput, bytes, time);
+        observe_throughput(&self.load_throughput, bytes, time);
     }
 
     /// Everything so far.
@@ -521,7 +546,8 @@ impl ServiceMetrics {
     }
 }
 
-fn observe(throughput: &Histogram, bytes: u64, time: Duration) {
+/// Notes that `bytes` took `time`.
+pub(crate) fn observe_throughput(throughput: &Histogram, bytes: u64, time: Duration) {
     if !time.is_zero() {
         throughput.observe(bytes as f64 / 1e9 / time.as_secs_f64());
     }

@@ -1,16 +1,24 @@
 //! lookup, prefetch status, prepare_retrieve, commit_retrieve, free_lookup_locks and
 //! end_session. Follows `modules/lookup.py` and `modules/server_transfer.py` of LMCache 0.5.6.
 
-use std::{ops::Range, sync::Arc, time::Instant};
+use std::{
+    ops::Range,
+    sync::{Arc, Weak},
+    time::{Duration, Instant},
+};
 
 use bytes::Bytes;
+use parking_lot::Mutex;
 use stockade_cache::{CacheSalt, KeyScope, ObjectKey, Slot};
-use stockade_wire::{CacheKey, InstanceId, RequestId, Response, pickle};
+use stockade_transport::{Frames, Peer};
+use stockade_wire::{CacheKey, InstanceId, Request, RequestId, Response, pickle};
+use tokio::{runtime::Handle, sync::watch};
+use tokio_util::sync::CancellationToken;
 
 use super::{
-    Answer, DENIED_SALT, Service,
+    Answer, DENIED_SALT, PROBE_TENANT, Service,
     hash_log::Record,
-    sessions::{Lookup, SessionId},
+    sessions::{Lookup, Prefetch, Session, SessionId},
     store::{TransferRange, describe, object_keys},
     workers::{TransferKey, Worker},
 };
@@ -27,7 +35,7 @@ impl Service {
         if key.model_name.contains('@') {
             return Err("model_name of key must not contain '@': rename the model".to_owned());
         }
-        let Some(group) =
+        let Some((group, object_bytes)) =
             self.workers
                 .object_group(caller.realm(), &key.model_name, key.world_size)
         else {
@@ -59,8 +67,9 @@ impl Service {
             .map(|rank| self.scope(key, rank, group, salt.clone()))
             .collect::<Result<_, _>>()?;
 
-        let session = self.sessions.get_or_create(id, &self.engine);
-        let mut session = session.lock();
+        let shared = self.sessions.get_or_create(id, &self.engine);
+        let mut session = shared.lock();
+        session.prefetch = None;
         if let Some(Lookup {
             lease: Some(lease), ..
         }) = session.lookup.take()
@@ -88,29 +97,11 @@ impl Service {
             .map(|scope| object_keys(scope, hashes))
             .collect();
         let found = self.engine.lock_prefix(session.owner, &rows, readers.get());
-        self.metrics.looked_up(
-            &key.model_name,
-            salt.as_str(),
-            chunks * chunk_size,
-            found.hit_chunks * chunk_size,
-        );
-        if let Some(trace) = &session.trace {
-            trace.looked_up(chunks * chunk_size, found.hit_chunks * chunk_size);
-        }
         if self.settings.coordinator.is_on() {
             let found = rows.iter().map(|row| row.iter().take(found.hit_chunks));
             self.settings
                 .coordinator
                 .used(found.flatten().cloned().collect());
-        }
-        if self.plugin_events.is_wanted() {
-            self.plugin_events.looked_up(
-                &salt,
-                &key.model_name,
-                &key.request_id,
-                chunks * chunk_size,
-                found.hit_chunks * chunk_size,
-            );
         }
         if salt.as_str() != DENIED_SALT {
             let sums = self.tenancy.sums(&salt);
@@ -125,7 +116,6 @@ impl Service {
                 }
             }
         }
-        session.result = Some(found.hit_chunks);
         session.lookup = Some(Lookup {
             lease: found.lease,
             hit_chunks: found.hit_chunks,
@@ -133,23 +123,161 @@ impl Service {
             scopes,
             tokens: key.tokens.clone(),
         });
+        if found.hit_chunks < chunks
+            && ![PROBE_TENANT, DENIED_SALT].contains(&salt.as_str())
+            && self.prefetch(&mut session, Arc::downgrade(&shared), rows, object_bytes)
+        {
+            session.result = None;
+            return Ok(Response::None);
+        }
+        self.looked_up(
+            &session,
+            &key.request_id,
+            chunks,
+            found.hit_chunks,
+            found.hit_chunks,
+        );
+        session.result = Some(found.hit_chunks);
         Ok(Response::None)
+    }
+
+    /// Tells all who want to know what a lookup of `requested` chunks came to.
+    fn looked_up(
+        &self,
+        session: &Session,
+        request_id: &RequestId,
+        requested: usize,
+        hit: usize,
+        in_memory: usize,
+    ) {
+        let scope = session.lookup.as_ref().and_then(|it| it.scopes.first());
+        let Some(scope) = scope else { return };
+        let chunk_size = self.hasher.chunk_size();
+        let (requested, hit) = (requested * chunk_size, hit * chunk_size);
+        let (model, salt) = (&scope.model_name, &scope.cache_salt);
+        self.metrics
+            .looked_up(model, salt.as_str(), requested, hit, in_memory * chunk_size);
+        if let Some(trace) = &session.trace {
+            trace.looked_up(requested, hit);
+        }
+        if self.plugin_events.is_wanted() {
+            self.plugin_events
+                .looked_up(salt, model, request_id, requested, hit);
+        }
+    }
+
+    /// Starts to load what memory lacks of a lookup; `false` if there is nothing to load from.
+    ///
+    /// The loading ends with the session's `prefetch`, and gives back what it held.
+    fn prefetch(
+        &self,
+        session: &mut Session,
+        shared: Weak<Mutex<Session>>,
+        rows: Vec<Vec<ObjectKey>>,
+        object_bytes: u64,
+    ) -> bool {
+        let (Some(tier), Some(lookup)) = (&self.tier, &session.lookup) else {
+            return false;
+        };
+        let Ok(runtime) = Handle::try_current() else {
+            return false;
+        };
+        if !tier.may_find() {
+            return false;
+        }
+        let (tier, engine) = (Arc::clone(tier), Arc::clone(&self.engine));
+        let (done, is_done) = watch::channel(false);
+        let cancelled = CancellationToken::new();
+        let hit = lookup.hit_chunks;
+        session.prefetch = Some(Prefetch {
+            done: is_done,
+            cancel: cancelled.clone().drop_guard(),
+            requested_chunks: rows.iter().map(Vec::len).min().unwrap_or(0),
+            chunks_in_memory: hit,
+        });
+        runtime.spawn(async move {
+            tokio::select! {
+                // A session that has ended is not worth loading for.
+                biased;
+                () = cancelled.cancelled() => return,
+                () = tier.load_prefix(&rows, hit, object_bytes) => {}
+            }
+            let Some(shared) = shared.upgrade() else {
+                return;
+            };
+            let mut session = shared.lock();
+            // Dropped under the same lock, so that a lookup that came meanwhile is not mistaken.
+            if cancelled.is_cancelled() {
+                return;
+            }
+            let owner = session.owner;
+            if let Some(lookup) = &mut session.lookup {
+                let found = engine.renew_prefix(owner, lookup.lease, &rows, lookup.readers);
+                lookup.lease = found.lease;
+                lookup.hit_chunks = found.hit_chunks;
+                session.result = Some(found.hit_chunks);
+            }
+            drop(session);
+            done.send_replace(true);
+        });
+        true
+    }
+
+    /// For a request that waits for a lookup that is not done: what tells that it is, and how long
+    /// it may wait.
+    pub(super) fn awaited_by(
+        &self,
+        peer: &Peer,
+        frames: &Frames,
+    ) -> Option<(watch::Receiver<bool>, Duration)> {
+        let (_, request) = stockade_wire::decode(frames.clone(), &self.limits).ok()?;
+        let Request::WaitPrefetchStatus {
+            request_id,
+            timeout,
+        } = request
+        else {
+            return None;
+        };
+        let id = SessionId::new(&self.tenancy.caller(peer), &request_id);
+        let session = self.sessions.get(&id)?;
+        let session = session.lock();
+        let prefetch = session.prefetch.as_ref()?;
+        let done = prefetch.is_running().then(|| prefetch.done.clone())?;
+        Some((done, timeout))
     }
 
     fn forget_result(&self, id: &SessionId) {
         if let Some(session) = self.sessions.get(id) {
-            session.lock().result = None;
+            let mut session = session.lock();
+            session.result = None;
+            session.prefetch = None;
         }
     }
 
-    /// The hit length of the request's lookup in chunks, exactly once; 0 for an unknown one.
-    ///
-    /// There is nothing to wait for: a lookup has its result when it is answered.
+    /// The hit length of the request's lookup in chunks, exactly once; 0 for an unknown one, and
+    /// nothing while the second tier is being asked.
     pub(super) fn prefetch_status(&self, caller: &Caller, request_id: &RequestId) -> Answer {
-        let result = self
-            .sessions
-            .get(&SessionId::new(caller, request_id))
-            .and_then(|session| session.lock().result.take());
+        let Some(session) = self.sessions.get(&SessionId::new(caller, request_id)) else {
+            return Ok(Response::OptionalInt(Some(0)));
+        };
+        let mut session = session.lock();
+        let result = session.result.take();
+        if let Some(prefetch) = &session.prefetch
+            && result.is_none()
+            && prefetch.is_running()
+        {
+            return Ok(Response::OptionalInt(None));
+        }
+        if let Some(prefetch) = session.prefetch.take() {
+            prefetch.cancel.disarm();
+            self.looked_up(
+                &session,
+                request_id,
+                prefetch.requested_chunks,
+                result.unwrap_or(0),
+                prefetch.chunks_in_memory,
+            );
+        }
         Ok(Response::OptionalInt(Some(result.unwrap_or(0) as i64)))
     }
 
@@ -311,7 +439,12 @@ impl Service {
             return Ok(Response::None);
         };
         let mut session = session.lock();
+        if session.prefetch.as_ref().is_some_and(Prefetch::is_running) {
+            // As in LMCache: its locks are not taken yet, and go with the session.
+            return Ok(Response::None);
+        }
         session.result = None;
+        session.prefetch = None;
         let Some(lookup) = &session.lookup else {
             return Ok(Response::None);
         };
@@ -346,7 +479,8 @@ impl Service {
         let Some(session) = self.sessions.remove(&id) else {
             return Ok(Response::None);
         };
-        let session = session.lock();
+        let mut session = session.lock();
+        session.prefetch = None;
         if let Some(lookup) = &session.lookup {
             for scope in lookup.scopes.iter() {
                 self.engine.touch_for(

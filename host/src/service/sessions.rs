@@ -12,10 +12,13 @@ use std::{
 use parking_lot::Mutex;
 use stockade_cache::{CacheEngine, ChunkHash, KeyScope, LeaseId, OwnerId, TokenHasher};
 use stockade_wire::{Request, RequestId, TokenIds};
+use tokio::sync::watch;
+use tokio_util::sync::DropGuard;
 
-use crate::traces::{Place, SessionTrace, Traces, request_id};
-
-use crate::tenancy::{Caller, Realm};
+use crate::{
+    tenancy::{Caller, Realm},
+    traces::{Place, SessionTrace, Traces, request_id},
+};
 
 /// Bytes of one token in hash input.
 const TOKEN_BYTES: usize = 4;
@@ -38,6 +41,27 @@ pub(crate) struct Lookup {
     pub(crate) tokens: TokenIds,
 }
 
+/// What a lookup loads from the second tier, in the background.
+#[derive(Debug)]
+pub(crate) struct Prefetch {
+    /// True once the result is there.
+    pub(crate) done: watch::Receiver<bool>,
+    /// Stops the loading when the request ends or looks up something else.
+    pub(crate) cancel: DropGuard,
+    /// Chunks that were looked up.
+    pub(crate) requested_chunks: usize,
+    /// Chunks of the hit that were in memory.
+    pub(crate) chunks_in_memory: usize,
+}
+
+impl Prefetch {
+    /// Whether its result is still to come.
+    pub(crate) fn is_running(&self) -> bool {
+        // Without a sender whoever would tell has ended, though not as it should.
+        !*self.done.borrow() && self.done.has_changed().is_ok()
+    }
+}
+
 /// State of one request.
 #[derive(Debug)]
 pub(crate) struct Session {
@@ -45,6 +69,8 @@ pub(crate) struct Session {
     /// Hit length that no query has collected yet.
     pub(crate) result: Option<usize>,
     pub(crate) lookup: Option<Lookup>,
+    /// Until its result is collected.
+    pub(crate) prefetch: Option<Prefetch>,
     hashes: Vec<ChunkHash>,
     /// The tokens that `hashes` cover.
     hashed: Option<TokenIds>,
@@ -175,6 +201,7 @@ impl Sessions {
                 owner: engine.new_owner(),
                 result: None,
                 lookup: None,
+                prefetch: None,
                 hashes: Vec::new(),
                 hashed: None,
                 trace: self.traces.session(&id.request),
@@ -253,7 +280,7 @@ impl Sessions {
         let waiting = sessions.iter().filter(|session| {
             session
                 .try_lock()
-                .is_some_and(|session| session.result.is_some())
+                .is_some_and(|session| session.result.is_some() || session.prefetch.is_some())
         });
         (sessions.len(), waiting.count())
     }

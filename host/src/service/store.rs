@@ -9,7 +9,7 @@ use stockade_transport::Peer;
 use stockade_wire::{CacheKey, InstanceId, Response, SlotDescriptor, StoreSlot, pickle};
 
 use super::{
-    Answer, DENIED_SALT, Service,
+    Answer, DENIED_SALT, PROBE_TENANT, Service,
     hints::{HOLDER, Hints},
     workers::{TransferKey, Worker, WorkerId},
 };
@@ -207,6 +207,7 @@ impl Service {
                 self.tenancy.sums(salt).stored(bytes);
                 self.metrics
                     .stored(range.salt(), slots.len(), bytes, began.elapsed());
+                self.write_down(range, slots);
                 return true;
             }
             Err(error) => ("lease", error.to_string()),
@@ -217,6 +218,18 @@ impl Service {
             .withdrawn(realm, salt, &worker.model_name, hashes);
         self.refused(operation, field, &problem);
         false
+    }
+
+    /// Hands what was committed to the second tier; it has no use for the probe's.
+    fn write_down(&self, range: &TransferRange, slots: &[(usize, Slot)]) {
+        let scope = &range.transfer.scope;
+        if let Some(tier) = &self.tier
+            && let Some((_, slot)) = slots.first()
+            && ![PROBE_TENANT, DENIED_SALT].contains(&scope.cache_salt.as_str())
+        {
+            let key = |&(index, _): &_| ObjectKey::new(Arc::clone(scope), range.hash(index));
+            tier.stored(slots.iter().map(key), slot.length);
+        }
     }
 
     /// Copies pickled tensors into slots, reserving them if no prepare did.

@@ -2,7 +2,7 @@
 
 use std::{
     collections::HashMap,
-    hash::{Hash, Hasher as _},
+    hash::Hash,
     ops::Range,
     os::fd::OwnedFd,
     sync::{
@@ -46,12 +46,16 @@ pub(crate) struct ChunkLayout {
 
 impl ChunkLayout {
     /// Objects of one model in different layouts must not be taken for each other, so the
-    /// layout is a part of their keys. The hasher's keys are fixed, so it is the same for the
-    /// life of the server.
+    /// layout is a part of their keys. The number is kept beside values in the second tier, so
+    /// it is the same in every server and release.
     fn object_group_id(&self) -> u32 {
-        let mut hasher = std::hash::DefaultHasher::new();
-        self.hash(&mut hasher);
-        hasher.finish() as u32
+        let mut hasher = blake3::Hasher::new();
+        for part in std::iter::once(&self.first).chain(self.rest.iter()) {
+            let (dtype, kept) = (part.dtype.torch_name(), part.kept_blocks);
+            hasher.update(format!("{dtype}{:?}{kept:?};", part.shape).as_bytes());
+        }
+        let [a, b, c, d, ..] = *hasher.finalize().as_bytes();
+        u32::from_be_bytes([a, b, c, d])
     }
 }
 
@@ -429,18 +433,19 @@ impl Workers {
         self.registry.lock().workers.get(id).cloned()
     }
 
-    /// The object group that lookups for this model use: that of the tenant's newest
-    /// registration.
+    /// The object group that lookups for this model use, and the bytes of its objects: those of
+    /// the tenant's newest registration.
     pub(crate) fn object_group(
         &self,
         realm: &Realm,
         model_name: &Arc<str>,
         world_size: u32,
-    ) -> Option<u32> {
+    ) -> Option<(u32, u64)> {
         let registry = self.registry.lock();
         let model = (realm.clone(), Arc::clone(model_name), world_size);
         let newest = registry.models.get(&model)?.last()?;
-        Some(newest.1)
+        let bytes = registry.workers.get(&newest.0)?.layout.bytes;
+        Some((newest.1, bytes))
     }
 
     /// The layout of the newest registration of this model.

@@ -13,6 +13,8 @@ pub enum RemoveReason {
     Cleared,
     /// Its bytes were not those that were committed, or were cut off.
     Corrupt,
+    /// It was only to stay until its readers were done.
+    Released,
 }
 
 /// Is told of changes in the order in which they happened, from one thread at a time and

@@ -70,6 +70,34 @@ impl L1 {
         }
     }
 
+    /// Takes the locks of a lookup anew over what is readable by now, before the old ones go.
+    pub(crate) fn renew_prefix(
+        &mut self,
+        now: Instant,
+        owner: OwnerId,
+        old: Option<LeaseId>,
+        rows: &[Vec<ObjectKey>],
+        readers: u32,
+    ) -> PrefixLock {
+        let renewed = self.lock_prefix(now, owner, rows, readers);
+        if let Some(old) = old {
+            self.release_prefix(owner, old, 0..usize::MAX, MAX_READERS);
+        }
+        renewed
+    }
+
+    /// Which of `keys` are readable.
+    pub(crate) fn readable(&self, keys: &[ObjectKey]) -> Vec<bool> {
+        let mut cursor = ScopeCursor::default();
+        keys.iter()
+            .map(|key| {
+                let id = self.find(&mut cursor, key);
+                id.and_then(|id| self.objects.get(id))
+                    .is_some_and(Object::is_readable)
+            })
+            .collect()
+    }
+
     /// The longest prefix of chunks that is readable in every row: its objects, row by
     /// row, and its length.
     fn readable_prefix(&self, rows: &[Vec<ObjectKey>]) -> (Vec<ObjectId>, usize) {
@@ -222,6 +250,25 @@ impl L1 {
         let slot = object.slot();
         self.pin(id);
         Ok(Pinned {
+            object: id,
+            slot,
+            checksum,
+        })
+    }
+
+    /// Starts a copy out of a readable object that needs no lease: the copy itself holds it, and
+    /// is no use of it. `None` if the key is not readable or its bytes are lost.
+    pub(crate) fn begin_copy_of(&mut self, key: &ObjectKey) -> Option<Pinned> {
+        let id = self.find(&mut ScopeCursor::default(), key)?;
+        let object = self.objects.get(id).filter(|object| object.is_readable())?;
+        let checksum = match object.contents {
+            Contents::Written { checksum } => checksum,
+            Contents::Unwritten => None,
+            Contents::Writing | Contents::Lost => return None,
+        };
+        let slot = object.slot();
+        self.pin(id);
+        Some(Pinned {
             object: id,
             slot,
             checksum,

@@ -140,6 +140,27 @@ impl L1 {
         held
     }
 
+    /// Withdraws the readable ones among `keys` as soon as nobody holds them; returns how many
+    /// there were.
+    pub(crate) fn release(&mut self, keys: &[ObjectKey]) -> usize {
+        let mut cursor = ScopeCursor::default();
+        let mut released = 0;
+        for key in keys {
+            let Some(id) = self.find(&mut cursor, key) else {
+                continue;
+            };
+            let Some(object) = self.objects.get_mut(id).filter(|it| it.is_readable()) else {
+                continue;
+            };
+            object.is_due = true;
+            released += 1;
+            if !object.is_held() {
+                self.withdraw(id, RemoveReason::Released);
+            }
+        }
+        released
+    }
+
     /// Withdraws all objects with bytes at or behind `length`; what is being written there
     /// will not be published. Returns the number of readable objects lost.
     pub(crate) fn lose_behind(&mut self, length: u64) -> usize {
@@ -167,7 +188,7 @@ impl L1 {
     }
 
     /// Takes a readable object out of sight for another reason than its rank.
-    fn withdraw(&mut self, id: ObjectId, reason: RemoveReason) {
+    pub(super) fn withdraw(&mut self, id: ObjectId, reason: RemoveReason) {
         if let Some(object) = self.objects.get_mut(id) {
             let place = std::mem::replace(&mut object.place, NOWHERE);
             self.tenants.unrank(object.tenant, place);

@@ -195,6 +195,8 @@ impl L1 {
             contents: Contents::Unwritten,
             locks: 0,
             pins: 0,
+            is_temporary: false,
+            is_due: false,
         };
         let Some(id) = self.objects.insert(object) else {
             self.scopes.subtract(scope, footprint);
@@ -297,6 +299,23 @@ impl L1 {
             admitted: admitted.len(),
             discarded,
         })
+    }
+
+    /// As [`commit`](Self::commit), for objects that are to go with the last lock on them.
+    pub(crate) fn commit_temporary(
+        &mut self,
+        now: Instant,
+        owner: OwnerId,
+        lease: LeaseId,
+    ) -> Result<Committed, LeaseError> {
+        if let Holding::Write(write) = &self.leases.get(owner, lease)?.holding {
+            for &(_, id) in &write.objects {
+                if let Some(object) = self.objects.get_mut(id) {
+                    object.is_temporary = true;
+                }
+            }
+        }
+        self.commit(now, owner, lease, None)
     }
 
     /// Gives a readable object a place in its tenant's order.

@@ -17,6 +17,7 @@ mod model;
 mod observer;
 mod policies;
 mod ranking;
+mod second_tier;
 mod shared_memory;
 mod simulator;
 mod tenants;

@@ -11,7 +11,7 @@ use serde::Deserialize;
 use serde_json::json;
 use tokio::sync::mpsc;
 
-use super::{Adapter, AdapterError, Entry};
+use super::{Adapter, AdapterError, Entry, Form};
 use crate::name::ObjectName;
 
 /// A fault that an operation can have.
@@ -100,17 +100,22 @@ impl Adapter for FaultInjectAdapter {
         self.inner.find(names).await
     }
 
-    async fn load(&self, name: &ObjectName, length: u64) -> Result<Bytes, AdapterError> {
+    async fn load(&self, name: &ObjectName, wanted: Form) -> Result<Bytes, AdapterError> {
         self.meet(self.faults.load).await?;
         if self.is_dropped(name) {
             return Err(AdapterError::NotFound);
         }
-        self.inner.load(name, length).await
+        self.inner.load(name, wanted).await
     }
 
-    async fn store(&self, name: &ObjectName, value: Bytes) -> Result<(), AdapterError> {
+    async fn store(
+        &self,
+        name: &ObjectName,
+        value: Bytes,
+        layout: u32,
+    ) -> Result<(), AdapterError> {
         self.meet(self.faults.store).await?;
-        self.inner.store(name, value).await
+        self.inner.store(name, value, layout).await
     }
 
     async fn delete(&self, names: &[ObjectName]) -> Result<Vec<bool>, AdapterError> {

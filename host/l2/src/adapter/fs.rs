@@ -27,15 +27,15 @@ use bytes::{Bytes, BytesMut};
 use rustix::{
     fs::{
         AtFlags, CWD, Dir, FileType, Mode, OFlags, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT,
-        XattrFlags, fadvise, fgetxattr, fsetxattr, fstat, fstatvfs, fsync, futimens, mkdirat,
-        openat, renameat, statat, unlinkat,
+        XattrFlags, fadvise, fgetxattr, fsetxattr, fstat, fsync, futimens, mkdirat, openat,
+        renameat, statat, unlinkat,
     },
     io::Errno,
 };
 use serde_json::json;
 use tokio::sync::{Semaphore, mpsc};
 
-use super::{Adapter, AdapterError, Entry};
+use super::{Adapter, AdapterError, Entry, Form};
 use crate::{
     integrity::{Fault, Seal},
     name::{NameError, ObjectName},
@@ -257,7 +257,8 @@ impl Inner {
         }
     }
 
-    fn load(&self, name: &ObjectName, length: u64) -> Result<Bytes, AdapterError> {
+    fn load(&self, name: &ObjectName, wanted: Form) -> Result<Bytes, AdapterError> {
+        let length = wanted.length;
         let file_name = name.file_name()?;
         let directory = self.directory(name, false)?;
         let file = match open_to_read(&directory, &file_name, OFlags::empty()) {
@@ -279,16 +280,13 @@ impl Inner {
             return Err(self.move_aside(&directory, &file_name, "its file is too long"));
         }
         if size > padded {
-            return Err(AdapterError::OtherLength {
-                found: size,
-                wanted: length,
-            });
+            return Err(AdapterError::OtherForm { found: size });
         }
         let mut value = self.read(&directory, &file_name, file, size)?;
         if is_padded {
             value.truncate(usize::try_from(length).unwrap_or(usize::MAX));
         }
-        match Seal::check(seal, &value, length) {
+        match Seal::check(seal, &value, wanted) {
             Ok(()) => Ok(value),
             Err(Fault::Damaged(what)) => Err(self.move_aside(&directory, &file_name, &what)),
             Err(fault) => Err(fault.into_error(false)),
@@ -341,14 +339,14 @@ impl Inner {
         Ok(value.into())
     }
 
-    fn store(&self, name: &ObjectName, value: &Bytes) -> Result<(), AdapterError> {
+    fn store(&self, name: &ObjectName, value: &Bytes, layout: u32) -> Result<(), AdapterError> {
         let file_name = name.file_name()?;
         let base = self.base()?;
         let directory = self.directory(name, true)?;
         let temporary_directory = self.temporary_directory(&base).map_err(error_of)?;
         let temporary = self.temporary_name();
         let written = self
-            .write(&temporary_directory, &temporary, value)
+            .write(&temporary_directory, &temporary, value, layout)
             .and_then(|()| renameat(&temporary_directory, &temporary, &directory, &file_name));
         match written {
             Ok(()) => {
@@ -366,7 +364,13 @@ impl Inner {
         }
     }
 
-    fn write(&self, directory: &OwnedFd, name: &str, value: &Bytes) -> Result<(), Errno> {
+    fn write(
+        &self,
+        directory: &OwnedFd,
+        name: &str,
+        value: &Bytes,
+        layout: u32,
+    ) -> Result<(), Errno> {
         let is_direct = self.options.use_odirect && value.len().is_multiple_of(DIRECT_ALIGN);
         let direct = match is_direct {
             true => create(directory, name, OFlags::DIRECT).ok(),
@@ -389,7 +393,7 @@ impl Inner {
             }
         };
         if self.has_seals {
-            let seal = Seal::of(value).to_string();
+            let seal = Seal::of(value, layout).to_string();
             fsetxattr(&file, SEAL, seal.as_bytes(), XattrFlags::empty())?;
         }
         fsync(&file)
@@ -606,14 +610,20 @@ impl Adapter for FsAdapter {
             .await
     }
 
-    async fn load(&self, name: &ObjectName, length: u64) -> Result<Bytes, AdapterError> {
+    async fn load(&self, name: &ObjectName, wanted: Form) -> Result<Bytes, AdapterError> {
         let name = name.clone();
-        self.run(move |inner| inner.load(&name, length)).await
+        self.run(move |inner| inner.load(&name, wanted)).await
     }
 
-    async fn store(&self, name: &ObjectName, value: Bytes) -> Result<(), AdapterError> {
+    async fn store(
+        &self,
+        name: &ObjectName,
+        value: Bytes,
+        layout: u32,
+    ) -> Result<(), AdapterError> {
         let name = name.clone();
-        self.run(move |inner| inner.store(&name, &value)).await
+        self.run(move |inner| inner.store(&name, &value, layout))
+            .await
     }
 
     async fn delete(&self, names: &[ObjectName]) -> Result<Vec<bool>, AdapterError> {
@@ -636,16 +646,11 @@ impl Adapter for FsAdapter {
         let Inner {
             options, has_seals, ..
         } = &*self.inner;
-        // What the file system has left; asked here because status is off the data path.
-        let free_bytes = open_directory(CWD, &options.base_path)
-            .and_then(fstatvfs)
-            .map(|stat| stat.f_bavail.saturating_mul(stat.f_frsize));
         let mut status = serde_json::Map::new();
         status.insert("base_path".into(), json!(options.base_path));
         status.insert("use_odirect".into(), json!(options.use_odirect));
         status.insert("num_workers".into(), json!(options.workers));
         status.insert("checksums".into(), json!(has_seals));
-        status.insert("free_bytes".into(), json!(free_bytes.ok()));
         status
     }
 }

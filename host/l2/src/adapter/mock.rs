@@ -8,7 +8,7 @@ use parking_lot::Mutex;
 use serde_json::json;
 use tokio::sync::mpsc;
 
-use super::{Adapter, AdapterError, Entry};
+use super::{Adapter, AdapterError, Entry, Form};
 use crate::{integrity::Fault, integrity::Seal, name::ObjectName};
 
 /// See the module. Follows `mock_l2_adapter.py` of LMCache 0.5.6.
@@ -16,7 +16,7 @@ use crate::{integrity::Fault, integrity::Seal, name::ObjectName};
 pub(crate) struct MockAdapter {
     max_bytes: u64,
     bytes_per_second: f64,
-    values: Mutex<HashMap<ObjectName, Bytes>>,
+    values: Mutex<HashMap<ObjectName, (Bytes, Seal)>>,
 }
 
 impl MockAdapter {
@@ -39,7 +39,7 @@ impl MockAdapter {
 
     fn used_bytes(&self) -> u64 {
         let values = self.values.lock();
-        values.values().map(|value| value.len() as u64).sum()
+        values.values().map(|(value, _)| value.len() as u64).sum()
     }
 }
 
@@ -50,27 +50,32 @@ impl Adapter for MockAdapter {
         Ok(names.iter().map(|name| values.contains_key(name)).collect())
     }
 
-    async fn load(&self, name: &ObjectName, length: u64) -> Result<Bytes, AdapterError> {
+    async fn load(&self, name: &ObjectName, wanted: Form) -> Result<Bytes, AdapterError> {
         let value = self.values.lock().get(name).cloned();
-        let value = value.ok_or(AdapterError::NotFound)?;
+        let (value, seal) = value.ok_or(AdapterError::NotFound)?;
         self.take_time(value.len()).await;
-        Seal::check(Some(Seal::of(&value)), &value, length)
-            .map_err(|fault: Fault| fault.into_error(false))?;
+        Seal::check(Some(seal), &value, wanted).map_err(|fault: Fault| fault.into_error(false))?;
         Ok(value)
     }
 
-    async fn store(&self, name: &ObjectName, value: Bytes) -> Result<(), AdapterError> {
+    async fn store(
+        &self,
+        name: &ObjectName,
+        value: Bytes,
+        layout: u32,
+    ) -> Result<(), AdapterError> {
         self.take_time(value.len()).await;
         let used = self.used_bytes();
         let mut values = self.values.lock();
-        let replaced = values.get(name).map_or(0, Bytes::len) as u64;
+        let replaced = values.get(name).map_or(0, |(value, _)| value.len()) as u64;
         if used - replaced + value.len() as u64 > self.max_bytes {
             return Err(AdapterError::Full(format!(
                 "max_size_gb is {} bytes",
                 self.max_bytes
             )));
         }
-        values.insert(name.clone(), value);
+        let seal = Seal::of(&value, layout);
+        values.insert(name.clone(), (value, seal));
         Ok(())
     }
 
@@ -92,7 +97,7 @@ impl Adapter for MockAdapter {
             .lock()
             .iter()
             .filter(|(name, _)| cache_salt.is_none_or(|salt| **name.cache_salt() == *salt))
-            .map(|(name, value)| Entry {
+            .map(|(name, (value, _))| Entry {
                 name: name.clone(),
                 bytes: value.len() as u64,
                 last_used: None,

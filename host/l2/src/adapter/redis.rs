@@ -23,7 +23,7 @@ use redis::{
 use serde_json::json;
 use tokio::sync::{Mutex, mpsc};
 
-use super::{Adapter, AdapterError, Entry};
+use super::{Adapter, AdapterError, Entry, Form};
 use crate::{
     integrity::{Fault, Seal},
     name::ObjectName,
@@ -85,6 +85,12 @@ impl std::fmt::Debug for RedisAdapter {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "RedisAdapter({:?})", self.options)
     }
+}
+
+/// Whether the failure may be that of a connection that was lost, or refused, some time ago: a manager
+/// tells it to the next caller, and connects anew for the one after.
+fn is_stale(error: &RedisError) -> bool {
+    error.is_io_error() && !error.is_timeout()
 }
 
 fn error_of(error: &RedisError) -> AdapterError {
@@ -183,7 +189,13 @@ impl RedisAdapter {
 
     async fn ask<T: FromRedisValue>(&self, command: &Cmd) -> Result<T, AdapterError> {
         let answer = match self.link()? {
-            Link::Server(manager) => command.query_async(&mut manager.clone()).await,
+            Link::Server(manager) => {
+                let mut manager = manager.clone();
+                match command.query_async(&mut manager).await {
+                    Err(error) if is_stale(&error) => command.query_async(&mut manager).await,
+                    answer => answer,
+                }
+            }
             Link::Cluster { client, connection } => {
                 let mut connection = cluster_connection(client, connection).await?;
                 command.query_async(&mut connection).await
@@ -194,7 +206,13 @@ impl RedisAdapter {
 
     async fn ask_all<T: FromRedisValue>(&self, pipeline: &Pipeline) -> Result<T, AdapterError> {
         let answer = match self.link()? {
-            Link::Server(manager) => pipeline.query_async(&mut manager.clone()).await,
+            Link::Server(manager) => {
+                let mut manager = manager.clone();
+                match pipeline.query_async(&mut manager).await {
+                    Err(error) if is_stale(&error) => pipeline.query_async(&mut manager).await,
+                    answer => answer,
+                }
+            }
             Link::Cluster { client, connection } => {
                 let mut connection = cluster_connection(client, connection).await?;
                 pipeline.query_async(&mut connection).await
@@ -267,7 +285,7 @@ impl Adapter for RedisAdapter {
             .await
     }
 
-    async fn load(&self, name: &ObjectName, length: u64) -> Result<Bytes, AdapterError> {
+    async fn load(&self, name: &ObjectName, wanted: Form) -> Result<Bytes, AdapterError> {
         let key = self.key(name);
         let (value, seal): (Option<Bytes>, Option<Bytes>) = match self.sibling("seal", &key) {
             Some(seal) => self.ask(redis::cmd("MGET").arg(&key).arg(seal)).await?,
@@ -275,7 +293,7 @@ impl Adapter for RedisAdapter {
         };
         let value = value.ok_or(AdapterError::NotFound)?;
         let seal = seal.and_then(|seal| Seal::parse(&seal));
-        match Seal::check(seal, &value, length) {
+        match Seal::check(seal, &value, wanted) {
             Ok(()) => Ok(value),
             Err(fault @ Fault::Damaged(_)) => {
                 let moved = self.quarantine(&key).await.is_ok();
@@ -285,7 +303,12 @@ impl Adapter for RedisAdapter {
         }
     }
 
-    async fn store(&self, name: &ObjectName, value: Bytes) -> Result<(), AdapterError> {
+    async fn store(
+        &self,
+        name: &ObjectName,
+        value: Bytes,
+        layout: u32,
+    ) -> Result<(), AdapterError> {
         let key = self.key(name);
         let set = |key: &str, value: &[u8]| {
             let mut command = redis::cmd("SET");
@@ -298,7 +321,7 @@ impl Adapter for RedisAdapter {
         let mut pipeline = redis::pipe();
         pipeline.atomic().add_command(set(&key, &value)).ignore();
         if let Some(sibling) = self.sibling("seal", &key) {
-            let seal = Seal::of(&value).to_string();
+            let seal = Seal::of(&value, layout).to_string();
             pipeline
                 .add_command(set(&sibling, seal.as_bytes()))
                 .ignore();

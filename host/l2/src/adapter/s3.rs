@@ -17,7 +17,7 @@ use object_store::{
 use serde_json::json;
 use tokio::sync::mpsc;
 
-use super::{Adapter, AdapterError, Entry};
+use super::{Adapter, AdapterError, Entry, Form};
 use crate::{
     integrity::{Fault, Seal},
     name::{NameError, ObjectName},
@@ -164,24 +164,21 @@ impl Adapter for S3Adapter {
         .await
     }
 
-    async fn load(&self, name: &ObjectName, length: u64) -> Result<Bytes, AdapterError> {
+    async fn load(&self, name: &ObjectName, wanted: Form) -> Result<Bytes, AdapterError> {
         let path = Self::path(name)?;
         let found = self.store.get(&path).await.map_err(error_of)?;
-        let size = found.meta.size;
+        let (size, length) = (found.meta.size, wanted.length);
         let seal = found.attributes.get(&SEAL);
         let seal = seal.and_then(|seal| Seal::parse(seal.as_bytes()));
         // Nothing that nobody asked for is read into memory.
         let fault = if size > length {
             match seal {
-                Some(seal) if seal.is_of(size) => Fault::OtherLength {
-                    found: size,
-                    wanted: length,
-                },
+                Some(seal) if seal.is_of(size) => Fault::OtherForm { found: size },
                 _ => Fault::Damaged(format!("it has {size} bytes and not {length}")),
             }
         } else {
             let value = found.bytes().await.map_err(error_of)?;
-            match Seal::check(seal, &value, length) {
+            match Seal::check(seal, &value, wanted) {
                 Ok(()) => return Ok(value),
                 Err(fault) => fault,
             }
@@ -190,10 +187,15 @@ impl Adapter for S3Adapter {
         Err(fault.into_error(moved))
     }
 
-    async fn store(&self, name: &ObjectName, value: Bytes) -> Result<(), AdapterError> {
+    async fn store(
+        &self,
+        name: &ObjectName,
+        value: Bytes,
+        layout: u32,
+    ) -> Result<(), AdapterError> {
         let path = Self::path(name)?;
         let mut attributes = Attributes::new();
-        attributes.insert(SEAL, Seal::of(&value).to_string().into());
+        attributes.insert(SEAL, Seal::of(&value, layout).to_string().into());
         let options = PutOptions {
             attributes,
             ..PutOptions::default()

@@ -9,7 +9,7 @@ use std::{
 use serde_json::json;
 use stockade_l2::Adapter;
 
-use super::{eventually, list, name, open, open_fs, value};
+use super::{eventually, form, list, name, open, open_fs, value};
 
 const KIB: usize = 1024;
 
@@ -31,12 +31,12 @@ async fn the_bound_is_kept_and_what_was_used_last_stays() {
     let adapter = open_capped(&directory, 100);
     for number in 0..60 {
         adapter
-            .store(&name(number), value(number, 10 * KIB))
+            .store(&name(number), value(number, 10 * KIB), 7)
             .await
             .unwrap();
         // The first one is used all the time.
         assert_eq!(
-            adapter.load(&name(0), 10 * KIB as u64).await,
+            adapter.load(&name(0), form(10 * KIB as u64)).await,
             Ok(value(0, 10 * KIB))
         );
         let kept: u64 = list(&adapter, None)
@@ -51,7 +51,7 @@ async fn the_bound_is_kept_and_what_was_used_last_stays() {
         Ok(vec![false, true])
     );
     let error = adapter
-        .store(&name(61), value(61, 101 * KIB))
+        .store(&name(61), value(61, 101 * KIB), 7)
         .await
         .unwrap_err();
     assert_eq!(error.reason(), "full");
@@ -63,7 +63,7 @@ async fn use_and_order_survive_a_restart() {
     let adapter = open_fs(&directory);
     for number in 0..8 {
         adapter
-            .store(&name(number), value(number, 10 * KIB))
+            .store(&name(number), value(number, 10 * KIB), 7)
             .await
             .unwrap();
         let file = directory.path().join(name(number).file_name().unwrap());
@@ -79,7 +79,7 @@ async fn use_and_order_survive_a_restart() {
             .unwrap();
     }
     // Reading the oldest one makes it the newest, and the file system remembers.
-    adapter.load(&name(0), 10 * KIB as u64).await.unwrap();
+    adapter.load(&name(0), form(10 * KIB as u64)).await.unwrap();
     drop(adapter);
 
     let again = open_capped(&directory, 1000);

@@ -6,7 +6,7 @@ use proptest::prelude::*;
 use serde_json::json;
 use stockade_l2::AdapterError;
 
-use super::{list, name, named, open, open_fs, value};
+use super::{form, list, name, named, open, open_fs, value};
 
 fn file_of(directory: &tempfile::TempDir, number: u8) -> PathBuf {
     directory.path().join(name(number).file_name().unwrap())
@@ -23,16 +23,16 @@ async fn a_value_is_a_file_with_exactly_its_bytes() {
     let bytes = value(1, 10_000);
     assert_eq!(adapter.find(&[name(1)]).await, Ok(vec![false]));
     assert_eq!(
-        adapter.load(&name(1), 10_000).await,
+        adapter.load(&name(1), form(10_000)).await,
         Err(AdapterError::NotFound)
     );
-    adapter.store(&name(1), bytes.clone()).await.unwrap();
+    adapter.store(&name(1), bytes.clone(), 7).await.unwrap();
     assert_eq!(fs::read(file_of(&directory, 1)).unwrap(), bytes);
     assert_eq!(
         adapter.find(&[name(2), name(1)]).await,
         Ok(vec![false, true])
     );
-    assert_eq!(adapter.load(&name(1), 10_000).await, Ok(bytes));
+    assert_eq!(adapter.load(&name(1), form(10_000)).await, Ok(bytes));
     assert_eq!(
         adapter.delete(&[name(1), name(2)]).await,
         Ok(vec![true, false])
@@ -50,9 +50,9 @@ async fn direct_io_writes_the_same_bytes() {
     let adapter = open(&spec);
     for length in [8192, 5000] {
         let bytes = value(3, length);
-        adapter.store(&name(3), bytes.clone()).await.unwrap();
+        adapter.store(&name(3), bytes.clone(), 7).await.unwrap();
         assert_eq!(fs::read(file_of(&directory, 3)).unwrap(), bytes);
-        assert_eq!(adapter.load(&name(3), length as u64).await, Ok(bytes));
+        assert_eq!(adapter.load(&name(3), form(length as u64)).await, Ok(bytes));
     }
 }
 
@@ -62,24 +62,24 @@ async fn what_lmcache_wrote_is_taken_by_its_length_also_when_it_is_filled_up() {
     let adapter = open_fs(&directory);
     let bytes = value(4, 5000);
     fs::write(file_of(&directory, 4), &bytes).unwrap();
-    assert_eq!(adapter.load(&name(4), 5000).await, Ok(bytes.clone()));
+    assert_eq!(adapter.load(&name(4), form(5000)).await, Ok(bytes.clone()));
     // As `fs_native` with O_DIRECT leaves it.
     let mut filled = bytes.to_vec();
     filled.resize(8192, 0);
     fs::write(file_of(&directory, 4), &filled).unwrap();
-    assert_eq!(adapter.load(&name(4), 5000).await, Ok(bytes));
+    assert_eq!(adapter.load(&name(4), form(5000)).await, Ok(bytes));
 }
 
 #[tokio::test]
 async fn a_file_that_lmcache_put_in_place_of_ours_is_not_taken_for_damaged() {
     let directory = tempfile::tempdir().unwrap();
     let adapter = open_fs(&directory);
-    adapter.store(&name(5), value(5, 300)).await.unwrap();
+    adapter.store(&name(5), value(5, 300), 7).await.unwrap();
     // LMCache writes beside and renames; other bytes of the same length are as good as ours.
     let temporary = directory.path().join("x.tmp");
     fs::write(&temporary, value(6, 300)).unwrap();
     fs::rename(&temporary, file_of(&directory, 5)).unwrap();
-    assert_eq!(adapter.load(&name(5), 300).await, Ok(value(6, 300)));
+    assert_eq!(adapter.load(&name(5), form(300)).await, Ok(value(6, 300)));
 }
 
 #[tokio::test]
@@ -91,13 +91,13 @@ async fn a_torn_or_flipped_file_is_a_miss_and_moved_aside() {
     let grow = |bytes: &mut Vec<u8>| bytes.extend([0; 9000]);
     let damages: [&dyn Fn(&mut Vec<u8>); 3] = [&tear, &flip, &grow];
     for (count, damage) in damages.into_iter().enumerate() {
-        adapter.store(&name(7), value(7, 4096)).await.unwrap();
+        adapter.store(&name(7), value(7, 4096), 7).await.unwrap();
         let file = file_of(&directory, 7);
         let mut bytes = fs::read(&file).unwrap();
         damage(&mut bytes);
         // In place, as a failing disk would: the inode and its seal stay.
         fs::write(&file, &bytes).unwrap();
-        let error = adapter.load(&name(7), 4096).await.unwrap_err();
+        let error = adapter.load(&name(7), form(4096)).await.unwrap_err();
         assert!(
             matches!(error, AdapterError::Damaged { moved: true, .. }),
             "{error:?}"
@@ -111,7 +111,7 @@ async fn a_torn_or_flipped_file_is_a_miss_and_moved_aside() {
     }
     // Without a seal only the length can tell.
     fs::write(file_of(&directory, 8), value(8, 100)).unwrap();
-    let error = adapter.load(&name(8), 4096).await.unwrap_err();
+    let error = adapter.load(&name(8), form(4096)).await.unwrap_err();
     assert!(
         matches!(error, AdapterError::Damaged { moved: true, .. }),
         "{error:?}"
@@ -122,21 +122,18 @@ async fn a_torn_or_flipped_file_is_a_miss_and_moved_aside() {
 async fn a_good_value_of_another_layout_is_left_alone() {
     let directory = tempfile::tempdir().unwrap();
     let adapter = open_fs(&directory);
-    adapter.store(&name(9), value(9, 100)).await.unwrap();
+    adapter.store(&name(9), value(9, 100), 7).await.unwrap();
     for wanted in [64, 4096, 99] {
-        let error = adapter.load(&name(9), wanted).await.unwrap_err();
-        assert_eq!(error, AdapterError::OtherLength { found: 100, wanted });
+        let error = adapter.load(&name(9), form(wanted)).await.unwrap_err();
+        assert_eq!(error, AdapterError::OtherForm { found: 100 });
     }
-    adapter.store(&name(9), value(9, 50_000)).await.unwrap();
-    let error = adapter.load(&name(9), 64).await.unwrap_err();
+    adapter.store(&name(9), value(9, 50_000), 7).await.unwrap();
+    let error = adapter.load(&name(9), form(64)).await.unwrap_err();
+    assert_eq!(error, AdapterError::OtherForm { found: 50_000 });
     assert_eq!(
-        error,
-        AdapterError::OtherLength {
-            found: 50_000,
-            wanted: 64
-        }
+        adapter.load(&name(9), form(50_000)).await,
+        Ok(value(9, 50_000))
     );
-    assert_eq!(adapter.load(&name(9), 50_000).await, Ok(value(9, 50_000)));
 }
 
 #[tokio::test]
@@ -145,7 +142,7 @@ async fn the_quarantine_does_not_fill_the_disk() {
     let adapter = open_fs(&directory);
     for _ in 0..70 {
         fs::write(file_of(&directory, 1), b"short").unwrap();
-        adapter.load(&name(1), 4096).await.unwrap_err();
+        adapter.load(&name(1), form(4096)).await.unwrap_err();
     }
     assert_eq!(quarantined(&directory), 64);
 }
@@ -176,17 +173,22 @@ async fn nothing_in_the_directory_leads_out_of_it() {
             Ok(vec![false]),
             "{number}"
         );
-        let error = adapter.load(&name(number), 64).await.unwrap_err();
+        let error = adapter.load(&name(number), form(64)).await.unwrap_err();
         assert!(
             matches!(error, AdapterError::Damaged { moved: false, .. }),
             "{error:?}"
         );
     }
     assert!(list(&adapter, None).await.is_empty());
-    assert!(adapter.store(&named(4, "s"), value(4, 64)).await.is_err());
+    assert!(
+        adapter
+            .store(&named(4, "s"), value(4, 64), 7)
+            .await
+            .is_err()
+    );
     // Storing replaces the link, not what it points to.
-    adapter.store(&name(1), value(2, 64)).await.unwrap();
-    assert_eq!(adapter.load(&name(1), 64).await, Ok(value(2, 64)));
+    adapter.store(&name(1), value(2, 64), 7).await.unwrap();
+    assert_eq!(adapter.load(&name(1), form(64)).await, Ok(value(2, 64)));
     assert_eq!(fs::read(&secret).unwrap(), value(1, 64));
     assert_eq!(fs::read_dir(outside.path()).unwrap().count(), 1);
 }
@@ -203,6 +205,7 @@ async fn values_are_listed_by_salt_with_and_without_folders() {
                 .store(
                     &named(number, salt),
                     value(number, 100 + usize::from(number)),
+                    7,
                 )
                 .await
                 .unwrap();
@@ -289,7 +292,7 @@ proptest! {
                 match step {
                     0 | 1 => {
                         let bytes = value((random >> 8) as u8, 512);
-                        adapter.store(&name(number), bytes.clone()).await.unwrap();
+                        adapter.store(&name(number), bytes.clone(), 7).await.unwrap();
                         model.insert(number, bytes);
                     }
                     2 => {
@@ -302,12 +305,12 @@ proptest! {
                         let at = usize::from(random) % bytes.len();
                         if random % 2 == 0 { bytes.truncate(at) } else { bytes[at] ^= 1 }
                         fs::write(file_of(&directory, number), bytes).unwrap();
-                        let loaded = adapter.load(&name(number), 512).await;
+                        let loaded = adapter.load(&name(number), form(512)).await;
                         prop_assert_eq!(loaded.map_err(|error| error.reason()), Err("damaged"));
                     }
                     _ => {}
                 }
-                let loaded = adapter.load(&name(number), 512).await;
+                let loaded = adapter.load(&name(number), form(512)).await;
                 prop_assert_eq!(loaded.ok(), model.get(&number).cloned());
             }
             Ok(())

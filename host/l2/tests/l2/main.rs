@@ -3,6 +3,7 @@
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::panic,
+    clippy::print_stderr,
     reason = "a test fails by panicking"
 )]
 
@@ -10,13 +11,14 @@ mod capped;
 mod faults;
 mod fs;
 mod names;
+mod networked;
 mod specs;
 
 use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use serde_json::{Value, json};
-use stockade_l2::{Adapter, AdapterSpec, Entry, ObjectName};
+use stockade_l2::{Adapter, AdapterSpec, Entry, Form, ObjectName};
 use tokio::sync::mpsc;
 
 /// Opens an adapter as `--l2-adapter` would.
@@ -38,6 +40,11 @@ fn name(number: u8) -> ObjectName {
 
 fn named(number: u8, salt: &str) -> ObjectName {
     ObjectName::new("org/m".into(), 0x0100_0100, 0, [number; 32], salt.into()).unwrap()
+}
+
+/// What tests ask for: values of one layout.
+fn form(length: u64) -> Form {
+    Form { length, layout: 7 }
 }
 
 /// Bytes that no two values share.

@@ -1,0 +1,248 @@
+//! Writing down: what was committed to memory is written to storage, some time later.
+//!
+//! Follows `store_controller.py` and `store_policy.py` of LMCache 0.5.6. Objects wait by key and
+//! are copied out of the pool when their turn comes, so that a slow backend holds no memory; one
+//! that was evicted meanwhile is counted and left out.
+
+use std::{
+    collections::VecDeque,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use parking_lot::Mutex;
+use stockade_cache::ObjectKey;
+use tokio::sync::Notify;
+
+use super::{Backend, Tier, name_of};
+
+/// Objects whose presence is asked for by one call.
+const BATCH: usize = 16;
+
+/// What becomes of an object in memory once it is written down.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StorePolicy {
+    /// It stays: LMCache's `default`.
+    Default,
+    /// It goes as soon as all adapters have it and nobody reads it: LMCache's `skip_l1`.
+    SkipL1,
+}
+
+/// One object on its way to all adapters.
+struct Descent {
+    key: ObjectKey,
+    bytes: u64,
+    /// Adapters that have not had their turn.
+    remaining: AtomicUsize,
+    /// Whether one of them did not take it.
+    failed: AtomicBool,
+}
+
+#[derive(Default)]
+struct Queue {
+    descents: VecDeque<Arc<Descent>>,
+    bytes: u64,
+}
+
+/// The objects that wait for one adapter.
+#[derive(Default)]
+pub(super) struct Lane {
+    queue: Mutex<Queue>,
+    filled: Notify,
+    in_work: AtomicUsize,
+}
+
+impl Lane {
+    /// Objects and bytes that wait.
+    pub(super) fn waiting(&self) -> (usize, u64) {
+        let queue = self.queue.lock();
+        (queue.descents.len(), queue.bytes)
+    }
+
+    /// Objects that are being written.
+    pub(super) fn in_work(&self) -> usize {
+        self.in_work.load(Ordering::Relaxed)
+    }
+
+    fn push(&self, descent: Arc<Descent>, max_items: usize, max_bytes: u64) -> bool {
+        {
+            let mut queue = self.queue.lock();
+            let bytes = queue.bytes.saturating_add(descent.bytes);
+            if queue.descents.len() >= max_items || bytes > max_bytes {
+                return false;
+            }
+            queue.bytes = bytes;
+            queue.descents.push_back(descent);
+        }
+        self.filled.notify_one();
+        true
+    }
+
+    async fn take(&self) -> Vec<Arc<Descent>> {
+        loop {
+            let (taken, is_more) = {
+                let mut queue = self.queue.lock();
+                let count = queue.descents.len().min(BATCH);
+                let taken: Vec<_> = queue.descents.drain(..count).collect();
+                queue.bytes -= taken.iter().map(|descent| descent.bytes).sum::<u64>();
+                // Counted under the lock, so that nobody sees them neither waiting nor in work.
+                self.in_work.fetch_add(taken.len(), Ordering::Relaxed);
+                (taken, !queue.descents.is_empty())
+            };
+            if is_more {
+                self.filled.notify_one();
+            }
+            if !taken.is_empty() {
+                return taken;
+            }
+            self.filled.notified().await;
+        }
+    }
+}
+
+impl Tier {
+    /// Tells that objects of `bytes` each were committed. Queues them, or drops them if too many
+    /// wait; never waits.
+    pub fn stored(&self, keys: impl IntoIterator<Item = ObjectKey>, bytes: u64) {
+        for key in keys {
+            let descent = Arc::new(Descent {
+                key,
+                bytes,
+                remaining: AtomicUsize::new(self.backends.len()),
+                failed: AtomicBool::new(false),
+            });
+            for (index, backend) in self.backends.iter().enumerate() {
+                let (items, most) = (self.config.store_queue_items, self.config.store_queue_bytes);
+                if backend.lane.push(Arc::clone(&descent), items, most) {
+                    self.metrics.store_submitted(&descent.key);
+                } else {
+                    self.metrics.store_dropped(index, "queue_full");
+                    self.settle(&descent, false);
+                }
+            }
+        }
+    }
+
+    /// Whether nothing waits or is being written.
+    #[must_use]
+    pub fn is_written_down(&self) -> bool {
+        self.backends
+            .iter()
+            .all(|backend| backend.lane.waiting().0 == 0 && backend.lane.in_work() == 0)
+    }
+
+    /// Waits until everything is written down, at most for `grace`; returns whether it is.
+    pub async fn drain(&self, grace: Duration) -> bool {
+        let deadline = Instant::now() + grace;
+        while !self.is_written_down() {
+            if Instant::now() >= deadline {
+                return false;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        true
+    }
+
+    /// Writes what waits for one adapter, for ever.
+    pub(super) async fn write_down(self: Arc<Self>, index: usize) {
+        let Some(backend) = self.backends.get(index) else {
+            return;
+        };
+        loop {
+            let descents = backend.lane.take().await;
+            self.write_batch(index, backend, descents).await;
+        }
+    }
+
+    async fn write_batch(&self, index: usize, backend: &Backend, descents: Vec<Arc<Descent>>) {
+        let mut named = Vec::with_capacity(descents.len());
+        for descent in descents {
+            match name_of(&descent.key) {
+                Ok(name) => named.push((descent, name)),
+                Err(error) => {
+                    self.metrics.store_dropped(index, "name");
+                    tracing::debug!("an object cannot be written down: {error}");
+                    self.done(backend, &descent, false);
+                }
+            }
+        }
+        let names: Vec<_> = named.iter().map(|(_, name)| name.clone()).collect();
+        if names.is_empty() {
+            return;
+        }
+        let deadline = Instant::now() + self.config.lookup_deadline;
+        // If it cannot tell, writing will find out; that the value may be there already is no harm.
+        let present = backend.guarded.find(&names, deadline).await;
+        let present = present.unwrap_or_else(|_| vec![false; names.len()]);
+        for ((descent, name), is_there) in named.into_iter().zip(present) {
+            if is_there {
+                self.metrics.store_present(index);
+                self.done(backend, &descent, true);
+                continue;
+            }
+            let Some(value) = self.copy(&descent.key).await else {
+                self.metrics.store_dropped(index, "evicted");
+                self.done(backend, &descent, false);
+                continue;
+            };
+            let began = Instant::now();
+            let layout = descent.key.scope.object_group_id;
+            let stored = backend
+                .guarded
+                .store(&name, &value, layout, began + self.config.store_deadline)
+                .await;
+            match &stored {
+                Ok(()) => {
+                    let bytes = value.len() as u64;
+                    self.metrics
+                        .store_completed(index, &descent.key, bytes, began.elapsed());
+                }
+                Err(error) => {
+                    self.metrics.store_dropped(index, error.reason());
+                    tracing::debug!(%name, "an object was not written down: {error}");
+                }
+            }
+            self.done(backend, &descent, stored.is_ok());
+        }
+    }
+
+    /// The bytes of a committed object, if it is still there and intact.
+    async fn copy(&self, key: &ObjectKey) -> Option<Bytes> {
+        let (engine, key) = (Arc::clone(&self.engine), key.clone());
+        let copied = tokio::task::spawn_blocking(move || {
+            let mut value = Vec::new();
+            match engine.copy_committed(&key, &mut value) {
+                Ok(true) => Some(Bytes::from(value)),
+                Ok(false) => None,
+                Err(error) => {
+                    tracing::warn!("an object cannot be written down: {error}");
+                    None
+                }
+            }
+        });
+        copied.await.ok().flatten()
+    }
+
+    fn done(&self, backend: &Backend, descent: &Descent, stored: bool) {
+        self.settle(descent, stored);
+        backend.lane.in_work.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    /// Notes that one adapter has had its turn.
+    fn settle(&self, descent: &Descent, stored: bool) {
+        if !stored {
+            descent.failed.store(true, Ordering::Release);
+        }
+        let is_last = descent.remaining.fetch_sub(1, Ordering::AcqRel) == 1;
+        if is_last
+            && self.config.store_policy == StorePolicy::SkipL1
+            && !descent.failed.load(Ordering::Acquire)
+        {
+            self.engine.release(std::slice::from_ref(&descent.key));
+        }
+    }
+}
