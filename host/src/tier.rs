@@ -186,16 +186,24 @@ impl Tier {
         result
     }
 
-    /// Removes all values of a salt from all adapters; returns how many there were. What is in
-    /// memory, or being written down, is the caller's to remove first.
+    /// Removes all values of the salts that are wanted from all adapters, and what waits to be
+    /// written of them; returns how many values there were. What is in memory is the caller's to
+    /// remove first. Damaged values that were moved aside are not looked through.
     ///
     /// # Errors
     /// A sentence that names the adapters where values may be left.
-    pub async fn purge(&self, salt: &CacheSalt) -> Result<u64, String> {
+    pub async fn purge(&self, wanted: &(dyn Fn(&CacheSalt) -> bool + Sync)) -> Result<u64, String> {
+        for backend in &self.backends {
+            for descent in backend.lane.forget(wanted) {
+                self.settle(&descent, false);
+            }
+        }
+        // What is being written now would come after the purge.
+        self.drain(self.config.store_deadline).await;
         let mut purged = 0;
         let mut left = Vec::new();
         for backend in &self.backends {
-            match self.purge_from(backend, salt).await {
+            match self.purge_from(backend, wanted).await {
                 Ok(count) => purged += count,
                 Err(error) => left.push(format!("{}: {error}", backend.spec.type_name())),
             }
@@ -206,7 +214,13 @@ impl Tier {
         }
     }
 
-    async fn purge_from(&self, backend: &Backend, salt: &CacheSalt) -> Result<u64, AdapterError> {
+    async fn purge_from(
+        &self,
+        backend: &Backend,
+        wanted: &(dyn Fn(&CacheSalt) -> bool + Sync),
+    ) -> Result<u64, AdapterError> {
+        let is_wanted =
+            |name: &ObjectName| CacheSalt::parse(name.cache_salt()).is_ok_and(|salt| wanted(&salt));
         let (sender, mut receiver) = mpsc::channel::<Entry>(DELETE_BATCH);
         let delete = async {
             let mut purged = 0;
@@ -214,7 +228,7 @@ impl Tier {
             loop {
                 let entry = receiver.recv().await;
                 let is_end = entry.is_none();
-                names.extend(entry.map(|entry| entry.name));
+                names.extend(entry.map(|entry| entry.name).filter(is_wanted));
                 if names.len() == DELETE_BATCH || (is_end && !names.is_empty()) {
                     let deadline = Instant::now() + DELETE_DEADLINE;
                     let deleted = backend.guarded.delete(&names, deadline).await?;
@@ -226,9 +240,13 @@ impl Tier {
                 }
             }
         };
-        let list = backend.guarded.list(Some(salt.as_str()), sender);
-        let (purged, ()) = tokio::try_join!(delete, list)?;
+        let (purged, ()) = tokio::try_join!(delete, backend.guarded.list(None, sender))?;
         Ok(purged)
+    }
+
+    /// Forgets the series of a salt; returns how many there were.
+    pub fn forget_labels(&self, salt: &str) -> usize {
+        self.metrics.forget(salt)
     }
 
     /// Adapters.

@@ -84,7 +84,7 @@ fn wrong_flags_exit_with_64() {
         ),
         (
             &["serve", "--l1-size-gb", "1", "--l2-adapter", "{}"],
-            "--l2-adapter: ",
+            "--l2-adapter type is missing: ",
         ),
         (
             &["serve", "--l1-size-gb", "1", "--listen", "udp://x"],

@@ -501,6 +501,43 @@ async fn a_request_that_ends_while_it_loads_leaves_nothing_held() {
     }
 }
 
+#[tokio::test]
+async fn a_tenant_that_is_purged_is_gone_from_storage_too() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("stockade.toml");
+    std::fs::write(&file, "[tenants.a]\nsalts = [\"salt-a\"]\n").unwrap();
+    let storage = directory.path().join("kv");
+    let adapter = json!({"type": "fs", "base_path": storage});
+    let server = start(&adapter, &["--config", file.to_str().unwrap()]);
+    let mut worker = Worker::register(&server, 1, "org/m").await;
+    for salt in ["salt-a", "other"] {
+        let key = Key {
+            salt: salt.to_owned(),
+            ..Key::new("org/m", &tokens(2 * CHUNK, 12), Some(0), salt)
+        };
+        assert!(worker.store(&key, |_| 1).await);
+    }
+    server
+        .metric_becomes(STORED, |written| written == 4.0)
+        .await;
+    let (status, receipt) = server.http("POST", "/v1/tenants/a/purge", "").await;
+    assert_eq!(status, 200, "{receipt}");
+    let receipt: serde_json::Value = serde_json::from_str(&receipt).unwrap();
+    assert_eq!(
+        (&receipt["l2"]["values"], &receipt["complete"]),
+        (&json!(2), &json!(true)),
+        "{receipt}"
+    );
+    let left = data_files(&storage);
+    assert_eq!(left.len(), 2);
+    assert!(
+        left.iter()
+            .all(|file| file.to_str().unwrap().ends_with("@other.data"))
+    );
+    let (_, metrics) = server.http("GET", "/metrics", "").await;
+    assert!(!metrics.contains("salt-a"), "{metrics}");
+}
+
 /// A write that is killed anywhere leaves the old value or the whole new one.
 #[tokio::test]
 async fn after_kill_9_under_load_every_hit_is_byte_equal() {

@@ -92,6 +92,12 @@ impl Names {
     }
 
     /// Forgets a name; its label if it had one of its own.
+    /// Gives a salt's label back, so that its series can be removed.
+    pub(crate) fn forget_labels(&self, cache_salt: &str) -> Option<SaltLabels> {
+        let cache_salt = self.forget(cache_salt)?;
+        Some(SaltLabels { cache_salt })
+    }
+
     fn forget(&self, name: &str) -> Option<ClientLabel> {
         let end = name.floor_char_boundary(MAX_LABEL_BYTES);
         self.0.lock().take(&name[..end]).map(ClientLabel)
@@ -436,6 +442,7 @@ impl ServiceMetrics {
                 &self.lookup_requested_tokens,
                 &self.lookup_hit_tokens,
                 &self.lookup_hit_l1_tokens,
+                &self.lookup_hit_l2_tokens,
                 &self.loaded_chunks,
             ] {
                 forgotten += usize::from(family.remove(&labels));

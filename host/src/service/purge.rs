@@ -7,6 +7,7 @@ use std::{
 
 use serde_json::{Value, json};
 use stockade_cache::CacheSalt;
+use tokio::runtime::Handle;
 
 use super::Service;
 use crate::tenancy::Realm;
@@ -114,6 +115,16 @@ impl Service {
             .iter()
             .map(|salt| self.metrics.forget(salt.as_str()))
             .sum();
+        let storage = self.tier.as_ref().map(|tier| {
+            for salt in &leaving.salts {
+                tier.forget_labels(salt.as_str());
+            }
+            // This is a thread of its own, that may wait.
+            match Handle::try_current() {
+                Ok(runtime) => runtime.block_on(tier.purge(&owns)),
+                Err(_) => Err("the server is stopping".to_owned()),
+            }
+        });
         let histories = self.engine.forget_histories(&leaving.salts);
         let scrubbed = self.engine.scrub().map_err(PurgeError::Scrub)?;
         let (_, left) = self.engine.digests(&owns, 0);
@@ -127,7 +138,11 @@ impl Service {
                 .collect::<Vec<_>>(),
             "began_unix": began,
             "ended_unix": seconds_now(),
-            "complete": bytes_left == 0,
+            "complete": bytes_left == 0 && !matches!(storage, Some(Err(_))),
+            "l2": storage.map(|purged| match purged {
+                Ok(values) => json!({"values": values}),
+                Err(problem) => json!({"problem": problem}),
+            }),
             "l1": {
                 "segment": self.engine.shm_name(),
                 "objects": objects,

@@ -83,6 +83,7 @@ async fn a_handler_that_fails_answers_and_the_connection_goes_on() {
         TokenHasher::new(NonZeroUsize::new(CHUNK).unwrap()),
         Arc::new(Tenancy::new(Arc::default(), 2)),
         settings(),
+        None,
         &mut registry,
     )
     .unwrap();

@@ -224,6 +224,21 @@ impl TierMetrics {
         );
     }
 
+    /// Forgets the series of a salt; returns how many there were.
+    pub(super) fn forget(&self, salt: &str) -> usize {
+        let Some(labels) = self.salts.forget_labels(salt) else {
+            return 0;
+        };
+        let families = [
+            &self.store_submitted,
+            &self.store_completed,
+            &self.lookup_chunks,
+            &self.load_submitted,
+            &self.load_completed,
+        ];
+        families.iter().filter(|it| it.remove(&labels)).count()
+    }
+
     fn adapter(&self, index: usize) -> AdapterLabels {
         AdapterLabels {
             l2_name: self.types.get(index).copied().unwrap_or("unknown"),

@@ -15,7 +15,7 @@ use std::{
 
 use bytes::Bytes;
 use parking_lot::Mutex;
-use stockade_cache::ObjectKey;
+use stockade_cache::{CacheSalt, ObjectKey};
 use tokio::sync::Notify;
 
 use super::{Backend, Tier, name_of};
@@ -33,7 +33,7 @@ pub enum StorePolicy {
 }
 
 /// One object on its way to all adapters.
-struct Descent {
+pub(super) struct Descent {
     key: ObjectKey,
     bytes: u64,
     /// Adapters that have not had their turn.
@@ -80,6 +80,26 @@ impl Lane {
         }
         self.filled.notify_one();
         true
+    }
+
+    /// Takes out what waits of the salts that are wanted.
+    pub(super) fn forget(&self, wanted: &dyn Fn(&CacheSalt) -> bool) -> Vec<Arc<Descent>> {
+        let mut queue = self.queue.lock();
+        let all = std::mem::take(&mut queue.descents);
+        let (taken, kept): (Vec<_>, VecDeque<_>) = {
+            let mut kept = VecDeque::with_capacity(all.len());
+            let mut taken = Vec::new();
+            for descent in all {
+                match wanted(&descent.key.scope.cache_salt) {
+                    true => taken.push(descent),
+                    false => kept.push_back(descent),
+                }
+            }
+            (taken, kept)
+        };
+        queue.descents = kept;
+        queue.bytes -= taken.iter().map(|descent| descent.bytes).sum::<u64>();
+        taken
     }
 
     async fn take(&self) -> Vec<Arc<Descent>> {
@@ -233,7 +253,7 @@ impl Tier {
     }
 
     /// Notes that one adapter has had its turn.
-    fn settle(&self, descent: &Descent, stored: bool) {
+    pub(super) fn settle(&self, descent: &Descent, stored: bool) {
         if !stored {
             descent.failed.store(true, Ordering::Release);
         }

@@ -69,7 +69,7 @@ impl std::fmt::Debug for RedisOptions {
 enum Link {
     Server(ConnectionManager),
     Cluster {
-        client: ClusterClient,
+        client: Box<ClusterClient>,
         connection: Mutex<Option<ClusterConnection>>,
     },
 }
@@ -155,7 +155,7 @@ impl RedisAdapter {
                         .build()
                         .map_err(unusable)?;
                     Ok(Link::Cluster {
-                        client,
+                        client: Box::new(client),
                         connection: Mutex::new(None),
                     })
                 }
