@@ -67,6 +67,11 @@ type piece struct {
 	isLast bool
 }
 
+// smallReads reads little at a time: what one call into the sandbox may carry has a limit below a piece.
+type smallReads struct{ file *os.File }
+
+func (r smallReads) Read(into []byte) (int, error) { return r.file.Read(into[:min(len(into), 64<<10)]) }
+
 // next reads the next piece: whole lines of at most size bytes, or one longer line as it is.
 func (u *upload) next(dir string, size int) (*piece, error) {
 	file, err := os.Open(path.Join(dir, u.name))
@@ -78,7 +83,7 @@ func (u *upload) next(dir string, size int) (*piece, error) {
 		return nil, err
 	}
 	lines := make([]byte, size)
-	n, err := io.ReadFull(file, lines)
+	n, err := io.ReadFull(smallReads{file}, lines)
 	lines = lines[:n]
 	isLast := errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF)
 	if err != nil && !isLast {

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-PATIENCE_SECONDS = 300
+PATIENCE_SECONDS = 120
 
 BLOCK = re.compile(
     r"<!-- (file: (?P<file>\S+)|run|shows|serve) -->\n```(?P<language>\w+)\n(?P<text>.*?)^```$",

@@ -180,7 +180,8 @@ class Shipped(unittest.TestCase):
         }
         flags = ["--lookup-hash-log-dir", logs, "--lookup-hash-log-rotation-max-size", "20000"]
         # From here on moto checks who asks, and the signature.
-        with set_initial_no_auth_action_count(0):
+        @set_initial_no_auth_action_count(0)
+        def ship():
             with self.server(settings, *flags, environment=environment) as server:
                 command = [pages.binary(), "bench", "--url", f"tcp://{server.zmq}", "--json"]
                 command += ["--workload", "lookup-miss", "--seconds", "1", "--tokens", "4096"]
@@ -208,6 +209,8 @@ class Shipped(unittest.TestCase):
                 self.assertEqual(stored["Body"].read(), written[name])
             self.assertEqual({path.name for path in logs.glob("*.jsonl")}, {newest})
 
+        ship()
+
     def test_tenant_usage_writes_reports(self):
         reports = self.directory / "reports"
         reports.mkdir()
@@ -222,7 +225,7 @@ class Shipped(unittest.TestCase):
             self.wait("a report", prom.exists)
             text = prom.read_text()
             self.assertRegex(text, r'stockade_tenant_report_floor_bytes\{tenant="alice"\} 1073\d+')
-            self.assertRegex(text, r'stockade_tenant_report_used_bytes\{tenant="default"\} 0\n')
+            self.assertRegex(text, r'stockade_tenant_report_used_bytes\{tenant="alice"\} 0\n')
             self.assertEqual(server.stop(), 0)
         (lines,) = [path.read_text().splitlines() for path in reports.glob("usage-*.jsonl")]
         self.assertIn("alice", json.loads(lines[-1])["tenants"])
