@@ -46,7 +46,7 @@ impl TenantScope {
     /// The scope of a plugin under the rules in force.
     pub(crate) fn of_plugin(tenancy: &Tenancy, plugin: &str) -> Self {
         let rules = tenancy.rules();
-        match tenant_of(&rules, plugin) {
+        match rules.owner_of_plugin(plugin).cloned() {
             Some(tenant) => Self::Tenant(rules, tenant),
             None => Self::Everything,
         }
@@ -67,13 +67,6 @@ impl TenantScope {
             Self::Tenant(_, tenant) => Some(&tenant.name),
         }
     }
-}
-
-/// The tenant that has a plugin.
-fn tenant_of(rules: &Rules, plugin: &str) -> Option<Arc<TenantRules>> {
-    // No table of the file names plugins yet.
-    let _ = (rules, plugin);
-    None
 }
 
 /// [`PluginHost`] over the request path and its engine.

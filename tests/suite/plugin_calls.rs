@@ -233,6 +233,52 @@ async fn a_plugin_hears_what_happens_in_the_cache() {
     assert_eq!(server.wait(), Some(0));
 }
 
+#[tokio::test]
+async fn a_plugin_of_a_tenant_sees_what_is_its_tenants() {
+    let directory = plugins(&[("listens", "cache = ['stats', 'keys', 'events']")]);
+    let file = directory.path().join("stockade.toml");
+    let tables = "[tenants.red]\nsalts = ['salt-red']\nplugins = ['listens']\n\
+                  [tenants.blue]\nsalts = ['salt-blue']\n";
+    fs::write(&file, tables).unwrap();
+    let mut server = start(directory.path(), &["--config", file.to_str().unwrap()]);
+    server.wait_for_line("[listens] subscribed");
+    let mut worker = Worker::register(&server, 1, "m").await;
+    for (salt, chunks) in [("salt-blue", 3), ("salt-red", 1)] {
+        let prompt = tokens(chunks * CHUNK, 1);
+        let mut key = Key::new("m", &prompt, Some(0), salt);
+        key.salt = salt.to_owned();
+        assert!(worker.store(&key, |_| 1).await);
+        assert_eq!(lookup(&mut worker.client, &key).await, chunks as u64);
+    }
+    server.wait_for_line("\"request\":\"salt-red\",\"tokens\":16,\"hit_tokens\":16");
+    // The page of keys that follows the last message.
+    server.wait_for_line("\"next\":");
+    server.signal(Signal::TERM);
+    assert_eq!(server.wait(), Some(0));
+    let log = server.log();
+    let told: Vec<_> = log.iter().filter(|it| it.contains("[listens] ")).collect();
+    assert!(told.iter().any(|it| it.contains("\"type\":\"stored\"")));
+    assert!(told.iter().any(|it| it.contains("@salt-red")));
+    for line in &told {
+        assert!(!line.contains("blue"), "{line}");
+    }
+    let stats: Vec<Json> = told
+        .iter()
+        .filter_map(|line| serde_json::from_str(line.split_once("[listens] ")?.1).ok())
+        .filter(|it: &Json| it["capacity_bytes"].is_u64())
+        .collect();
+    let last = stats.last().unwrap();
+    assert_eq!(
+        (
+            &last["objects"],
+            &last["stored_chunks"],
+            &last["tenants"][0]["name"]
+        ),
+        (&json!(1), &json!(1), &json!("red")),
+        "{last}"
+    );
+}
+
 /// Stores until eviction has gone round a few times; every store succeeds.
 async fn churn(server: &Server) {
     let mut worker = Worker::register(server, 1, "m").await;
