@@ -519,10 +519,10 @@ async fn meter(
             sums.sample(&sampling.engine().budgets(), Instant::now());
             let rules = tenancy.rules();
             for plugin in plugins.snapshot() {
-                if let Some(owner) = rules.owner_of_plugin(&plugin.name.to_string())
+                if let Some(owner) = rules.owner_of_plugin(&plugin.name)
                     && let Some(time) = plugin.cpu_time
                 {
-                    sums.plugin(&owner.name, &plugin.name.to_string(), time);
+                    sums.plugin(&owner.name, &plugin.name, time);
                 }
             }
             if is_due

@@ -89,7 +89,7 @@ async fn a_torn_or_flipped_file_is_a_miss_and_moved_aside() {
     let tear = |bytes: &mut Vec<u8>| bytes.truncate(1234);
     let flip = |bytes: &mut Vec<u8>| bytes[77] ^= 4;
     let grow = |bytes: &mut Vec<u8>| bytes.extend([0; 9000]);
-    let damages: [&dyn Fn(&mut Vec<u8>); 3] = [&tear, &flip, &grow];
+    let damages: [fn(&mut Vec<u8>); 3] = [tear, flip, grow];
     for (count, damage) in damages.into_iter().enumerate() {
         adapter.store(&name(7), value(7, 4096), 7).await.unwrap();
         let file = file_of(&directory, 7);

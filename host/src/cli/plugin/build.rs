@@ -164,12 +164,12 @@ fn build_rust(directory: &Path, module: &Path) -> anyhow::Result<()> {
     if !output.status.success() {
         bail!("{} does not build, see above", directory.display());
     }
-    let built = output
+    let mut built = output
         .stdout
         .split(|&byte| byte == b'\n')
         .filter_map(artefact);
     // A dependency may have a module too; the plugin itself comes last.
-    let Some(built) = built.last() else {
+    let Some(built) = built.next_back() else {
         bail!(
             "{} built no module: put crate-type = [\"cdylib\"] into [lib] of its Cargo.toml, or give it a main",
             directory.display()

@@ -180,11 +180,14 @@ fn archive(list: &List, files: &[(String, Vec<u8>)]) -> anyhow::Result<Vec<u8>> 
     Ok(tar.into_inner()?)
 }
 
+/// Files of a pack: names and bytes.
+type Files = Vec<(String, Vec<u8>)>;
+
 /// Reads a pack and checks everything that can be checked of it alone.
-fn open(bytes: impl Read) -> anyhow::Result<(List, Vec<(String, Vec<u8>)>)> {
+fn open(bytes: impl Read) -> anyhow::Result<(List, Files)> {
     let mut tar = tar::Archive::new(bytes);
     let mut list: Option<List> = None;
-    let mut files: Vec<(String, Vec<u8>)> = Vec::new();
+    let mut files = Files::new();
     for entry in tar.entries().context("it is no tar archive")? {
         let mut entry = entry.context("it is no tar archive, or ends too early")?;
         ensure!(
