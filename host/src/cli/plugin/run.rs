@@ -174,7 +174,9 @@ impl Bench {
                 }
             }
             let elapsed = began.elapsed();
-            let status = trial.end().await?;
+            // Known of a run only while it goes on.
+            let status = trial.status()?;
+            trial.end().await?;
             let guest = status.cpu_time.unwrap_or_default().saturating_sub(before);
             Ok::<_, anyhow::Error>((nanoseconds, calls, elapsed, guest))
         });
