@@ -31,6 +31,8 @@ use crate::{
 
 /// How long a damaged value is kept for looking at.
 const QUARANTINE_SECONDS: u64 = 3600;
+/// How the names of our own keys begin.
+const BESIDE: &str = "stockade:";
 /// Commands on their way at once within one call.
 const IN_FLIGHT: usize = 64;
 /// Keys per step of a scan.
@@ -98,6 +100,8 @@ fn error_of(error: &RedisError) -> AdapterError {
     match error.kind() {
         ErrorKind::AuthenticationFailed => AdapterError::Denied(text),
         ErrorKind::Server(ServerErrorKind::ReadOnly) => AdapterError::Denied(text),
+        // A transaction that was refused has the reasons in its text only.
+        _ if text.contains("\"OOM\"") => AdapterError::Full(text),
         _ => match error.code() {
             Some("OOM") => AdapterError::Full(text),
             Some("NOAUTH" | "NOPERM" | "WRONGPASS") => AdapterError::Denied(text),
@@ -231,7 +235,7 @@ impl RedisAdapter {
     /// Where the seal of a key lies; `None` if that could not be in the key's hash slot.
     fn sibling(&self, what: &str, key: &str) -> Option<String> {
         let is_tagged = key.contains(['{', '}']);
-        (!is_tagged || !self.options.is_cluster).then(|| format!("stockade:{what}:{{{key}}}"))
+        (!is_tagged || !self.options.is_cluster).then(|| format!("{BESIDE}{what}:{{{key}}}"))
     }
 
     async fn quarantine(&self, key: &str) -> Result<(), AdapterError> {
@@ -367,6 +371,8 @@ impl Adapter for RedisAdapter {
             for key in keys {
                 let Some(name) = std::str::from_utf8(&key)
                     .ok()
+                    // What lies beside values has names that may look like values'.
+                    .filter(|key| !key.starts_with(BESIDE))
                     .and_then(|key| key.strip_prefix(&*prefix))
                     .and_then(ObjectName::from_key)
                 else {

@@ -246,7 +246,10 @@ async fn s3_goes_through_a_life_and_damage_is_a_miss() {
     assert_eq!(error.reason(), "unavailable", "{error}");
 }
 
-/// Puts an object by hand; the server does not check signatures.
+const SIGNED: &str = "authorization: AWS4-HMAC-SHA256 \
+    Credential=id/20260101/us-east-1/s3/aws4_request, SignedHeaders=host, Signature=0\r\n";
+
+/// Puts an object by hand; the server wants a signature and does not check it.
 async fn put(port: u16, key: &str, body: &[u8], seal: Option<&str>) {
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
     let mut stream = tokio::net::TcpStream::connect(("127.0.0.1", port))
@@ -257,7 +260,7 @@ async fn put(port: u16, key: &str, body: &[u8], seal: Option<&str>) {
         format!("x-amz-meta-stockade-seal: {seal}\r\n")
     });
     let head = format!(
-        "PUT /bucket/{path} HTTP/1.1\r\nhost: 127.0.0.1:{port}\r\ncontent-length: {}\r\n{seal}connection: close\r\n\r\n",
+        "PUT /bucket/{path} HTTP/1.1\r\nhost: 127.0.0.1:{port}\r\ncontent-length: {}\r\n{SIGNED}{seal}connection: close\r\n\r\n",
         body.len()
     );
     stream.write_all(head.as_bytes()).await.unwrap();
