@@ -226,7 +226,7 @@ impl PluginHost for PluginServer {
             CacheOperation::Prefetch => {
                 return Err(Refusal::new(
                     Code::Unavailable,
-                    "this server has no second tier to load from",
+                    "prefetch is not served yet: the second tier loads what lookups ask for",
                 ));
             }
         };
