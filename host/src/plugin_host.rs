@@ -1,7 +1,7 @@
 //! The server as its plugins see it: what they may ask of the cache, hear of it and rank.
 //!
 //! The sandbox checks what a plugin may do at all; here stands what it may do it with. A plugin
-//! that belongs to a tenant sees and names that tenant's objects only ([`TenantScope`]).
+//! that belongs to a tenant sees and names that tenant's objects only (`TenantScope`).
 
 mod event_log;
 mod ranking;
