@@ -39,7 +39,7 @@ python3 - "$file" << 'PYTHON'
 import json, sys
 bill = json.load(open(sys.argv[1]))
 components = bill["components"]
-ours = {"stockade-cache", "stockade-sandbox", "stockade-transport", "stockade-wire"}
+ours = {"stockade-cache", "stockade-l2", "stockade-sandbox", "stockade-transport", "stockade-wire"}
 names = {component["name"] for component in components}
 missing = (ours | {"tokio", "wasmtime"}) - names
 unlicensed = [component["name"] for component in components if not component.get("licenses")]
