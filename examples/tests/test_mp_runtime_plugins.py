@@ -113,6 +113,8 @@ class Running(unittest.TestCase):
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            # A shell's background job, as these tests may be, ignores SIGINT; Bash cannot trap that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         self.addCleanup(process.stdout.close)
         self.addCleanup(process.wait, PATIENCE_SECONDS)
