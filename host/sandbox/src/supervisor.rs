@@ -1247,10 +1247,11 @@ impl Life {
         if self.ending.shutdown.is_cancelled() {
             return Next::Over;
         }
-        self.plugin.enter(PluginState::Running);
         let mut current = start(&self.plugin, generation, &self.ending);
-        self.plugin.shared.lock().usage = current.usage.clone();
+        // Who sees it running can ask it something.
         self.plugin.current.set(current.link.clone());
+        self.plugin.enter(PluginState::Running);
+        self.plugin.shared.lock().usage = current.usage.clone();
         let mut asked = None;
         let mut reload: Option<Reload> = None;
         let mut draining: Option<Run> = None;
