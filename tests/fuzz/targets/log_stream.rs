@@ -6,15 +6,18 @@ use std::sync::Arc;
 
 use libfuzzer_sys::fuzz_target;
 use stockade_fuzz as _;
-use stockade_sandbox::{LogCounts, LogLimits, LogStream, OutputStream, log_stream::MAX_LINE_BYTES};
+use stockade_sandbox::{LogCounts, LogLimits, LogStream, OutputStream};
 
 /// No line of an input is dropped for coming too fast.
 const LIMITS: LogLimits = LogLimits {
     lines_per_second: u32::MAX,
     bytes_per_second: u32::MAX,
+    line_bytes: MAX_LINE_BYTES,
 };
+/// Where a plugin's lines are cut.
+const MAX_LINE_BYTES: u32 = 8 * 1024;
 /// The longest escape of one byte, and what is said about a cut line.
-const LINE_BYTES: usize = MAX_LINE_BYTES * 6 + 100;
+const LINE_BYTES: usize = MAX_LINE_BYTES as usize * 6 + 100;
 
 fn lines(bytes: &[u8], piece: usize) -> (Vec<(OutputStream, Arc<str>)>, LogCounts) {
     let stream = LogStream::new(Arc::from("fuzz"), LIMITS);
