@@ -41,8 +41,9 @@ use crate::{faults::Fault, world::World};
 
 /// In which a client must be served after a fault has ended.
 const SERVED_WITHIN: Duration = Duration::from_secs(1);
-/// Size of the `/dev/shm` that is filled: the pool, and some for what is beside it.
-const SHM_MIB: u32 = 96;
+/// Size of the `/dev/shm` that is filled: two pools, because a client that outlives a killed server
+/// keeps the old one while the next server makes its own, and some for what is beside them.
+const SHM_MIB: u32 = 160;
 
 fn setting(name: &str) -> Option<String> {
     std::env::var(format!("STOCKADE_CHAOS_{name}")).ok()
