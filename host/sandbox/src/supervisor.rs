@@ -1146,7 +1146,6 @@ impl Life {
                 Err(refusal) => refusal,
             };
             let (name, reason) = (&self.plugin.name, refusal.reason);
-            tracing::error!(plugin = &**name, "plugin `{name}` is refused: {reason}");
             {
                 let mut shared = self.plugin.shared.lock();
                 if let Some(limit) = refusal.limit {
@@ -1155,6 +1154,8 @@ impl Life {
                 shared.last_end = Some(reason.clone());
             }
             self.plugin.enter(PluginState::Refused);
+            // Who reads the line finds the state that it speaks of.
+            tracing::error!(plugin = &**name, "plugin `{name}` is refused: {reason}");
             if let Some(reply) = reply.take() {
                 let _ = reply.send(Err(reason));
             }
