@@ -121,7 +121,7 @@ async fn sleepers(runtime: &WasmRuntime, name: &str, module: &WasmModule, counts
             runs.len(),
             each(kib("self", "Rss:"), rss),
             each(kib("self", "Pss:"), pss),
-            (maps() - base_maps) as f64 / runs.len() as f64,
+            (maps() as f64 - base_maps as f64) / runs.len() as f64,
             threads(),
         );
         if let Some(end) = refused {
@@ -256,6 +256,14 @@ async fn main() {
         &["-c", "echo x; read -t 600 < <(:) ; sleep 600"],
         10,
     );
+    // Before the larger guests, whose freed memory would hide theirs.
+    sleepers(
+        &runtime,
+        "wat guest",
+        &sleeper,
+        &[1, 100, 1000, 10_000, 12_000],
+    )
+    .await;
     for (path, count) in &guests {
         let bytes = fs::read(path).expect("the guest can be read");
         let name = Path::new(path)
@@ -265,13 +273,6 @@ async fn main() {
         first_line(&runtime, &name, &module, 100).await;
         sleepers(&runtime, &name, &module, &[1, *count]).await;
     }
-    sleepers(
-        &runtime,
-        "wat guest",
-        &sleeper,
-        &[1, 100, 1000, 10_000, 12_000],
-    )
-    .await;
     drop(runtime);
     let _ = fs::remove_dir_all(cache);
 }
