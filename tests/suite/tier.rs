@@ -20,6 +20,14 @@ const CHUNK_BYTES: usize = 2 * 2 * CHUNK * 16 * 2;
 const STORED: &str = "lmcache_mp_l2_store_completed_requests_total";
 const LOADED: &str = "lmcache_mp_l2_load_completed_requests_total";
 
+/// For storage that is slow on purpose.
+const PATIENT: [&str; 4] = [
+    "--l2-lookup-deadline-seconds",
+    "30",
+    "--l2-prefetch-deadline-seconds",
+    "60",
+];
+
 fn fs(directory: &tempfile::TempDir) -> serde_json::Value {
     json!({"type": "fs", "base_path": directory.path()})
 }
@@ -75,6 +83,12 @@ async fn store(server: &Server, prompt: &[u32], first: u8) {
     server
         .metric_becomes(STORED, |written| written >= chunks)
         .await;
+}
+
+/// Has a server write a prompt down into `directory` as [`store`] does, and ends it.
+async fn leave_stored(directory: &tempfile::TempDir, prompt: &[u32]) {
+    let server = start(&fs(directory), &[]);
+    store(&server, prompt, 1).await;
 }
 
 fn chunks(first: u8, count: u8) -> Vec<Vec<u8>> {
@@ -154,21 +168,9 @@ async fn what_one_server_stored_the_next_one_finds_under_lmcaches_names() {
 async fn a_lookup_is_pending_while_storage_is_asked() {
     let directory = tempfile::tempdir().unwrap();
     let prompt = tokens(2 * CHUNK, 2);
-    drop({
-        let server = start(&fs(&directory), &[]);
-        store(&server, &prompt, 1).await;
-        server
-    });
+    leave_stored(&directory, &prompt).await;
     let slow = json!({"type": "fault_inject", "delay_ms": 700, "inner": fs(&directory)});
-    let server = start(
-        &slow,
-        &[
-            "--l2-lookup-deadline-seconds",
-            "30",
-            "--l2-prefetch-deadline-seconds",
-            "60",
-        ],
-    );
+    let server = start(&slow, &PATIENT);
     let mut worker = Worker::register(&server, 1, "org/m").await;
     let key = Key::new("org/m", &prompt, Some(0), "r");
     submit(&mut worker.client, &key).await;
@@ -200,21 +202,9 @@ async fn a_lookup_is_pending_while_storage_is_asked() {
 async fn two_lookups_of_the_same_prompt_load_it_once() {
     let directory = tempfile::tempdir().unwrap();
     let prompt = tokens(4 * CHUNK, 3);
-    drop({
-        let server = start(&fs(&directory), &[]);
-        store(&server, &prompt, 1).await;
-        server
-    });
+    leave_stored(&directory, &prompt).await;
     let slow = json!({"type": "fault_inject", "delay_ms": 300, "inner": fs(&directory)});
-    let server = start(
-        &slow,
-        &[
-            "--l2-lookup-deadline-seconds",
-            "30",
-            "--l2-prefetch-deadline-seconds",
-            "60",
-        ],
-    );
+    let server = start(&slow, &PATIENT);
     let mut worker = Worker::register(&server, 1, "org/m").await;
     let keys: Vec<_> = (0..5)
         .map(|number| Key::new("org/m", &prompt, Some(0), &format!("r{number}")))
@@ -233,11 +223,7 @@ async fn two_lookups_of_the_same_prompt_load_it_once() {
 async fn loaded_objects_go_when_they_were_read_unless_they_are_to_stay() {
     let directory = tempfile::tempdir().unwrap();
     let prompt = tokens(3 * CHUNK, 4);
-    drop({
-        let server = start(&fs(&directory), &[]);
-        store(&server, &prompt, 1).await;
-        server
-    });
+    leave_stored(&directory, &prompt).await;
     for (policy, left) in [("default", 0), ("retain", 3)] {
         let server = start(&fs(&directory), &["--l2-prefetch-policy", policy]);
         let mut worker = Worker::register(&server, 1, "org/m").await;
@@ -278,11 +264,7 @@ async fn with_skip_l1_memory_is_a_buffer() {
 async fn a_gap_or_a_damaged_value_ends_the_prefix_there() {
     let directory = tempfile::tempdir().unwrap();
     let prompt = tokens(4 * CHUNK, 6);
-    drop({
-        let server = start(&fs(&directory), &[]);
-        store(&server, &prompt, 1).await;
-        server
-    });
+    leave_stored(&directory, &prompt).await;
     let flip = |byte: u8, at: usize| {
         let file = file_of(directory.path(), byte);
         let mut bytes = std::fs::read(&file).unwrap();
@@ -368,11 +350,7 @@ async fn a_lookup_that_memory_answers_asks_no_storage() {
 async fn every_fault_of_storage_costs_at_most_its_deadline_and_becomes_a_miss() {
     let directory = tempfile::tempdir().unwrap();
     let prompt = tokens(2 * CHUNK, 8);
-    drop({
-        let server = start(&fs(&directory), &[]);
-        store(&server, &prompt, 1).await;
-        server
-    });
+    leave_stored(&directory, &prompt).await;
     for (number, (operation, fault, reason)) in [
         ("find", "unavailable", "unavailable"),
         ("find", "denied", "denied"),
@@ -473,11 +451,7 @@ async fn storage_that_is_down_is_left_alone_and_costs_nothing_then() {
 async fn a_request_that_ends_while_it_loads_leaves_nothing_held() {
     let directory = tempfile::tempdir().unwrap();
     let prompt = tokens(3 * CHUNK, 10);
-    drop({
-        let server = start(&fs(&directory), &[]);
-        store(&server, &prompt, 1).await;
-        server
-    });
+    leave_stored(&directory, &prompt).await;
     let hung = json!({"type": "fault_inject", "load": "hang", "inner": fs(&directory)});
     let server = start(&hung, &["--l2-prefetch-deadline-seconds", "3600"]);
     let mut worker = Worker::register(&server, 1, "org/m").await;
