@@ -7,6 +7,7 @@ mod health;
 mod history;
 mod listen;
 mod metrics;
+mod plugin_view;
 mod plugins;
 mod problem;
 mod take;
@@ -35,8 +36,12 @@ use self::{
     problem::Problem,
 };
 use crate::{
-    budgets::TenantBudgets, plugin_host::PluginRanker, service::Service, telemetry::Log,
-    tenancy::TenantFile, watchdog::Watchdog,
+    budgets::TenantBudgets,
+    plugin_host::{PluginRanker, PluginServer},
+    service::Service,
+    telemetry::Log,
+    tenancy::TenantFile,
+    watchdog::Watchdog,
 };
 
 pub use access::Tokens;
@@ -59,6 +64,8 @@ pub struct Admin {
     pub supervisor: Arc<Supervisor>,
     /// Those of them that rank candidates for eviction.
     pub ranker: Arc<PluginRanker>,
+    /// The cache as they see it.
+    pub plugin_host: Arc<PluginServer>,
     /// Counters of the transport.
     pub transport: Arc<Stats>,
     /// Metrics that are counted, rather than read at the scrape.
@@ -93,6 +100,8 @@ pub struct AdminParts {
     pub supervisor: Arc<Supervisor>,
     /// Those of them that rank candidates for eviction.
     pub ranker: Arc<PluginRanker>,
+    /// The cache as they see it.
+    pub plugin_host: Arc<PluginServer>,
     /// Counters of the transport.
     pub transport: Arc<Stats>,
     /// Metrics that are counted, rather than read at the scrape.
@@ -123,6 +132,7 @@ impl Admin {
             tenant_file: parts.tenant_file,
             supervisor: parts.supervisor,
             ranker: parts.ranker,
+            plugin_host: parts.plugin_host,
             transport: parts.transport,
             registry: parts.registry.into(),
             config: parts.config,
@@ -332,6 +342,52 @@ pub fn router(admin: &Arc<Admin>) -> Router {
                 ..Describe::default()
             },
             cache::put_level,
+        )
+        .add(
+            (Get, "/v1/plugin-view/{name}"),
+            Read,
+            "What a plugin of this name would be told: the configuration, and its tenant",
+            plain(),
+            plugin_view::environment,
+        )
+        .add(
+            (Get, "/v1/plugin-view/{name}/stats"),
+            Read,
+            "The cache's statistics as a plugin of this name would see them",
+            plain(),
+            plugin_view::stats,
+        )
+        .add(
+            (Get, "/v1/plugin-view/{name}/keys"),
+            Read,
+            "A page of the keys that a plugin of this name would see",
+            Describe {
+                query: &[
+                    ("salt", "string", "only keys of this salt"),
+                    ("model", "string", "only keys of this model"),
+                    ("after", "string", "next of the page before"),
+                    ("limit", "integer", "at most this many, 1 to 1000; 100 where it is left out"),
+                ],
+                problems: &[(400, "bad-query"), (403, "plugin-denied")],
+                ..Describe::default()
+            },
+            plugin_view::keys,
+        )
+        .add(
+            (Get, "/v1/plugin-view/{name}/events"),
+            Read,
+            "The events that a plugin of this name would hear; with follow one batch a line without end, after the cursor",
+            Describe {
+                query: &[
+                    ("types", "string", "stored, retrieved, evicted, lookup, session_end with commas between; all where it is left out"),
+                    ("cursor", "integer", "go on after this event; from now on where it is left out"),
+                    ("follow", "boolean", "go on with what is to come"),
+                    ("max_batch", "integer", "most events of a line, 1 to 1024; 256 where it is left out"),
+                ],
+                problems: &[(400, "bad-query")],
+                ..Describe::default()
+            },
+            plugin_view::events,
         )
         .add(
             (Get, "/v1/plugins"),

@@ -7,6 +7,7 @@ mod event_log;
 mod ranking;
 
 use std::{
+    collections::{BTreeMap, HashMap},
     sync::{Arc, Weak},
     time::Duration,
 };
@@ -16,8 +17,8 @@ use stockade_l2::ObjectName;
 use stockade_sandbox::{
     PluginHost,
     host_api::{
-        CacheChange, CacheOperation, CacheRequest, CacheStats, Code, EventSource, KeyFacts,
-        KeysPage, KeysQuery, MAX_PIN_MS, PluginRun, Refusal, Subscription, TenantStats,
+        CacheChange, CacheOperation, CacheRequest, CacheStats, CacheWork, Code, EventSource,
+        KeyFacts, KeysPage, KeysQuery, MAX_PIN_MS, PluginRun, Refusal, Subscription, TenantStats,
     },
 };
 
@@ -193,7 +194,7 @@ impl PluginHost for PluginServer {
         })
     }
 
-    fn request(&self, run: &PluginRun, request: &CacheRequest) -> Result<CacheChange, Refusal> {
+    fn request(&self, run: &PluginRun, request: &CacheRequest) -> Result<CacheWork, Refusal> {
         let service = self.service()?;
         let scope = self.scope(run);
         let mut change = CacheChange::default();
@@ -224,15 +225,13 @@ impl PluginHost for PluginServer {
             CacheOperation::Unpin => engine.end_keeping(&keys, run.run),
             CacheOperation::Evict => engine.withdraw(&keys),
             CacheOperation::Prefetch => {
-                return Err(Refusal::new(
-                    Code::Unavailable,
-                    "prefetch is not served yet: the second tier loads what lookups ask for",
-                ));
+                let work = prefetch(&service, keys, change.denied)?;
+                return Ok(CacheWork::Pending(Box::pin(work)));
             }
         };
         change.done = done as u64;
         change.missing = keys.len().saturating_sub(done) as u64;
-        Ok(change)
+        Ok(CacheWork::Done(change))
     }
 
     fn subscribe(
@@ -254,6 +253,46 @@ impl PluginHost for PluginServer {
             service.engine().end_holder(run.run);
         }
     }
+}
+
+/// Loads objects from the second tier, to stay in memory.
+fn prefetch(
+    service: &Service,
+    keys: Vec<ObjectKey>,
+    denied: u64,
+) -> Result<impl Future<Output = CacheChange> + Send + 'static, Refusal> {
+    let unavailable = |reason| Refusal::new(Code::Unavailable, reason);
+    let tier = service.tier().cloned().ok_or_else(|| {
+        unavailable("there is no second tier to load from: the server needs --l2-adapter")
+    })?;
+    if !tier.may_find() {
+        return Err(unavailable(
+            "all storage of the second tier is left alone for now, because it failed: ask again later",
+        ));
+    }
+    let asked = keys.len() as u64;
+    let mut by_bytes: BTreeMap<u64, Vec<ObjectKey>> = BTreeMap::new();
+    let mut sizes: HashMap<Arc<KeyScope>, Option<u64>> = HashMap::new();
+    for key in keys {
+        let bytes = sizes
+            .entry(Arc::clone(&key.scope))
+            .or_insert_with_key(|scope| service.object_bytes(scope));
+        // Nobody could read what no worker has a layout for.
+        if let Some(bytes) = *bytes {
+            by_bytes.entry(bytes).or_default().push(key);
+        }
+    }
+    Ok(async move {
+        let mut done = 0;
+        for (bytes, keys) in by_bytes {
+            done += tier.prefetch(&keys, bytes).await as u64;
+        }
+        CacheChange {
+            done,
+            missing: asked.saturating_sub(done),
+            denied,
+        }
+    })
 }
 
 fn milliseconds(time: Duration) -> u64 {

@@ -258,9 +258,11 @@ impl Server {
                 .to_string(),
         };
         let supervisor = Arc::new(self.supervisor);
+        let plugin_host = Arc::new(PluginServer::new(&service));
         supervisor.provide(Services {
-            host: Some(Arc::new(PluginServer::new(&service))),
+            host: Some(Arc::clone(&plugin_host) as _),
             state_dir: self.plugin_state,
+            witness: None,
         });
         service.serve_modules(&supervisor);
         let ranker = Arc::new(PluginRanker::new(Arc::clone(service.tenancy())));
@@ -288,6 +290,7 @@ impl Server {
             tenant_file: TenantFile::new(config.clone(), Arc::clone(&service)),
             supervisor: Arc::clone(&supervisor),
             ranker: Arc::clone(&ranker),
+            plugin_host,
             transport: transport.stats(),
             registry,
             config: plugin_json,

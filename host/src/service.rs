@@ -276,6 +276,12 @@ impl Service {
         let _ = self.plugins.set(Arc::downgrade(plugins));
     }
 
+    /// The bytes of the objects of a scope, while a worker is registered that has such.
+    pub(crate) fn object_bytes(&self, scope: &KeyScope) -> Option<u64> {
+        self.workers
+            .object_bytes(&scope.model_name, scope.object_group_id)
+    }
+
     /// The second tier, if there is one.
     #[must_use]
     pub fn tier(&self) -> Option<&Arc<Tier>> {

@@ -81,6 +81,8 @@ pub struct Tier {
     /// Owner of the reservations that loads write to.
     owner: OwnerId,
     in_flight: Semaphore,
+    /// The one load at a time that no lookup waits for: it takes its turn among theirs, and few.
+    unasked: Semaphore,
     loading_kib: Semaphore,
     /// Keys that are being loaded: a second request for one of them waits for the first.
     loading: Mutex<HashSet<ObjectKey>>,
@@ -127,6 +129,7 @@ impl Tier {
             owner: engine.new_owner(),
             engine,
             in_flight: Semaphore::new(config.prefetch_max_in_flight),
+            unasked: Semaphore::new(1),
             loading_kib: Semaphore::new(LOADING_KIB as usize),
             loading: Mutex::default(),
             settled: Notify::new(),

@@ -17,6 +17,7 @@ mod lmcache_driven;
 mod load;
 mod native_plugins;
 mod plugin_author;
+mod plugin_cache;
 mod plugin_calls;
 mod plugin_files;
 mod plugins;

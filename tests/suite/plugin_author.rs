@@ -3,12 +3,14 @@
 
 use std::{
     fs,
+    io::{BufRead as _, BufReader},
+    os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
-    process::Command,
+    process::{Command, Stdio},
 };
 
 use serde_json::Value;
-use stockade_tests::binary;
+use stockade_tests::{Key, Server, Worker, binary, lookup, root, tokens as tokens_of};
 
 /// A reactor that logs at its start, answers `ping` calls, and ranks backwards two candidates.
 const REACTOR: &str = r#"(module
@@ -271,6 +273,117 @@ fn run_shows_the_log_and_how_it_ended() {
     );
     folder.fails(&["run", "trap.wat"], "unreachable");
     folder.fails(&["run", "it.wat", "--settings", "[]"], "--settings");
+}
+
+/// The plugin is in this process, and what it is told of is the server's.
+#[tokio::test]
+async fn run_beside_a_server_shows_its_cache_and_changes_nothing() {
+    let folder = Folder::new();
+    let guest = root().join("tests/guests/abi-v1/asks.wat");
+    fs::copy(guest, folder.path("asks.wat")).unwrap();
+    folder.write(
+        "asks.plugin.toml",
+        "restart = 'never'\ncache = ['stats', 'keys', 'pin', 'evict', 'events']\n",
+    );
+    let tokens = folder.write(
+        "tokens.toml",
+        "[[token]]\nname = 'grafana'\nrole = 'read-only'\ntoken = 'reader-0123456789abcdef0123456789'\n",
+    );
+    fs::set_permissions(&tokens, fs::Permissions::from_mode(0o600)).unwrap();
+    let token = folder.write("token", "reader-0123456789abcdef0123456789");
+    let settings = "{\"asks.colour\": \"blue\", \"asks.size\": 1}";
+    let config = folder.write(
+        "stockade.toml",
+        "[tenants.red]\nsalts = ['red']\nplugins = ['asks']\n[tenants.blue]\nsalts = ['blue']\n",
+    );
+    let server = Server::start(&[
+        "--http-token-file",
+        tokens.to_str().unwrap(),
+        "--runtime-plugin-config",
+        settings,
+        "--config",
+        config.to_str().unwrap(),
+    ]);
+    let url = format!("http://{}", server.http);
+    folder.fails(&["run", "asks.wat", "--live", "--server", &url], "token");
+    let mut worker = Worker::register(&server, 1, "org/m").await;
+    let prompt = tokens_of(32, 5);
+    for salt in ["red", "blue"] {
+        let key = Key {
+            salt: salt.to_owned(),
+            ..Key::new("org/m", &prompt, Some(0), salt)
+        };
+        assert!(worker.store(&key, |_| 1).await);
+    }
+    let mut run = Command::new(binary())
+        .args(["plugin", "--server", &url, "--token-file"])
+        .arg(&token)
+        .args(["run", "asks.wat", "--live"])
+        .args(["--settings", "{\"asks.size\": 2}"])
+        .current_dir(folder.0.path())
+        .env("XDG_CACHE_HOME", folder.path("cache"))
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(run.stdout.take().unwrap()).lines();
+    let mut next = || lines.next().expect("it ended").unwrap();
+    let config = next();
+    let config: Value = serde_json::from_str(config.split_once(' ').unwrap().1.trim()).unwrap();
+    assert_eq!(config["mp_config"]["chunk_size"], 16, "{config}");
+    let extra = &config["runtime_plugin_extra_config"];
+    assert_eq!(extra["asks.colour"], "blue");
+    assert_eq!(extra["asks.size"], 2, "what is given here goes over it");
+    let stats = next();
+    assert!(
+        stats.contains("\"objects\":2,") && stats.contains("\"name\":\"red\""),
+        "{stats}"
+    );
+    let keys = next();
+    assert!(
+        keys.contains("org/m@01000100@") && keys.matches("@red").count() == 2,
+        "{keys}"
+    );
+    next();
+    for _ in ["pin", "evict"] {
+        let refused = next();
+        assert!(
+            refused.contains("looks at the server and changes nothing"),
+            "{refused}"
+        );
+    }
+    for _ in ["state", "http"] {
+        next();
+    }
+    let subscribed = next();
+    assert!(subscribed.contains("{\"cursor\":"), "{subscribed}");
+    // Only what was there before the plugin listened is not told.
+    let key = Key {
+        salt: "red".to_owned(),
+        ..Key::new("org/m", &prompt, Some(0), "red")
+    };
+    assert_eq!(lookup(&mut worker.client, &key).await, 2);
+    worker
+        .client
+        .call("end_session", &["red".into()])
+        .await
+        .value();
+    assert_eq!(
+        worker.client.call("clear", &[true.into()]).await.value(),
+        rmpv::Value::Nil
+    );
+    let mut evicted = 0;
+    while evicted < 2 {
+        let told = next();
+        assert!(
+            told.contains("\"type\":\"evicted\"") && !told.contains("blue"),
+            "{told}"
+        );
+        evicted += told.matches("\"type\":\"evicted\"").count();
+    }
+    // The end of the server ends the trial, with the reason.
+    drop(server);
+    let rest: Vec<String> = lines.map_while(Result::ok).collect();
+    assert!(!run.wait().unwrap().success(), "{rest:?}");
 }
 
 #[test]

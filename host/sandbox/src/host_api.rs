@@ -528,6 +528,23 @@ pub struct CacheChange {
     pub denied: u64,
 }
 
+/// How a `cache_request` goes on.
+pub enum CacheWork {
+    /// It is done.
+    Done(CacheChange),
+    /// It goes on, on the server's runtime; dropped, it is given up.
+    Pending(Pending<'static, CacheChange>),
+}
+
+impl fmt::Debug for CacheWork {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Done(change) => formatter.debug_tuple("Done").field(change).finish(),
+            Self::Pending(_) => formatter.write_str("Pending"),
+        }
+    }
+}
+
 /// A kind of event.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Deserialize, Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -633,11 +650,11 @@ pub trait PluginHost: Send + Sync + 'static {
     /// [`Refusal`] with the plugin's answer.
     fn keys(&self, run: &PluginRun, query: &KeysQuery) -> Result<KeysPage, Refusal>;
 
-    /// Does something with objects.
+    /// Does something with objects, or begins it where it takes longer than a short lock.
     ///
     /// # Errors
     /// [`Refusal`] with the plugin's answer.
-    fn request(&self, run: &PluginRun, request: &CacheRequest) -> Result<CacheChange, Refusal>;
+    fn request(&self, run: &PluginRun, request: &CacheRequest) -> Result<CacheWork, Refusal>;
 
     /// Begins a subscription. A plugin that is more than `most_behind` events behind loses the
     /// oldest. Returns the number of the event before the first that it gets.
@@ -662,7 +679,13 @@ pub struct Services {
     pub host: Option<Arc<dyn PluginHost>>,
     /// Where plugins' state is kept; without it, in memory until the server ends.
     pub state_dir: Option<PathBuf>,
+    /// Who is told of each call of the state and of HTTP, for tests of plugins.
+    pub witness: Option<Witness>,
 }
+
+/// Is told of a call in a few words, such as `state_set counter` and `GET http://host/ 200`. Called
+/// on the guests' thread, so it may not wait.
+pub type Witness = Arc<dyn Fn(String) + Send + Sync>;
 
 impl fmt::Debug for Services {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -681,6 +704,7 @@ pub(crate) struct Counter {
     pub(crate) config_json: Arc<str>,
     pub(crate) runtime: Option<Handle>,
     pub(crate) cache_calls: Semaphore,
+    pub(crate) witness: Option<Witness>,
 }
 
 impl Counter {
@@ -693,6 +717,7 @@ impl Counter {
             config_json: config_json.into(),
             runtime,
             cache_calls: Semaphore::new(CACHE_CALLS_AT_ONCE),
+            witness: services.witness,
         })
     }
 }

@@ -207,6 +207,24 @@ pub struct SupervisorConfig {
     pub first_backoff: Duration,
 }
 
+impl SupervisorConfig {
+    /// Plugins that get what their manifests ask for, nothing of the server's environment, and no
+    /// new version while they run.
+    #[must_use]
+    pub fn new(locations: Vec<PathBuf>, wasm: WasmConfig) -> Self {
+        Self {
+            locations,
+            policy: Policy::default(),
+            watch: false,
+            wasm,
+            native: NativeConfig::new(Vec::new(), &[]),
+            server_environment: Vec::new(),
+            python: None,
+            first_backoff: FIRST_BACKOFF,
+        }
+    }
+}
+
 /// Why plugins cannot be managed as asked.
 #[derive(Debug, thiserror::Error)]
 pub enum SupervisorError {

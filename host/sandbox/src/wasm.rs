@@ -130,6 +130,21 @@ pub struct WasmConfig {
     pub stack_bytes: usize,
 }
 
+impl WasmConfig {
+    /// The defaults.
+    #[must_use]
+    pub fn new(cache_dir: PathBuf, compiler: Compiler) -> Self {
+        Self {
+            cache_dir,
+            compiler,
+            compile_limits: CompileLimits::default(),
+            form: ModuleForm::default(),
+            network: Arc::default(),
+            stack_bytes: GUEST_STACK,
+        }
+    }
+}
+
 /// Who compiles modules.
 #[derive(Clone, Debug)]
 pub enum Compiler {

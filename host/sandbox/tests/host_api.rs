@@ -11,19 +11,21 @@
 use std::{
     fs,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::{Duration, Instant},
 };
 
 use parking_lot::Mutex;
 use stockade_sandbox::{
-    CallFailure, CompileLimits, Compiler, Contract, FIRST_BACKOFF, Limit, ModuleForm, NativeConfig,
-    PluginHost, PluginState, PluginStatus, Policy, RankFailure, RankRequest, Services, Supervisor,
-    SupervisorConfig, WasmConfig,
+    CallFailure, Compiler, Contract, Limit, PluginHost, PluginState, PluginStatus, RankFailure,
+    RankRequest, Services, Supervisor, SupervisorConfig, WasmConfig,
     host_api::{
-        self, CacheChange, CacheEvent, CacheRequest, CacheStats, Code, EventBatch, EventSource,
-        Handler, KeyFacts, KeysPage, KeysQuery, Outcome, Pending, PluginRun, RankCandidate,
-        Refusal, Subscription,
+        self, CacheChange, CacheEvent, CacheOperation, CacheRequest, CacheStats, CacheWork, Code,
+        EventBatch, EventSource, Handler, KeyFacts, KeysPage, KeysQuery, Outcome, Pending,
+        PluginRun, RankCandidate, Refusal, Subscription,
     },
 };
 use tokio::sync::mpsc;
@@ -63,27 +65,13 @@ impl Den {
     }
 
     fn start(&self, host: Option<Arc<dyn PluginHost>>) -> Arc<Supervisor> {
-        let supervisor = Supervisor::discover(SupervisorConfig {
-            locations: vec![self.path("plugins")],
-            wasm: WasmConfig {
-                cache_dir: self.path("cache"),
-                compiler: Compiler::InProcess,
-                compile_limits: CompileLimits::default(),
-                form: ModuleForm::default(),
-                network: Default::default(),
-                stack_bytes: stockade_sandbox::wasm::GUEST_STACK,
-            },
-            policy: Policy::default(),
-            watch: false,
-            native: NativeConfig::new(Vec::new(), &[]),
-            server_environment: Vec::new(),
-            python: None,
-            first_backoff: FIRST_BACKOFF,
-        })
-        .unwrap();
+        let wasm = WasmConfig::new(self.path("cache"), Compiler::InProcess);
+        let config = SupervisorConfig::new(vec![self.path("plugins")], wasm);
+        let supervisor = Supervisor::discover(config).unwrap();
         supervisor.provide(Services {
             host,
             state_dir: Some(self.path("state")),
+            ..Services::default()
         });
         let contract = Contract {
             config_json: "{\"port\":5555}".to_owned(),
@@ -212,6 +200,16 @@ struct Fake {
     asked: Mutex<Vec<String>>,
     events: Mutex<Option<mpsc::Receiver<EventBatch>>>,
     ended: Mutex<Vec<PluginRun>>,
+    /// Prefetches that never end and were given up.
+    given_up: Arc<AtomicUsize>,
+}
+
+struct GivenUp(Arc<AtomicUsize>);
+
+impl Drop for GivenUp {
+    fn drop(&mut self) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
 }
 
 struct FakeEvents(mpsc::Receiver<EventBatch>);
@@ -248,15 +246,22 @@ impl PluginHost for Fake {
         })
     }
 
-    fn request(&self, _run: &PluginRun, request: &CacheRequest) -> Result<CacheChange, Refusal> {
+    fn request(&self, _run: &PluginRun, request: &CacheRequest) -> Result<CacheWork, Refusal> {
+        if request.op == CacheOperation::Prefetch {
+            let loading = GivenUp(Arc::clone(&self.given_up));
+            return Ok(CacheWork::Pending(Box::pin(async move {
+                let _loading = loading;
+                std::future::pending().await
+            })));
+        }
         self.asked.lock().push(format!(
             "{:?} {:?} {:?}",
             request.op, request.keys, request.ttl_ms
         ));
-        Ok(CacheChange {
+        Ok(CacheWork::Done(CacheChange {
             done: 1,
             ..CacheChange::default()
-        })
+        }))
     }
 
     fn subscribe(
@@ -344,6 +349,52 @@ async fn what_is_granted_is_answered_and_what_is_not_says_so() {
     supervisor.shutdown(PATIENCE).await;
     let deadline = Instant::now() + PATIENCE;
     while host.ended.lock().len() < 2 {
+        assert!(Instant::now() < deadline);
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+}
+
+/// Three plugins wait for loads that never end, one more than calls of the cache are worked on at
+/// once, and others are answered meanwhile; the loads end with the time of a call, or the plugin.
+#[tokio::test]
+async fn a_load_that_hangs_keeps_nobody_waiting_and_ends_with_its_plugin() {
+    let den = Den::new();
+    let manifest = |seconds: u32| {
+        format!(
+            "restart = 'never'\ncalls = true\ncache = ['stats', 'prefetch']\n\
+             [limits]\ncall_ms = 60000\nhost_call_seconds = {seconds}"
+        )
+    };
+    for (name, seconds) in [("one", 60), ("two", 60), ("three", 60), ("late", 1)] {
+        den.guest(name, "relays", &manifest(seconds));
+    }
+    den.guest("asks", "relays", &manifest(60));
+    let host = Arc::new(Fake::default());
+    let supervisor = den.start(Some(Arc::clone(&host) as _));
+    for name in ["one", "two", "three", "late", "asks"] {
+        until_state(&supervisor, name, PluginState::Running).await;
+    }
+    let load = "r{\"op\":\"prefetch\",\"keys\":[\"k\"]}";
+    let mut loads = tokio::task::JoinSet::new();
+    for name in ["one", "two", "three"] {
+        let supervisor = Arc::clone(&supervisor);
+        let method = format!("{name}.x");
+        loads.spawn(async move { supervisor.call(&method, "", "http", load.into()).await });
+    }
+    let late = supervisor.call("late.x", "", "http", load.into()).await;
+    let late = String::from_utf8(late.unwrap().to_vec()).unwrap();
+    assert!(
+        late.starts_with("-it took longer than host_call_seconds, 1 s"),
+        "{late}"
+    );
+    assert_eq!(host.given_up.load(Ordering::Relaxed), 1);
+    let stats = supervisor.call("asks.x", "", "http", "s".into()).await;
+    assert!(stats.unwrap().starts_with(b"+{\"capacity_bytes\":4096"));
+    assert_eq!(host.given_up.load(Ordering::Relaxed), 1);
+    supervisor.shutdown(Duration::ZERO).await;
+    loads.join_all().await;
+    let deadline = Instant::now() + PATIENCE;
+    while host.given_up.load(Ordering::Relaxed) < 4 {
         assert!(Instant::now() < deadline);
         tokio::time::sleep(Duration::from_millis(2)).await;
     }

@@ -15,9 +15,8 @@ use std::{
 };
 
 use stockade_sandbox::{
-    CompileLimits, Compiler, Contract, FIRST_BACKOFF, Limit, ModuleForm, NativeConfig,
-    NativePolicy, PluginState, PluginStatus, Policy, SecretKey, Sha256Digest, Supervisor,
-    SupervisorConfig, SupervisorError, WasmConfig, wasm::GUEST_STACK,
+    Compiler, Contract, Limit, NativeConfig, NativePolicy, PluginState, PluginStatus, SecretKey,
+    Sha256Digest, Supervisor, SupervisorConfig, SupervisorError, WasmConfig,
 };
 
 /// What a condition gets on a loaded machine before the test fails.
@@ -71,22 +70,12 @@ impl Den {
             .collect();
         let mut native = NativeConfig::new(server_environment.clone(), &[]);
         native.keeper_program = env!("CARGO_BIN_EXE_stockade-keeper").into();
+        let cache_dir = self.directory.path().join("cache");
+        let wasm = WasmConfig::new(cache_dir, Compiler::InProcess);
         SupervisorConfig {
-            locations: vec![self.plugins()],
-            wasm: WasmConfig {
-                cache_dir: self.directory.path().join("cache"),
-                compiler: Compiler::InProcess,
-                compile_limits: CompileLimits::default(),
-                form: ModuleForm::default(),
-                network: Default::default(),
-                stack_bytes: GUEST_STACK,
-            },
-            policy: Policy::default(),
-            watch: false,
             native,
             server_environment,
-            python: None,
-            first_backoff: FIRST_BACKOFF,
+            ..SupervisorConfig::new(vec![self.plugins()], wasm)
         }
     }
 

@@ -2,6 +2,7 @@
 
 mod build;
 mod check;
+mod live;
 mod local;
 mod new;
 mod pack;
@@ -83,7 +84,7 @@ enum Action {
     Build(Build),
     /// Say what keeps a module from running as it means to, and what to add where
     Check(Check),
-    /// Run a plugin in the sandbox beside a made-up cache, and show what it logs
+    /// Run a plugin in the sandbox beside a made-up cache or a running server's, and show what it logs
     Run(Run),
     /// Send a plugin what a test file says, in the sandbox, and compare what comes of it
     Test(Test),
@@ -150,8 +151,9 @@ impl PluginCommand {
                 lines,
                 follow: true,
             } => {
-                let path = format!("/v1/plugins/{name}/logs?lines={lines}&follow=true");
-                remote.follow(&path, |line| {
+                let path = format!("/v1/plugins/{name}/logs");
+                let query = [("lines", lines.to_string()), ("follow", "true".to_owned())];
+                remote.follow(&path, &query, |line| {
                     if remote.is_json() {
                         return print(&format!("{line}\n"));
                     }
@@ -187,7 +189,7 @@ impl PluginCommand {
             Action::New(new) => new.run(remote.is_json()),
             Action::Build(build) => build.run(remote.is_json()),
             Action::Check(check) => check.run(remote.is_json()),
-            Action::Run(run) => run.run(remote.is_json()),
+            Action::Run(run) => run.run(remote),
             Action::Test(test) => test.run(remote.is_json()),
             Action::Bench(bench) => bench.run(remote.is_json()),
             Action::Pack(pack) => pack.run(remote.is_json()),

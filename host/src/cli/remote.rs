@@ -56,8 +56,18 @@ impl Remote {
     /// # Errors
     /// When no server answers there, or it refuses; its own sentence is passed on.
     pub(super) fn get(&self, path: &str) -> anyhow::Result<Value> {
+        self.query(path, &[])
+    }
+
+    /// As [`get`](Self::get), with parameters as they are: they are encoded here.
+    ///
+    /// # Errors
+    /// When no server answers there, or it refuses; its own sentence is passed on.
+    pub(super) fn query(&self, path: &str, query: &[(&str, String)]) -> anyhow::Result<Value> {
         let agent = self.agent(Some(TIMEOUT))?;
-        self.read(self.authorised(agent.get(self.url(path)))?.call())
+        let request = agent.get(self.url(path));
+        let query = query.iter().map(|(name, value)| (*name, value));
+        self.read(self.authorised(request.query_pairs(query))?.call())
     }
 
     /// # Errors
@@ -90,10 +100,13 @@ impl Remote {
     pub(super) fn follow(
         &self,
         path: &str,
+        query: &[(&str, String)],
         mut each: impl FnMut(Value) -> anyhow::Result<()>,
     ) -> anyhow::Result<()> {
         let agent = self.agent(None)?;
-        let answer = self.authorised(agent.get(self.url(path)))?.call();
+        let query = query.iter().map(|(name, value)| (*name, value));
+        let request = agent.get(self.url(path)).query_pairs(query);
+        let answer = self.authorised(request)?.call();
         if !answer.as_ref().is_ok_and(|it| it.status().is_success()) {
             return self.read(answer).map(|_| ());
         }

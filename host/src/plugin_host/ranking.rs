@@ -207,8 +207,7 @@ mod tests {
         Backing, CacheEngine, CacheSalt, ChunkHash, EngineConfig, KeyScope, ObjectKey, Prefault,
     };
     use stockade_sandbox::{
-        CompileLimits, Compiler, Contract, FIRST_BACKOFF, ModuleForm, NativeConfig, PluginState,
-        Policy, RankFailure, SupervisorConfig, WasmConfig,
+        Compiler, Contract, PluginState, RankFailure, SupervisorConfig, WasmConfig,
     };
 
     use super::*;
@@ -280,24 +279,9 @@ mod tests {
             "restart = 'never'\nrank = true\n[limits]\ncall_ms = 60000\nrank_ms = {rank_ms}"
         );
         std::fs::write(plugins.join(format!("{guest}.plugin.toml")), manifest).unwrap();
-        let supervisor = Supervisor::discover(SupervisorConfig {
-            locations: vec![plugins],
-            policy: Policy::default(),
-            watch: false,
-            wasm: WasmConfig {
-                cache_dir: directory.join("cache"),
-                compiler: Compiler::InProcess,
-                compile_limits: CompileLimits::default(),
-                form: ModuleForm::default(),
-                stack_bytes: stockade_sandbox::wasm::GUEST_STACK,
-                network: Default::default(),
-            },
-            native: NativeConfig::new(Vec::new(), &[]),
-            server_environment: Vec::new(),
-            python: None,
-            first_backoff: FIRST_BACKOFF,
-        })
-        .unwrap();
+        let wasm = WasmConfig::new(directory.join("cache"), Compiler::InProcess);
+        let config = SupervisorConfig::new(vec![plugins], wasm);
+        let supervisor = Supervisor::discover(config).unwrap();
         supervisor.start(&Contract::default()).unwrap();
         Arc::new(supervisor)
     }

@@ -448,6 +448,17 @@ impl Workers {
         Some((newest.1, bytes))
     }
 
+    /// The bytes of a model's objects in this object group, whichever worker has it: one number
+    /// stands for one layout.
+    pub(crate) fn object_bytes(&self, model_name: &str, object_group_id: u32) -> Option<u64> {
+        let registry = self.registry.lock();
+        let is_it = |worker: &&Arc<Worker>| {
+            worker.object_group_id == object_group_id && *worker.model_name == *model_name
+        };
+        let worker = registry.workers.values().find(is_it)?;
+        Some(worker.layout.bytes)
+    }
+
     /// The layout of the newest registration of this model.
     pub(crate) fn layout(
         &self,

@@ -52,6 +52,15 @@ impl Drop for Window<'_> {
     }
 }
 
+/// How objects are loaded.
+#[derive(Debug, Clone, Copy)]
+struct Manner {
+    /// They stay in memory.
+    retain: bool,
+    /// What comes after one that cannot be had is of no use.
+    is_prefix: bool,
+}
+
 /// What a reservation came to.
 enum Reserved<'t> {
     /// Slots for these indexes of the keys.
@@ -82,18 +91,36 @@ impl Tier {
     /// `rows` are the keys of each rank in chunk order, objects have `bytes` each.
     pub async fn load_prefix(&self, rows: &[Vec<ObjectKey>], hit: usize, bytes: u64) {
         let deadline = Instant::now() + self.config.prefetch_deadline;
-        let retain = self.config.prefetch_policy == PrefetchPolicy::Retain;
-        self.load(rows, hit, bytes, retain, deadline).await;
+        let manner = Manner {
+            retain: self.config.prefetch_policy == PrefetchPolicy::Retain,
+            is_prefix: true,
+        };
+        self.load(rows, hit, bytes, manner, deadline).await;
     }
 
     /// Loads objects that nobody has asked for yet, to stay in memory: for plugins that know what
-    /// comes. Returns how many of `keys`, from the first on, are in memory after that.
-    pub async fn prefetch(&self, keys: Vec<ObjectKey>, bytes: u64) -> usize {
+    /// comes. One that cannot be had keeps no other away. Returns how many of `keys` are in memory
+    /// after that, and ends within the deadline of prefetches; dropped, it gives everything back.
+    ///
+    /// All calls of this share one turn at loading, a few objects at a time, so that lookups find
+    /// the others free.
+    pub async fn prefetch(&self, keys: &[ObjectKey], bytes: u64) -> usize {
         let deadline = Instant::now() + self.config.prefetch_deadline;
-        let rows = [keys];
-        self.load(&rows, 0, bytes, true, deadline).await;
-        let readable = self.engine.readable(&rows[0]);
-        readable.iter().take_while(|&&it| it).count()
+        let manner = Manner {
+            retain: true,
+            is_prefix: false,
+        };
+        for part in keys.chunks(WINDOW) {
+            let turn = tokio::time::timeout_at(deadline.into(), self.unasked.acquire());
+            let Ok(Ok(_turn)) = turn.await else {
+                self.metrics.prefetch_ended("deadline");
+                break;
+            };
+            self.load(&[part.to_vec()], 0, bytes, manner, deadline)
+                .await;
+        }
+        let readable = self.engine.readable(keys);
+        readable.iter().filter(|&&it| it).count()
     }
 
     async fn load(
@@ -101,7 +128,7 @@ impl Tier {
         rows: &[Vec<ObjectKey>],
         hit: usize,
         bytes: u64,
-        retain: bool,
+        manner: Manner,
         deadline: Instant,
     ) {
         let Some(_waiting) = self.metrics.wait(MAX_WAITING) else {
@@ -114,18 +141,26 @@ impl Tier {
             return;
         };
         let began = Instant::now();
-        let plan = self.plan(rows, hit, deadline).await;
+        let plan = self.plan(rows, hit, manner, deadline).await;
         if plan.is_empty() {
             return;
         }
         let mut loaded = 0;
         while loaded < plan.len() {
             let window = &plan[loaded..plan.len().min(loaded + WINDOW)];
-            match self.load_window(window, bytes, retain, deadline).await {
+            let outcome = self.load_window(window, bytes, manner.retain, deadline);
+            match outcome.await {
                 Ok(count) => loaded += count,
                 Err(reason) => {
                     self.metrics.prefetch_ended(reason);
-                    break;
+                    let is_hopeless = ["deadline", "l1_oom", "stopping"].contains(&reason);
+                    if manner.is_prefix || is_hopeless {
+                        break;
+                    }
+                    // The rest may be had without the one that failed.
+                    let keys: Vec<_> = window.iter().map(|it| it.key.clone()).collect();
+                    let readable = self.engine.readable(&keys);
+                    loaded += 1 + readable.iter().take_while(|&&it| it).count();
                 }
             }
         }
@@ -133,7 +168,13 @@ impl Tier {
     }
 
     /// What storage has of the prefix, in its order.
-    async fn plan(&self, rows: &[Vec<ObjectKey>], hit: usize, deadline: Instant) -> Vec<Planned> {
+    async fn plan(
+        &self,
+        rows: &[Vec<ObjectKey>],
+        hit: usize,
+        manner: Manner,
+        deadline: Instant,
+    ) -> Vec<Planned> {
         let chunks: Range<usize> = hit..rows.iter().map(Vec::len).min().unwrap_or(0);
         // Chunk by chunk, all ranks of one before the next: a chunk counts only as a whole.
         let keys: Vec<ObjectKey> = chunks
@@ -170,7 +211,10 @@ impl Tier {
                 let has = |index: &usize| found[*index].get(at) == Some(&true);
                 let sources: Vec<_> = (0..found.len()).filter(has).collect();
                 if sources.is_empty() {
-                    return plan;
+                    match manner.is_prefix {
+                        true => return plan,
+                        false => continue,
+                    }
                 }
                 plan.push(Planned {
                     key: key.clone(),

@@ -15,6 +15,7 @@ use std::{
 
 use bytes::{Buf as _, Bytes};
 use serde::de::DeserializeOwned;
+use tokio::task::JoinSet;
 use wasmtime::{Caller, Extern, Linker, Memory};
 
 use super::{
@@ -24,10 +25,10 @@ use super::{
 };
 use crate::{
     host_api::{
-        self, Access, CacheGrant, CacheRequest, Code, HttpHead, HttpRequest, Incoming, KeysQuery,
-        MAX_EVENT_BATCH, MAX_KEYS, MAX_NAME_BYTES, MAX_PAYLOAD_BYTES, MAX_PIN_MS,
-        MAX_REQUEST_BYTES, MAX_STATE_KEY_BYTES, Message, NAMESPACE, PluginHost, PluginRun, Refusal,
-        Subscription, Wants,
+        self, Access, CacheChange, CacheGrant, CacheRequest, CacheWork, Code, HttpHead,
+        HttpRequest, Incoming, KeysQuery, MAX_EVENT_BATCH, MAX_KEYS, MAX_NAME_BYTES,
+        MAX_PAYLOAD_BYTES, MAX_PIN_MS, MAX_REQUEST_BYTES, MAX_STATE_KEY_BYTES, Message, NAMESPACE,
+        PluginHost, PluginRun, Refusal, Subscription, Wants,
     },
     limit::Limit,
     log_stream::MAX_LINE_BYTES,
@@ -109,6 +110,12 @@ impl Api {
             }
             Incoming::Timer { name, lag } => Message::timer(seq, &name, lag),
             Incoming::Shutdown => Message::shutdown(seq, (self.access.grace)()),
+        }
+    }
+
+    fn witness(&self, what: impl FnOnce() -> String) {
+        if let Some(witness) = &self.access.counter.witness {
+            witness(what());
         }
     }
 
@@ -428,6 +435,7 @@ fn add_state(linker: &mut Linker<GuestState>) -> wasmtime::Result<()> {
             let mut call = Call::new(&mut caller);
             let answer = check(&call).and_then(|()| {
                 let key = call.text("the key", pointer, length, MAX_STATE_KEY_BYTES)?;
+                call.state.api.witness(|| format!("state_get {key}"));
                 let value = call.state.api.access.state.get(key);
                 value.ok_or_else(|| missing(key))
             });
@@ -446,6 +454,7 @@ fn add_state(linker: &mut Linker<GuestState>) -> wasmtime::Result<()> {
             let mut call = Call::new(&mut caller);
             let outcome = check(&call).and_then(|()| {
                 let key = call.text("the key", pointer, length, MAX_STATE_KEY_BYTES)?;
+                call.state.api.witness(|| format!("state_set {key}"));
                 let access = &call.state.api.access;
                 let limit = access.terms.state_bytes;
                 // What cannot be kept anyway need not be copied; the rest has that bound.
@@ -466,6 +475,7 @@ fn add_state(linker: &mut Linker<GuestState>) -> wasmtime::Result<()> {
             let mut call = Call::new(&mut caller);
             let outcome = check(&call).and_then(|()| {
                 let key = call.text("the key", pointer, length, MAX_STATE_KEY_BYTES)?;
+                call.state.api.witness(|| format!("state_delete {key}"));
                 match call.state.api.access.state.delete(key) {
                     true => Ok(()),
                     false => Err(missing(key)),
@@ -481,6 +491,7 @@ fn add_state(linker: &mut Linker<GuestState>) -> wasmtime::Result<()> {
             let mut call = Call::new(&mut caller);
             let answer = check(&call).and_then(|()| {
                 let prefix = call.text("the prefix", pointer, length, MAX_STATE_KEY_BYTES)?;
+                call.state.api.witness(|| format!("state_keys {prefix}"));
                 encode(&call.state.api.access.state.keys(prefix))
             });
             call.api().respond(answer)
@@ -586,7 +597,7 @@ fn add_waiting(linker: &mut Linker<GuestState>) -> wasmtime::Result<()> {
                     Ok(request)
                 });
                 let answer = match request {
-                    Ok(request) => ask(api, move |host, run| host.request(run, &request)).await,
+                    Ok(request) => change(api, request).await,
                     Err(refusal) => Err(refusal),
                 };
                 api.respond(answer.and_then(|change| encode(&change)))
@@ -655,9 +666,11 @@ async fn http_request(state: &mut GuestState, wanted: HttpRequest, body: Bytes) 
         timeout: wanted.timeout_ms.map(Duration::from_millis),
     };
     let left = meter.handler_clock.pause();
+    let what = state.api.access.counter.witness.is_some();
+    let what = what.then(|| format!("{} {}", request.method, request.url));
     let outcome = outbound.request(request).await;
     meter.handler_clock.go_on(left);
-    let response = outcome.map_err(|error| {
+    let outcome = outcome.map_err(|error| {
         let code = match error {
             OutboundError::Denied(_) => Code::Denied,
             OutboundError::Invalid(_) => Code::Invalid,
@@ -666,7 +679,15 @@ async fn http_request(state: &mut GuestState, wanted: HttpRequest, body: Bytes) 
             OutboundError::Unavailable(_) => Code::Unavailable,
         };
         Refusal::new(code, error.to_string())
-    })?;
+    });
+    if let Some(what) = what {
+        let how = match &outcome {
+            Ok(response) => response.status.to_string(),
+            Err(refusal) => refusal.code.name().to_owned(),
+        };
+        state.api.witness(|| format!("{what} {how}"));
+    }
+    let response = outcome?;
     let mut headers: BTreeMap<String, String> = BTreeMap::new();
     for (name, value) in response.headers {
         headers
@@ -762,6 +783,35 @@ async fn subscribe(api: &mut Api, wanted: Result<Subscription, Refusal>) -> Answ
     encode(&serde_json::json!({"cursor": cursor}))
 }
 
+/// Has the server do something with objects. What goes on for longer, such as loading, keeps no
+/// other plugin's call waiting, and is given up when the guest ends or its time is over.
+async fn change(api: &Api, request: CacheRequest) -> Result<CacheChange, Refusal> {
+    let work = match ask(api, move |host, run| host.request(run, &request)).await? {
+        CacheWork::Done(change) => return Ok(change),
+        CacheWork::Pending(work) => work,
+    };
+    let Some(runtime) = &api.access.counter.runtime else {
+        return Err(failed());
+    };
+    // Dropped, it ends what it runs.
+    let mut task = JoinSet::new();
+    task.spawn_on(work, runtime);
+    let done = async move {
+        match task.join_next().await {
+            Some(Ok(change)) => Ok(change),
+            _ => Err(failed()),
+        }
+    };
+    aside(api, done).await
+}
+
+fn failed() -> Refusal {
+    Refusal::new(
+        Code::Unavailable,
+        "the server failed at this call and goes on; its log says more",
+    )
+}
+
 /// Has the server do something on a thread of its own while the guest sleeps. The processor
 /// time that it takes is the guest's.
 async fn ask<R: Send + 'static>(
@@ -789,12 +839,7 @@ async fn ask<R: Send + 'static>(
                 .fetch_add(nanoseconds, Ordering::Relaxed);
             outcome
         });
-        working.await.unwrap_or_else(|_| {
-            Err(Refusal::new(
-                Code::Unavailable,
-                "the server failed at this call and goes on; its log says more",
-            ))
-        })
+        working.await.unwrap_or_else(|_| Err(failed()))
     };
     aside(api, done).await
 }

@@ -1,4 +1,4 @@
-//! `stockade plugin run` and `bench`: a plugin in the sandbox without a server.
+//! `stockade plugin run` and `bench`: a plugin in the sandbox of this process.
 
 use std::{
     path::PathBuf,
@@ -10,10 +10,11 @@ use anyhow::{Context as _, bail, ensure};
 use clap::Args;
 use hdrhistogram::Histogram;
 use serde_json::{Map, Value, json};
-use stockade_sandbox::{PluginState, RankFailure, RankRequest, host_api::RankCandidate};
+use stockade_sandbox::{PluginState, RankFailure, RankRequest, Services, host_api::RankCandidate};
 
 use super::{
-    super::{print, print_json},
+    super::{print, print_json, remote::Remote},
+    live::LiveCache,
     local::Local,
     trial::{self, Trial},
 };
@@ -36,6 +37,10 @@ pub(super) struct Run {
     /// Settings of plugins, a JSON object, as `serve --runtime-plugin-config`
     #[arg(long, value_name = "JSON", default_value = "{}")]
     settings: String,
+    /// Beside the cache of the server that --server names: its settings, statistics, keys and
+    /// events. The plugin changes nothing there
+    #[arg(long)]
+    live: bool,
     /// End it after so many seconds; without it, at Ctrl-C or when it ends
     #[arg(long, value_name = "SECONDS")]
     seconds: Option<f64>,
@@ -80,19 +85,41 @@ fn duration(seconds: f64) -> anyhow::Result<Duration> {
 }
 
 impl Run {
-    /// Runs the plugin beside a made-up cache that is empty, and prints what it logs.
+    /// Runs the plugin beside a made-up cache that is empty, or a server's, and prints what it
+    /// logs.
     ///
     /// # Errors
-    /// When it cannot be started, or ends badly.
-    pub(super) fn run(&self, is_json: bool) -> anyhow::Result<()> {
+    /// When it cannot be started, or ends badly, or the server is lost.
+    pub(super) fn run(&self, remote: &Remote) -> anyhow::Result<()> {
+        let is_json = remote.is_json();
         let settings = object(&self.settings)?;
         let time = self.seconds.map(duration).transpose()?;
+        let live = match self.live {
+            true => {
+                let name = self.file.file_stem().context("the file has no name")?;
+                Some(LiveCache::connect(remote, &name.to_string_lossy())?)
+            }
+            false => None,
+        };
         let runtime = trial::runtime()?;
         let outcome = runtime.block_on(async {
-            let mut trial = Trial::start(&self.file, &self.local, settings).await?;
+            let mut trial = match &live {
+                Some((cache, config)) => {
+                    let services = Services {
+                        host: Some(Arc::clone(cache) as _),
+                        ..Services::default()
+                    };
+                    let config = config.clone();
+                    Trial::beside(&self.file, &self.local, settings, config, services).await?
+                }
+                None => Trial::start(&self.file, &self.local, settings).await?,
+            };
             let until = time.map(|time| Instant::now() + time);
             loop {
                 show(&mut trial, is_json)?;
+                if let Some(why) = live.as_ref().and_then(|(cache, _)| cache.lost()) {
+                    bail!("{} gives no more events: {why}", remote.server());
+                }
                 let is_over = until.is_some_and(|until| Instant::now() >= until);
                 if is_over || !trial.is_running() {
                     break;

@@ -60,6 +60,8 @@ struct Script {
 struct Cache {
     stats: Stats,
     keys: Vec<Key>,
+    /// What a prefetch finds; without it there is no second tier.
+    second_tier: Option<Vec<Key>>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -141,6 +143,13 @@ struct Step {
     /// Exactly what the plugin asked of the cache in this step.
     #[serde(default)]
     calls: Option<Vec<String>>,
+    /// Exactly what it did with its state, such as `state_set counter`.
+    #[serde(default)]
+    state: Option<Vec<String>>,
+    /// Exactly the requests that it sent, with what became of them, such as
+    /// `GET http://host/path 200` or `GET http://host/path denied`.
+    #[serde(default)]
+    http: Option<Vec<String>>,
     /// Values of the plugin's metrics after the step.
     #[serde(default)]
     metrics: Map<String, Value>,
@@ -178,7 +187,7 @@ struct Candidate {
 
 /// An event as a test or a file of events has it: the shape in which plugins get them, and what is left
 /// out is empty.
-fn event(value: &Value) -> anyhow::Result<CacheEvent> {
+pub(super) fn event(value: &Value) -> anyhow::Result<CacheEvent> {
     let object = value.as_object().context("an event is no table")?;
     let text = |name: &str| {
         let found = object.get(name).and_then(Value::as_str);
@@ -389,6 +398,9 @@ fn fill(trial: &Trial, cache: &Cache) {
         pinned: false,
     };
     trial.cache.set_keys(cache.keys.iter().map(facts).collect());
+    let lower = cache.second_tier.as_ref();
+    let lower = lower.map(|keys| keys.iter().map(facts).collect());
+    trial.cache.set_second_tier(lower);
 }
 
 /// Does one step; its lines, and why it failed if it did.
@@ -423,7 +435,8 @@ async fn attempt(
         })
         .await?;
     ensure!(is_done, "within {} ms: {problem}", step.within_ms);
-    if step.calls.is_some() || !step.no_logs.is_empty() {
+    let is_exact = [&step.calls, &step.state, &step.http];
+    if is_exact.iter().any(|it| it.is_some()) || !step.no_logs.is_empty() {
         // What must not happen is given a moment to happen.
         tokio::time::sleep(SETTLE).await;
         lines.extend(trial.take_lines()?.iter().map(|line| line.text.to_string()));
@@ -453,12 +466,24 @@ fn missing(
             return Ok(format!("the log has no line with {wanted:?} there"));
         }
     }
-    if let Some(calls) = &step.calls
-        && calls != asked
-    {
-        return Ok(format!(
-            "it asked the cache for {asked:?}, and calls has {calls:?}"
-        ));
+    let is_state = |it: &&String| it.starts_with("state_");
+    // Nothing but a request has words between a method and an outcome.
+    let is_http = |it: &&String| !is_state(it) && it.contains("://");
+    let is_cache = |it: &&String| !is_state(it) && !is_http(it);
+    let all = || asked.iter();
+    for (field, wanted, found) in [
+        ("calls", &step.calls, all().filter(is_cache).collect()),
+        ("state", &step.state, all().filter(is_state).collect()),
+        ("http", &step.http, all().filter(is_http).collect()),
+    ] {
+        let found: Vec<&String> = found;
+        if let Some(wanted) = wanted
+            && !wanted.iter().eq(found.iter().copied())
+        {
+            return Ok(format!(
+                "it asked for {found:?}, and {field} has {wanted:?}"
+            ));
+        }
     }
     let status = trial.status()?;
     for (name, wanted) in &step.metrics {

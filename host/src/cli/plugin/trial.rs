@@ -1,4 +1,5 @@
-//! One plugin in the real sandbox beside a made-up cache: what `run`, `test` and `bench` stand on.
+//! One plugin in the real sandbox beside a cache, which is mostly made up: what `run`, `test` and
+//! `bench` stand on.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -7,16 +8,16 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, bail, ensure};
 use parking_lot::Mutex;
 use serde_json::{Map, Value, json};
 use stockade_sandbox::{
     Contract, LogLine, NativeConfig, PluginState, PluginStatus, Services, Supervisor,
     SupervisorConfig,
     host_api::{
-        CacheChange, CacheEvent, CacheOperation, CacheRequest, CacheStats, Code, EventBatch,
-        EventKind, EventSource, KeyFacts, KeysPage, KeysQuery, Pending, PluginHost, PluginRun,
-        Refusal, Subscription,
+        CacheChange, CacheEvent, CacheOperation, CacheRequest, CacheStats, CacheWork, Code,
+        EventBatch, EventKind, EventSource, KeyFacts, KeysPage, KeysQuery, Pending, PluginHost,
+        PluginRun, Refusal, Subscription, Witness,
     },
 };
 use tokio::sync::mpsc;
@@ -50,6 +51,8 @@ pub(super) struct MadeUpCache {
 struct CacheState {
     stats: CacheStats,
     keys: Vec<KeyFacts>,
+    /// What the second tier has; `None` where there is none.
+    second_tier: Option<Vec<KeyFacts>>,
     pins: HashMap<String, Instant>,
     asked: Vec<String>,
     listener: Option<Listener>,
@@ -100,9 +103,20 @@ impl MadeUpCache {
         self.state.lock().keys = keys;
     }
 
-    /// What was asked since the last time, such as `cache_stats` and `pin`.
+    pub(super) fn set_second_tier(&self, keys: Option<Vec<KeyFacts>>) {
+        self.state.lock().second_tier = keys;
+    }
+
+    /// What was asked since the last time, such as `cache_stats`, `pin`, `state_set counter` and
+    /// `GET http://host/ 200`.
     pub(super) fn take_asked(&self) -> Vec<String> {
         std::mem::take(&mut self.state.lock().asked)
+    }
+
+    /// Notes what is asked of others than the cache.
+    fn witness(self: &Arc<Self>) -> Witness {
+        let cache = Arc::clone(self);
+        Arc::new(move |what| cache.state.lock().asked.push(what))
     }
 
     /// Hands events to the plugin; false where it has not subscribed.
@@ -156,8 +170,9 @@ impl PluginHost for MadeUpCache {
         Ok(KeysPage { keys, next })
     }
 
-    fn request(&self, _run: &PluginRun, request: &CacheRequest) -> Result<CacheChange, Refusal> {
+    fn request(&self, _run: &PluginRun, request: &CacheRequest) -> Result<CacheWork, Refusal> {
         let mut state = self.state.lock();
+        let state = &mut *state;
         let name = match request.op {
             CacheOperation::Pin => "pin",
             CacheOperation::Unpin => "unpin",
@@ -166,8 +181,15 @@ impl PluginHost for MadeUpCache {
         };
         state.asked.push(name.to_owned());
         if request.op == CacheOperation::Prefetch {
-            let reason = "there is no second tier in a trial";
-            return Err(Refusal::new(Code::Unavailable, reason));
+            let lower = state.second_tier.as_ref().ok_or_else(|| {
+                let reason = "there is no second tier here: a test has one with cache.second_tier";
+                Refusal::new(Code::Unavailable, reason)
+            })?;
+            let is_asked = |facts: &&KeyFacts| request.keys.contains(&facts.key);
+            let is_new = |facts: &&KeyFacts| state.keys.iter().all(|it| it.key != facts.key);
+            let loaded = lower.iter().filter(is_asked).filter(is_new).cloned();
+            let loaded: Vec<_> = loaded.collect();
+            state.keys.extend(loaded);
         }
         let mut change = CacheChange::default();
         for key in &request.keys {
@@ -182,10 +204,11 @@ impl PluginHost for MadeUpCache {
                     state.pins.insert(key.clone(), Instant::now() + ttl);
                 }
                 CacheOperation::Unpin => drop(state.pins.remove(key)),
-                _ => drop(state.keys.remove(place)),
+                CacheOperation::Evict => drop(state.keys.remove(place)),
+                CacheOperation::Prefetch => {}
             }
         }
-        Ok(change)
+        Ok(CacheWork::Done(change))
     }
 
     fn subscribe(
@@ -215,6 +238,7 @@ impl PluginHost for MadeUpCache {
 /// A plugin on trial.
 pub(super) struct Trial {
     supervisor: Arc<Supervisor>,
+    /// Empty and unused beside another cache.
     pub(super) cache: Arc<MadeUpCache>,
     pub(super) name: Arc<str>,
     /// Lines that were fetched.
@@ -223,7 +247,7 @@ pub(super) struct Trial {
 
 impl Trial {
     /// Starts the plugin of a file with these settings of its own, as `--runtime-plugin-config` has
-    /// them. Within a runtime.
+    /// them, beside a made-up cache. Within a runtime.
     ///
     /// # Errors
     /// When it cannot be started at all; one that ends by itself has started.
@@ -232,33 +256,55 @@ impl Trial {
         local: &Local,
         settings: Map<String, Value>,
     ) -> anyhow::Result<Self> {
+        let config =
+            serde_json::from_str(CONFIG).context("the settings that come with this program")?;
+        let cache = Arc::new(MadeUpCache::default());
+        let host = Services {
+            host: Some(Arc::clone(&cache) as _),
+            witness: Some(cache.witness()),
+            ..Services::default()
+        };
+        let mut trial = Self::beside(file, local, settings, config, host).await?;
+        trial.cache = cache;
+        Ok(trial)
+    }
+
+    /// As [`start`](Self::start), beside this cache and with the configuration of its server, over
+    /// whose settings for plugins these go.
+    ///
+    /// # Errors
+    /// When it cannot be started at all; one that ends by itself has started.
+    pub(super) async fn beside(
+        file: &Path,
+        local: &Local,
+        settings: Map<String, Value>,
+        mut config: Value,
+        services: Services,
+    ) -> anyhow::Result<Self> {
         let server = PluginSettings::load(local.config())?;
         let found = local::read(file, &server)?;
         if let Err(reason) = &found.origin {
             bail!("{} would be refused: {reason}", file.display());
         }
         let environment: Vec<_> = std::env::vars_os().collect();
+        let wasm = wasm_config(server.cache_dir.as_deref(), &server.policy)?;
         let supervisor = Supervisor::discover(SupervisorConfig {
-            locations: vec![PathBuf::from(file)],
             policy: server.policy.clone(),
-            watch: false,
-            wasm: wasm_config(server.cache_dir.as_deref(), &server.policy)?,
             native: NativeConfig::new(environment.iter().cloned(), &[]),
             server_environment: environment,
-            python: None,
             first_backoff: Duration::from_secs(3600),
+            ..SupervisorConfig::new(vec![PathBuf::from(file)], wasm)
         })?;
-        let cache = Arc::new(MadeUpCache::default());
-        supervisor.provide(Services {
-            host: Some(Arc::clone(&cache) as _),
-            ..Services::default()
-        });
-        let mut config: Value =
-            serde_json::from_str(CONFIG).context("the settings that come with this program")?;
-        let extra = Value::Object(settings);
-        if let Some(config) = config.as_object_mut() {
-            config.insert("runtime_plugin_extra_config".to_owned(), extra.clone());
-        }
+        supervisor.provide(services);
+        let place = &config["mp_config"]["runtime_plugin_config"]["extra_config"];
+        let mut extra = place.as_object().cloned().unwrap_or_default();
+        extra.extend(settings);
+        let extra = Value::Object(extra);
+        ensure!(
+            config.is_object(),
+            "the server's configuration is no object"
+        );
+        config["runtime_plugin_extra_config"] = extra.clone();
         config["mp_config"]["runtime_plugin_config"]["extra_config"] = extra.clone();
         config["mp_config"]["runtime_plugin_locations"] = json!([file.to_string_lossy()]);
         supervisor.start(&Contract {
@@ -271,7 +317,7 @@ impl Trial {
             .with_context(|| format!("{} is no plugin", file.display()))?;
         let mut trial = Self {
             supervisor: Arc::new(supervisor),
-            cache,
+            cache: Arc::default(),
             name: status.name,
             seen: 0,
         };

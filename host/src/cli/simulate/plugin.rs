@@ -12,8 +12,8 @@ use std::{
 use anyhow::{anyhow, bail};
 use stockade_cache::{Candidate, Ranker};
 use stockade_sandbox::{
-    Contract, FIRST_BACKOFF, NativeConfig, NativePolicy, PluginState, Policy, RankRequest,
-    Supervisor, SupervisorConfig,
+    Contract, NativeConfig, NativePolicy, PluginState, Policy, RankRequest, Supervisor,
+    SupervisorConfig,
 };
 use tokio::runtime::Runtime;
 
@@ -50,14 +50,9 @@ impl PluginPolicy {
         let mut native = NativeConfig::new(Vec::new(), &[]);
         native.policy = NativePolicy::Deny;
         let supervisor = Supervisor::discover(SupervisorConfig {
-            locations: vec![file.to_owned()],
             policy,
-            watch: false,
-            wasm,
             native,
-            server_environment: Vec::new(),
-            python: None,
-            first_backoff: FIRST_BACKOFF,
+            ..SupervisorConfig::new(vec![file.to_owned()], wasm)
         })?;
         let supervisor = Arc::new(supervisor);
         let Some(name) = supervisor.rankers().into_iter().next() else {
