@@ -623,8 +623,41 @@ impl fmt::Debug for EventBatch {
 /// A future that is boxed.
 pub type Pending<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 
+/// How many events wait for a subscriber; cheap to clone.
+#[derive(Clone)]
+pub struct Backlog(Arc<dyn Fn() -> u64 + Send + Sync>);
+
+impl Backlog {
+    /// One that `count` counts, which may be called at any time and must not wait.
+    pub fn new(count: impl Fn() -> u64 + Send + Sync + 'static) -> Self {
+        Self(Arc::new(count))
+    }
+
+    /// Events that wait now.
+    #[must_use]
+    pub fn events(&self) -> u64 {
+        (self.0)()
+    }
+
+    fn is_same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+impl fmt::Debug for Backlog {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter
+            .debug_tuple("Backlog")
+            .field(&self.events())
+            .finish()
+    }
+}
+
 /// A subscription's events. Polled on the server's runtime, never on the plugins' thread.
 pub trait EventSource: Send + 'static {
+    /// How many events wait for it.
+    fn backlog(&self) -> Backlog;
+
     /// The next events, once there are any; `None` when there will be none.
     fn next(&mut self) -> Pending<'_, Option<EventBatch>>;
 }

@@ -175,8 +175,8 @@ pub struct LimitUse {
     pub limit: Limit,
     /// What is allowed; 0 is no limit, which only the run time can have.
     pub declared: u64,
-    /// What is used now, or was by what is over; `None` where that has no measure.
-    pub used: Option<u64>,
+    /// What is used now, or the most that was used, or was by what is over.
+    pub used: u64,
     /// How often it was hit since the server's start.
     pub hits: u64,
 }

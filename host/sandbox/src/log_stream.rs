@@ -317,7 +317,7 @@ impl LogStream {
             .map(|(limit, declared, used, hits)| LimitUse {
                 limit,
                 declared,
-                used: Some(used),
+                used,
                 hits,
             })
             .collect()

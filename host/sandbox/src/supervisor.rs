@@ -43,8 +43,8 @@ use crate::{
     provenance::Sha256Digest,
     python::{self, PythonError, PythonScript},
     wasm::{
-        self, CompileLimits, GuestOutput, GuestStream, Launch, WasmConfig, WasmEnd, WasmError,
-        WasmLimits, WasmModule, WasmRun, WasmRuntime, WasmUsage,
+        self, CompileLimits, GuestOutput, GuestStream, Launch, Made, WasmConfig, WasmEnd,
+        WasmError, WasmLimits, WasmModule, WasmRun, WasmRuntime, WasmUsage,
     },
 };
 
@@ -284,7 +284,7 @@ struct Shared {
     origin: Option<Origin>,
     /// What its manifest asks for, as far as it is granted.
     manifest: Manifest,
-    module_bytes: u64,
+    made: Made,
     last_end: Option<String>,
     last_reload: Option<String>,
     running_since: Option<SystemTime>,
@@ -703,7 +703,7 @@ impl Registry {
                 sha256: found.sha256,
                 origin: found.origin.as_ref().ok().copied(),
                 manifest: found.manifest.clone(),
-                module_bytes: found.bytes.len() as u64,
+                made: made_of(&found),
                 last_end: None,
                 last_reload: None,
                 running_since: None,
@@ -729,7 +729,10 @@ impl Registry {
 impl Plugin {
     fn rank(&self, request: RankRequest, deadline: Duration) -> Result<Vec<u32>, RankFailure> {
         let link = self.current.get().ok_or(RankFailure::NotRunning)?;
-        link.order(request, deadline)
+        let begun = Instant::now();
+        let order = link.order(request, deadline);
+        self.tally.rank_took(begun.elapsed());
+        order
     }
 
     fn status(&self) -> PluginStatus {
@@ -771,9 +774,9 @@ impl Plugin {
         if shared.is_sandboxed {
             usage.hits.add_all(&shared.hits);
             limits = usage.limits(&wasm_limits(&shared.manifest));
-            limits.extend(self.contract_limits(shared, &usage.hits));
+            limits.extend(self.contract_limits(shared, usage.longest_call, &usage.hits));
             limits.extend(wasm::module_limits(
-                shared.module_bytes,
+                shared.made,
                 self.compile_limits,
                 &shared.hits,
             ));
@@ -783,7 +786,12 @@ impl Plugin {
     }
 
     /// The limits of what it asks of the server.
-    fn contract_limits(&self, shared: &Shared, hits: &LimitHits) -> Vec<LimitUse> {
+    fn contract_limits(
+        &self,
+        shared: &Shared,
+        longest_call: Duration,
+        hits: &LimitHits,
+    ) -> Vec<LimitUse> {
         let terms = Terms::of(&shared.manifest);
         let milliseconds = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
         let counts = self.tally.counts();
@@ -793,29 +801,34 @@ impl Plugin {
             .find(|(failure, _)| *failure == RankFailure::Timeout)
             .map_or(0, |(_, count)| *count);
         let rows = [
-            (Limit::CallTime, milliseconds(terms.call_time), None, None),
+            (
+                Limit::CallTime,
+                milliseconds(terms.call_time),
+                milliseconds(longest_call),
+                None,
+            ),
             (
                 Limit::RankTime,
                 milliseconds(terms.rank_time),
-                None,
+                milliseconds(self.tally.longest_rank()),
                 Some(late),
             ),
             (
                 Limit::StateBytes,
                 terms.state_bytes,
-                Some(shared.kept.as_ref().map_or(0, |kept| kept.bytes())),
+                shared.kept.as_ref().map_or(0, |kept| kept.bytes()),
                 None,
             ),
             (
                 Limit::QueuedEvents,
                 terms.queued_events,
-                None,
+                self.tally.waiting_events(),
                 Some(counts.events_lost),
             ),
             (
                 Limit::Metrics,
                 terms.metrics as u64,
-                Some(counts.custom.len() as u64),
+                counts.custom.len() as u64,
                 None,
             ),
         ];
@@ -846,7 +859,7 @@ impl Plugin {
         shared.sha256 = generation.sha256;
         shared.origin = Some(generation.origin);
         shared.manifest = generation.manifest.clone();
-        shared.module_bytes = generation.module_bytes;
+        shared.made = generation.made;
         shared.kept = Some(Arc::clone(&generation.kept));
         shared.script = match &generation.runner {
             Runner::Script(script) => Some(Arc::clone(script)),
@@ -870,13 +883,21 @@ struct Workshop {
 }
 
 /// A plugin's files at one time, ready to run.
+/// What can be told of a file before it is compiled.
+fn made_of(found: &Found) -> Made {
+    Made {
+        bytes: found.bytes.len() as u64,
+        ..Made::default()
+    }
+}
+
 struct Generation {
     runner: Runner,
     manifest: Manifest,
     variables: Vec<(String, String)>,
     sha256: Option<Sha256Digest>,
     origin: Origin,
-    module_bytes: u64,
+    made: Made,
     kept: Arc<host_api::StateMap>,
     counter: Arc<Counter>,
 }
@@ -929,7 +950,7 @@ impl Workshop {
         let turn = self.preparing.acquire().await;
         let _turn = turn.map_err(|error| error.to_string())?;
         let (workshop, sha256, manifest) = (Arc::clone(self), found.sha256, found.manifest.clone());
-        let module_bytes = found.bytes.len() as u64;
+        let bytes = found.bytes.len() as u64;
         let making = tokio::task::spawn_blocking(move || {
             let runner = workshop.runner(&found)?;
             let keeps_state = found.manifest.limits.state_kib > 0;
@@ -940,13 +961,20 @@ impl Workshop {
             Ok::<_, Refusal>((runner, kept))
         });
         let (runner, kept) = making.await.map_err(|error| error.to_string())??;
+        let made = match &runner {
+            Runner::Wasm { module, .. } => module.made(),
+            Runner::Script(_) => Made {
+                bytes,
+                ..Made::default()
+            },
+        };
         Ok(Generation {
             runner,
             manifest,
             variables,
             sha256,
             origin,
-            module_bytes,
+            made,
             kept,
             counter: Arc::clone(&self.counter),
         })
@@ -1188,7 +1216,7 @@ impl Life {
                 shared.sha256 = found.sha256;
                 shared.origin = found.origin.as_ref().ok().copied();
                 shared.manifest = found.manifest.clone();
-                shared.module_bytes = found.bytes.len() as u64;
+                shared.made = made_of(found);
             }
         };
         self.plugin.adopt(&generation, None);

@@ -19,9 +19,12 @@ mod handler_clock;
 mod imports;
 mod inspect;
 mod launch;
+mod made;
 mod quota;
 mod reactor;
 mod streams;
+mod turns;
+mod urgency;
 
 use std::{
     fmt,
@@ -37,7 +40,6 @@ use std::{
     time::Duration,
 };
 
-use rustix::process::setpriority_process;
 use tokio::{runtime, sync::watch};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use wasmtime::{Engine, Linker, UnknownImportError, component};
@@ -47,8 +49,10 @@ use self::{
     artefact::Compiled,
     cache::Cache,
     guest::{Code, GuestState, Invocation, Meter},
-    quota::Metered,
+    quota::{Burst, Metered},
     streams::StopInput,
+    turns::Turns,
+    urgency::{Killed, Urgency},
 };
 pub use self::{
     compiler::{COMPILE_ARGUMENT, CompileLimits, compile_child_main},
@@ -56,6 +60,7 @@ pub use self::{
     error::WasmError,
     inspect::{ModuleFacts, ModuleForm, inspect},
     launch::{Access, Directory, Launch, Lift, WasmLimits},
+    made::Made,
 };
 use crate::{
     host_api,
@@ -63,9 +68,6 @@ use crate::{
     log_stream::LogLevel,
     outbound::{LOOKUPS_AT_ONCE, Network, Outbound, OutboundUse},
 };
-
-/// The thread of the guests takes what the rest of the machine leaves.
-const GUEST_NICE: i32 = 19;
 
 /// Threads on which guests' file calls wait for the system, beside those of look-ups; they start
 /// when they are needed.
@@ -184,8 +186,23 @@ pub struct WasmUsage {
     pub table_elements: u64,
     /// The most table elements so far.
     pub peak_table_elements: u64,
+    /// Memories, tables and instances of its code.
+    pub memories: u64,
+    /// As `memories`.
+    pub tables: u64,
+    /// As `memories`.
+    pub instances: u64,
+    /// The deepest that its stack was seen, in bytes: at calls of the host and at the ends of
+    /// turns, from the shallowest of them.
+    pub peak_stack_bytes: u64,
     /// Processor time, host calls included.
     pub cpu_time: Duration,
+    /// What of its burst it has not, as it took it or has yet to earn it.
+    pub cpu_burst: Duration,
+    /// Wall time that starting took, or has taken so far.
+    pub start_time: Duration,
+    /// The longest that a handler took.
+    pub longest_call: Duration,
     /// The longest that one call into the file system took.
     pub longest_host_call: Duration,
     /// The most files that were open at once.
@@ -211,67 +228,79 @@ impl WasmUsage {
         let wall = self.wall_time.as_secs_f64().max(0.001);
         let cpu_percent = self.cpu_time.as_secs_f64() / wall * 100.0;
         let rows = [
-            (Limit::Memory, limits.memory_bytes, Some(self.memory_bytes)),
-            (Limit::Memories, count(limits.memories), None),
+            (Limit::Memory, limits.memory_bytes, self.memory_bytes),
+            (Limit::Memories, count(limits.memories), self.memories),
             (
                 Limit::TableElements,
                 limits.table_elements,
-                Some(self.table_elements),
+                self.table_elements,
             ),
-            (Limit::Tables, count(limits.tables), None),
-            (Limit::Instances, count(limits.instances), None),
-            (Limit::Stack, count(engine::GUEST_STACK), None),
+            (Limit::Tables, count(limits.tables), self.tables),
+            (Limit::Instances, count(limits.instances), self.instances),
+            (
+                Limit::Stack,
+                count(engine::GUEST_STACK),
+                self.peak_stack_bytes,
+            ),
             (
                 Limit::Cpu,
                 limits.cpu_percent.into(),
-                Some(cpu_percent.round() as u64),
+                cpu_percent.round() as u64,
             ),
-            (Limit::CpuBurst, milliseconds(limits.cpu_burst), None),
-            (Limit::StartTime, milliseconds(limits.start_time), None),
+            (
+                Limit::CpuBurst,
+                milliseconds(limits.cpu_burst),
+                milliseconds(self.cpu_burst),
+            ),
+            (
+                Limit::StartTime,
+                milliseconds(limits.start_time),
+                milliseconds(self.start_time),
+            ),
             (
                 Limit::RunTime,
                 limits.run_time.map_or(0, milliseconds),
-                Some(milliseconds(self.wall_time)),
+                milliseconds(self.wall_time),
             ),
             (
                 Limit::HostCallTime,
                 milliseconds(limits.host_call_time),
-                Some(milliseconds(self.longest_host_call)),
+                milliseconds(self.longest_host_call),
             ),
             (
                 Limit::Environment,
                 limits.environment_bytes,
-                Some(self.environment_bytes),
+                self.environment_bytes,
             ),
             (
                 Limit::OpenFiles,
                 limits.open_files.into(),
-                Some(self.peak_open_files),
+                self.peak_open_files,
             ),
             (
                 Limit::DirectoryBytes,
                 limits.directory_bytes,
-                Some(self.directory_bytes),
+                self.directory_bytes,
             ),
             (
                 Limit::HttpHosts,
                 count(limits.outbound.grants.len()),
-                Some(self.outbound.hosts),
+                self.outbound.hosts,
             ),
             (
                 Limit::HttpRequests,
                 limits.outbound.per_second.into(),
-                Some(self.outbound.per_second),
+                self.outbound.per_second,
             ),
             (
                 Limit::HttpTime,
                 milliseconds(limits.outbound.timeout),
-                Some(milliseconds(self.outbound.longest)),
+                milliseconds(self.outbound.longest),
             ),
             (
                 Limit::HttpBody,
                 limits.outbound.body_bytes,
-                Some(self.outbound.largest_body),
+                self.outbound.largest_body,
             ),
         ];
         rows.into_iter()
@@ -287,14 +316,19 @@ impl WasmUsage {
 
 /// The limits on a module itself, with how often they refused it.
 #[must_use]
-pub fn module_limits(bytes: u64, compile: CompileLimits, hits: &LimitHits) -> Vec<LimitUse> {
+pub fn module_limits(made: Made, compile: CompileLimits, hits: &LimitHits) -> Vec<LimitUse> {
     let milliseconds = u64::try_from(compile.time.as_millis()).unwrap_or(u64::MAX);
+    let form = ModuleForm::default();
     let rows = [
-        (Limit::ModuleBytes, ModuleForm::default().bytes, Some(bytes)),
-        (Limit::Functions, ModuleForm::default().functions, None),
-        (Limit::Names, ModuleForm::default().names, None),
-        (Limit::CompileTime, milliseconds, None),
-        (Limit::CompileMemory, compile.memory_bytes, None),
+        (Limit::ModuleBytes, form.bytes, made.bytes),
+        (Limit::Functions, form.functions, made.functions),
+        (Limit::Names, form.names, made.names),
+        (Limit::CompileTime, milliseconds, made.compile_milliseconds),
+        (
+            Limit::CompileMemory,
+            compile.memory_bytes,
+            made.compile_memory_bytes,
+        ),
     ];
     rows.into_iter()
         .map(|(limit, declared, used)| LimitUse {
@@ -312,9 +346,15 @@ pub struct WasmModule {
     name: Arc<str>,
     digest: Arc<str>,
     code: Code,
+    made: Made,
 }
 
 impl WasmModule {
+    /// What it is made of, and what compiling it took.
+    pub fn made(&self) -> Made {
+        self.made
+    }
+
     /// The BLAKE3 digest of the bytes it was prepared from, 64 hexadecimal digits.
     pub fn digest(&self) -> &str {
         &self.digest
@@ -339,6 +379,8 @@ pub struct WasmRun {
     meter: Arc<Meter>,
     outbound: Arc<Outbound>,
     began: std::time::Instant,
+    made: Made,
+    burst: Burst,
     _kill: Arc<DropGuard>,
 }
 
@@ -367,6 +409,18 @@ impl WasmRun {
         WasmUsage {
             memory_bytes: read(&meter.memory),
             peak_memory_bytes: read(&meter.memory_peak),
+            memories: self.made.memories,
+            tables: self.made.tables,
+            instances: self.made.instances,
+            peak_stack_bytes: meter.stack.deepest(),
+            cpu_burst: self
+                .burst
+                .taken(Duration::from_nanos(read(&meter.burst_paid_nanoseconds))),
+            start_time: meter
+                .started
+                .get()
+                .map_or_else(|| self.began.elapsed(), |started| *started - self.began),
+            longest_call: Duration::from_nanos(read(&meter.call_longest)),
             table_elements: read(&meter.table_elements),
             peak_table_elements: read(&meter.table_elements_peak),
             cpu_time: Duration::from_nanos(read(&meter.cpu_nanoseconds)),
@@ -398,6 +452,8 @@ pub struct WasmRuntime {
     /// One compilation at a time: each may take gigabytes.
     compiling: Mutex<()>,
     guests: runtime::Handle,
+    turns: Arc<Turns>,
+    urgency: Arc<Urgency>,
     room: Arc<Room>,
     shutdown: CancellationToken,
     ticker_stop: Arc<AtomicBool>,
@@ -432,8 +488,10 @@ impl WasmRuntime {
         let component_linker =
             guest::new_component_linker(&engine).map_err(|error| failed(&error))?;
         let shutdown = CancellationToken::new();
-        let (guest_thread, guests) =
+        let (guest_thread, guests, urgency) =
             start_guest_thread(shutdown.clone()).map_err(|error| failed(&error))?;
+        let turns = Arc::new(Turns::default());
+        guests.spawn(Arc::clone(&turns).dispatch());
         let mut runtime = Self {
             compatibility: engine::compatibility(&engine),
             linker,
@@ -445,6 +503,8 @@ impl WasmRuntime {
             network: config.network,
             compiling: Mutex::new(()),
             guests,
+            turns,
+            urgency: Arc::new(urgency),
             room: Arc::new(Room::new()),
             shutdown,
             ticker_stop: Arc::new(AtomicBool::new(false)),
@@ -484,12 +544,25 @@ impl WasmRuntime {
         self.check(name, bytes)?;
         let digest = blake3::hash(bytes).to_hex();
         let key = format!("{digest}-{:016x}", self.compatibility);
-        let compiled = match self.load(&key) {
+        let (compiled, made) = match self.load(&key) {
             Some(compiled) => compiled,
             None => self.compile(name, &key, bytes)?,
         };
+        let required = match &compiled {
+            Compiled::Module(module) => Some(module.resources_required()),
+            Compiled::Component(component) => component.resources_required(),
+        };
+        let required = |count: fn(&wasmtime::ResourcesRequired) -> u32| {
+            required.as_ref().map_or(0, count).into()
+        };
         Ok(WasmModule {
             code: self.link(name, &compiled)?,
+            made: Made {
+                bytes: u64::try_from(bytes.len()).unwrap_or(u64::MAX),
+                memories: required(|required| required.num_memories),
+                tables: required(|required| required.num_tables),
+                ..made
+            },
             name: name.into(),
             digest: digest.as_str().into(),
         })
@@ -543,11 +616,14 @@ impl WasmRuntime {
             limits.outbound.clone(),
         ));
         let (end, ended) = watch::channel(None);
+        let began = std::time::Instant::now();
         let run = WasmRun {
             ended,
             meter: Arc::clone(&meter),
             outbound: Arc::clone(&outbound),
-            began: std::time::Instant::now(),
+            began,
+            made: module.made,
+            burst: Burst::new(&limits, began),
             _kill: Arc::new(kill.clone().drop_guard()),
         };
         let Some(place) = Room::take(&self.room) else {
@@ -579,7 +655,9 @@ impl WasmRuntime {
                 access,
             },
         );
-        let guest = Metered::new(guest, &limits, Arc::clone(&meter));
+        let turn = self.turns.join(limits.cpu_weight);
+        let guest = Metered::new(guest, &limits, began, turn, Arc::clone(&meter));
+        let killed = Killed::new(kill, Arc::clone(&self.urgency));
         self.guests.spawn(async move {
             let over = async {
                 match run_time {
@@ -590,13 +668,13 @@ impl WasmRuntime {
             // Beside the guest rather than in it, where they would wait for its debt.
             let late = async {
                 tokio::time::sleep(start_time).await;
-                if meter.is_started.load(Ordering::Relaxed) {
+                if meter.started.get().is_some() {
                     std::future::pending::<()>().await;
                 }
             };
             let ended = tokio::select! {
                 biased;
-                () = kill.cancelled() => WasmEnd::Killed,
+                () = killed => WasmEnd::Killed,
                 () = late => {
                     meter.hit(Limit::StartTime);
                     let milliseconds = start_time.as_millis();
@@ -604,6 +682,7 @@ impl WasmRuntime {
                 }
                 handler = meter.handler_clock.late() => {
                     meter.hit(Limit::CallTime);
+                    meter.called(call_time);
                     tally.handled(handler, host_api::Outcome::Timeout);
                     let (export, milliseconds) = (handler.export(), call_time.as_millis());
                     WasmEnd::LimitHit(format!("{export} was not over after its call_ms of {milliseconds} ms"))
@@ -624,11 +703,12 @@ impl WasmRuntime {
         run
     }
 
-    fn load(&self, key: &str) -> Option<Compiled> {
-        artefact::load(&self.engine, self.cache.open(key)?).ok()
+    fn load(&self, key: &str) -> Option<(Compiled, Made)> {
+        let (artefact, made) = self.cache.open(key)?;
+        Some((artefact::load(&self.engine, artefact).ok()?, made))
     }
 
-    fn compile(&self, name: &str, key: &str, bytes: &[u8]) -> Result<Compiled, WasmError> {
+    fn compile(&self, name: &str, key: &str, bytes: &[u8]) -> Result<(Compiled, Made), WasmError> {
         let _one_at_a_time = self
             .compiling
             .lock()
@@ -638,19 +718,19 @@ impl WasmRuntime {
         }
         let failed = |error| self.cache.failed(error);
         let mut unfinished = self.cache.create().map_err(failed)?;
-        match &self.compiler {
-            Compiler::Child { program } => {
-                compiler::compile_in_child(
-                    program,
-                    name,
-                    bytes,
-                    self.compile_limits,
-                    &unfinished.file,
-                )?;
-            }
+        let begun = std::time::Instant::now();
+        let mut made = match &self.compiler {
+            Compiler::Child { program } => compiler::compile_in_child(
+                program,
+                name,
+                bytes,
+                self.compile_limits,
+                &unfinished.file,
+            )?,
             Compiler::InProcess => compiler::compile_here(name, bytes, &mut unfinished.file)?,
-        }
-        self.cache.keep(key, unfinished).map_err(failed)?;
+        };
+        made.compile_milliseconds = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.cache.keep(key, unfinished, &made).map_err(failed)?;
         self.load(key).ok_or_else(|| WasmError::CompilerFailed {
             name: name.to_owned(),
             reason: "what it wrote cannot be loaded".to_owned(),
@@ -772,6 +852,8 @@ fn component_import_error(name: &str, error: &wasmtime::Error) -> WasmError {
 
 impl Drop for WasmRuntime {
     fn drop(&mut self) {
+        // For good: the thread ends.
+        self.urgency.raise();
         self.shutdown.cancel();
         // The ticker goes last: without it a busy guest would never give its thread back.
         for (thread, stop_ticker) in [
@@ -848,7 +930,7 @@ impl Drop for Place {
 /// Starts the thread that guests share; it ends, and all guests with it, at `shutdown`.
 fn start_guest_thread(
     shutdown: CancellationToken,
-) -> std::io::Result<(JoinHandle<()>, runtime::Handle)> {
+) -> std::io::Result<(JoinHandle<()>, runtime::Handle, Urgency)> {
     // With these intervals timers and wake-ups are looked at after every turn of a guest,
     // not after 61.
     let guests = runtime::Builder::new_current_thread()
@@ -862,16 +944,15 @@ fn start_guest_thread(
     let thread = thread::Builder::new()
         .name("wasm-guests".to_owned())
         .spawn(move || {
-            // On Linux this is about the calling thread.
-            let nice = setpriority_process(None, GUEST_NICE);
-            let failed = nice.is_err();
-            let _ = started.send(nice);
+            let urgency = Urgency::of_this_thread();
+            let failed = urgency.is_err();
+            let _ = started.send(urgency);
             if !failed {
                 guests.block_on(shutdown.cancelled());
                 // A file call that hangs in the kernel is left to itself.
                 guests.shutdown_background();
             }
         })?;
-    start.recv().map_err(std::io::Error::other)??;
-    Ok((thread, handle))
+    let urgency = start.recv().map_err(std::io::Error::other)??;
+    Ok((thread, handle, urgency))
 }

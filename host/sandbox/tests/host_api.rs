@@ -23,9 +23,9 @@ use stockade_sandbox::{
     CallFailure, Compiler, Contract, Limit, PluginHost, PluginState, PluginStatus, RankFailure,
     RankRequest, Services, Supervisor, SupervisorConfig, WasmConfig,
     host_api::{
-        self, CacheChange, CacheEvent, CacheOperation, CacheRequest, CacheStats, CacheWork, Code,
-        EventBatch, EventSource, Handler, KeyFacts, KeysPage, KeysQuery, Outcome, Pending,
-        PluginRun, RankCandidate, Refusal, Subscription,
+        self, Backlog, CacheChange, CacheEvent, CacheOperation, CacheRequest, CacheStats,
+        CacheWork, Code, EventBatch, EventSource, Handler, KeyFacts, KeysPage, KeysQuery, Outcome,
+        Pending, PluginRun, RankCandidate, Refusal, Subscription,
     },
 };
 use tokio::sync::mpsc;
@@ -152,7 +152,7 @@ async fn a_reactor_hears_of_everything_and_keeps_its_state() {
         let limits = status.limits.iter();
         limits
             .filter(|it| it.limit == Limit::StateBytes)
-            .filter_map(|it| it.used)
+            .map(|it| it.used)
             .sum::<u64>()
     };
     assert_eq!(state(&status), 4 + 8);
@@ -215,6 +215,10 @@ impl Drop for GivenUp {
 struct FakeEvents(mpsc::Receiver<EventBatch>);
 
 impl EventSource for FakeEvents {
+    fn backlog(&self) -> Backlog {
+        Backlog::new(|| 4)
+    }
+
     fn next(&mut self) -> Pending<'_, Option<EventBatch>> {
         Box::pin(self.0.recv())
     }
@@ -329,6 +333,11 @@ async fn what_is_granted_is_answered_and_what_is_not_says_so() {
     until_told(&supervisor, "asks", &second).await;
     let status = supervisor.status("asks").unwrap();
     assert_eq!(status.counts.events_lost, 3);
+    let queued = status
+        .limits
+        .iter()
+        .find(|it| it.limit == Limit::QueuedEvents);
+    assert_eq!(queued.map(|it| (it.used, it.hits)), Some((4, 3)));
     let refused = [(Code::Denied, 3), (Code::Invalid, 1)];
     assert_eq!(status.counts.refused, refused);
     assert_eq!(

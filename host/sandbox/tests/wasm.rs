@@ -764,6 +764,119 @@ async fn what_lies_in_writable_directories_is_bounded() {
     assert_eq!(hidden.end().await, WasmEnd::Exited(51));
 }
 
+/// By a stream, by one that writes at once, and by the file: the guest tries all three.
+#[tokio::test]
+async fn what_components_write_is_bounded_too() {
+    let sandbox = Sandbox::new();
+    let granted = Granted::new();
+    let limits = || WasmLimits {
+        directory_bytes: 1 << 20,
+        ..WasmLimits::default()
+    };
+    let hog = granted.run(&sandbox, "component_disk_hog", Access::ReadWrite, limits());
+    assert_eq!(hog.end().await, WasmEnd::Exited(0));
+    let size = || fs::metadata(granted.path("hog")).unwrap().len();
+    assert!((900 << 10..=1 << 20).contains(&size()), "{}", size());
+    let usage = hog.run.usage();
+    assert!(usage.hits.of(Limit::DirectoryBytes) >= 3);
+    assert!(usage.directory_bytes <= 1 << 20);
+    // What the run before left counts, so that a file cannot even be created.
+    let again = granted.run(&sandbox, "component_disk_hog", Access::ReadWrite, limits());
+    assert_eq!(again.end().await, WasmEnd::Exited(1));
+    assert!(size() <= 1 << 20);
+    assert_eq!(again.run.usage().hits.of(Limit::DirectoryBytes), 1);
+    // Without the grant it does not even open the file.
+    let reader = granted.run(&sandbox, "component_disk_hog", Access::ReadOnly, limits());
+    assert_eq!(reader.end().await, WasmEnd::Exited(1));
+    assert_eq!(reader.run.usage().hits.of(Limit::DirectoryBytes), 0);
+}
+
+/// Buffers above what one call transfers are filled and written in parts.
+#[tokio::test]
+async fn reads_and_writes_of_any_size_work() {
+    let sandbox = Sandbox::new();
+    let granted = Granted::new();
+    let limits = WasmLimits::default();
+    let guest = granted.run(&sandbox, "large_transfers", Access::ReadWrite, limits);
+    assert_eq!(guest.end().await, WasmEnd::Exited(0));
+    assert_eq!(fs::read(granted.path("big")).unwrap(), [7; 2 << 20]);
+}
+
+/// What a run uses is told of each limit; here of those that no other test reads.
+#[tokio::test]
+async fn use_is_measured() {
+    let sandbox = Sandbox::new();
+    let hog = sandbox.spawn("memory_hog_over_memories");
+    hog.end().await;
+    let usage = hog.run.usage();
+    assert_eq!(
+        (usage.memories, usage.tables, usage.instances),
+        (3, 0, 4),
+        "three memories, and the instance of the program that fills them"
+    );
+
+    let spinner = sandbox.spawn("endless_loop");
+    let limits = WasmLimits::default();
+    // In debt, it has taken all of its burst.
+    while spinner.run.usage().hits.of(Limit::Cpu) == 0
+        || spinner.run.usage().cpu_burst < limits.cpu_burst
+    {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    let started = spinner.run.usage().start_time;
+    assert!(started > Duration::ZERO);
+    assert_eq!(started, spinner.run.usage().start_time, "it has started");
+    spinner.kill().await;
+
+    // Asleep, it earns its burst again; and once it has had it whole, using it up is a hit.
+    let sleeper = sandbox.spawn("sleeper");
+    while sleeper.run.usage().cpu_burst > Duration::ZERO {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    sleeper.kill().await;
+
+    let overflow = sandbox.spawn("stack_overflow");
+    overflow.end().await;
+    assert_eq!(overflow.run.usage().peak_stack_bytes, GUEST_STACK as u64);
+    let deep = |depth: u32| {
+        format!(
+            r#"(module
+            (import "wasi_snapshot_preview1" "sched_yield" (func $yield (result i32)))
+            (memory (export "memory") 1)
+            (func $down (param $left i32)
+              (drop (call $yield))
+              (if (local.get $left) (then (call $down (i32.sub (local.get $left) (i32.const 1))))))
+            (func (export "_start") (call $down (i32.const {depth}))))"#
+        )
+    };
+    let mut depths = Vec::new();
+    for depth in [0, 100, 1000] {
+        let text = deep(depth);
+        let module = sandbox.runtime.prepare("deep", text.as_bytes()).unwrap();
+        let guest = sandbox.spawn_with(&module, &limits, Sink::new(0));
+        assert_eq!(guest.end().await, WasmEnd::Exited(0));
+        depths.push(guest.run.usage().peak_stack_bytes);
+    }
+    // Each call takes at least its return address and its frame's pointer.
+    assert!(depths[1] >= depths[0] + 100 * 16, "{depths:?}");
+    assert!(depths[2] >= depths[1] + 900 * 16, "{depths:?}");
+    assert!(depths[2] < GUEST_STACK as u64, "{depths:?}");
+}
+
+/// The cache tells of a module what its compiler found.
+#[tokio::test]
+async fn what_a_module_is_made_of_is_kept_with_it() {
+    let sandbox = Sandbox::new();
+    let text = source("hello");
+    let made = sandbox.module("hello").made();
+    assert_eq!(made.bytes, text.len() as u64);
+    assert_eq!((made.functions, made.instances), (1, 1));
+    assert!(made.names >= 2, "{made:?}");
+    assert!(made.compile_memory_bytes > 1 << 20, "{made:?}");
+    let again = start(&sandbox.cache(), keeper()).unwrap();
+    assert_eq!(again.prepare("hello", &text).unwrap().made(), made);
+}
+
 #[tokio::test]
 async fn open_files_are_bounded() {
     let sandbox = Sandbox::new();
@@ -937,9 +1050,6 @@ async fn components_run_under_the_same_limits() {
         refusal.contains("imports wasi:http/outgoing-handler@0.2.0"),
         "{refusal}"
     );
-    let granted = Granted::new();
-    let guest = granted.run(&sandbox, "component_command", Access::ReadWrite, limits);
-    assert!(matches!(guest.end().await, WasmEnd::Refused(reason) if reason.contains("read-only")));
 }
 
 /// Modules whose compiling takes far more than their size says.

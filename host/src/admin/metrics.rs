@@ -625,9 +625,7 @@ fn read_plugins(admin: &Admin, registry: &mut Registry) {
             };
             declared.get_or_create(&labels).set(signed(limit.declared));
             hits.get_or_create(&labels).inc_by(limit.hits);
-            if let Some(value) = limit.used {
-                used.get_or_create(&labels).set(signed(value));
-            }
+            used.get_or_create(&labels).set(signed(limit.used));
         }
         restarts.get_or_create(&labels).inc_by(status.restarts);
         lines.get_or_create(&labels).inc_by(status.logs.lines);

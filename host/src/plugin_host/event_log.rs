@@ -8,7 +8,7 @@ use std::{
     collections::{BTreeSet, VecDeque},
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::{SystemTime, UNIX_EPOCH},
 };
@@ -16,7 +16,7 @@ use std::{
 use parking_lot::Mutex;
 use stockade_cache::{CacheObserver, CacheSalt, ObjectKey, RemoveReason};
 use stockade_sandbox::host_api::{
-    CacheEvent, EventBatch, EventKind, EventSource, MAX_EVENT_BATCH, Pending, Subscription,
+    Backlog, CacheEvent, EventBatch, EventKind, EventSource, MAX_EVENT_BATCH, Pending, Subscription,
 };
 use tokio::sync::watch;
 
@@ -271,6 +271,7 @@ impl EventLog {
                 .min(MAX_EVENT_BATCH),
             most_behind,
             cursor,
+            seen: Arc::new(AtomicU64::new(cursor)),
             lost: 0,
             scope: Box::new(scope),
         };
@@ -314,6 +315,8 @@ pub(super) struct Reader {
     most: usize,
     most_behind: u64,
     cursor: u64,
+    /// The cursor, for who counts what waits.
+    seen: Arc<AtomicU64>,
     lost: u64,
     scope: Box<dyn Fn() -> TenantScope + Send>,
 }
@@ -344,11 +347,25 @@ impl Reader {
                 }
             }
         }
+        self.seen.store(self.cursor, Ordering::Relaxed);
         (found, self.cursor < last)
     }
 }
 
 impl EventSource for Reader {
+    fn backlog(&self) -> Backlog {
+        let (log, seen, most) = (
+            Arc::clone(&self.log),
+            Arc::clone(&self.seen),
+            self.most_behind,
+        );
+        Backlog::new(move || {
+            let last = *log.newest.borrow();
+            let behind = last.saturating_sub(seen.load(Ordering::Relaxed) + 1);
+            behind.min(most)
+        })
+    }
+
     fn next(&mut self) -> Pending<'_, Option<EventBatch>> {
         Box::pin(async move {
             loop {

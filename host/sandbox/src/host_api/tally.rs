@@ -3,11 +3,12 @@
 use std::{
     collections::BTreeMap,
     sync::atomic::{AtomicU64, Ordering},
+    time::Duration,
 };
 
 use parking_lot::Mutex;
 
-use super::{Code, Handler, MAX_NAME_BYTES, RankFailure, Refusal};
+use super::{Backlog, Code, Handler, MAX_NAME_BYTES, RankFailure, Refusal};
 
 /// How a handler ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -88,6 +89,8 @@ pub(crate) struct Tally {
     events_lost: AtomicU64,
     ranked: AtomicU64,
     rank_failures: [AtomicU64; RankFailure::ALL.len()],
+    rank_longest_nanoseconds: AtomicU64,
+    backlog: Mutex<Option<Backlog>>,
     custom: Mutex<BTreeMap<String, (bool, f64)>>,
 }
 
@@ -123,6 +126,37 @@ impl Tally {
             }
             Some(failure) => count(&self.rank_failures, failure as usize),
         }
+    }
+
+    /// The server has waited so long for an order.
+    pub(crate) fn rank_took(&self, time: Duration) {
+        let nanoseconds = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+        self.rank_longest_nanoseconds
+            .fetch_max(nanoseconds, Ordering::Relaxed);
+    }
+
+    /// The longest that the server has waited for an order.
+    pub(crate) fn longest_rank(&self) -> Duration {
+        Duration::from_nanos(self.rank_longest_nanoseconds.load(Ordering::Relaxed))
+    }
+
+    /// Events wait as `backlog` says, until there is another or it [ends](Self::unsubscribed).
+    pub(crate) fn subscribed(&self, backlog: Backlog) {
+        *self.backlog.lock() = Some(backlog);
+    }
+
+    /// Nothing waits by `backlog` any more.
+    pub(crate) fn unsubscribed(&self, backlog: &Backlog) {
+        let mut current = self.backlog.lock();
+        if current.as_ref().is_some_and(|it| it.is_same(backlog)) {
+            *current = None;
+        }
+    }
+
+    /// Events that wait for it now.
+    pub(crate) fn waiting_events(&self) -> u64 {
+        let backlog = self.backlog.lock().clone();
+        backlog.map_or(0, |backlog| backlog.events())
     }
 
     /// Adds to a counter, or sets a gauge; a plugin has `most` names.

@@ -1,7 +1,8 @@
 //! Compiled modules on disk, in a directory that nobody else can write.
 //!
 //! Each artefact `<source digest>-<settings>.cwasm` has a `.sum` beside it with the digest of
-//! its bytes, so that a torn or damaged file is compiled anew instead of being run.
+//! its bytes, so that a torn or damaged file is compiled anew instead of being run, and below that
+//! a note of what it was made of.
 
 use std::{
     fs::{self, DirBuilder, File},
@@ -20,7 +21,7 @@ use rustix::{
     process::geteuid,
 };
 
-use super::{artefact::CheckedArtefact, error::WasmError};
+use super::{artefact::CheckedArtefact, error::WasmError, made::Made};
 
 /// How many artefacts are kept from one start to the next.
 const KEPT_ARTEFACTS: usize = 256;
@@ -92,19 +93,20 @@ impl Cache {
 
     /// An artefact that is ours and has the bytes it was written with. `None`: there is none
     /// such, whether for want of one or because what lies there is not to be trusted.
-    pub(super) fn open(&self, name: &str) -> Option<CheckedArtefact> {
+    pub(super) fn open(&self, name: &str) -> Option<(CheckedArtefact, Made)> {
         let mut noted = String::new();
         self.open_ours(&sum_name(name))
             .ok()??
-            .take(128)
+            .take(256)
             .read_to_string(&mut noted)
             .ok()?;
         let mut file = self.open_ours(&artefact_name(name)).ok()??;
-        if sum_of(&mut file).ok()? != noted {
+        let (sum, note) = noted.split_once('\n')?;
+        if sum_of(&mut file).ok()? != sum {
             return None;
         }
         file.rewind().ok()?;
-        Some(CheckedArtefact { file })
+        Some((CheckedArtefact { file }, Made::from_note(note)?))
     }
 
     /// A new file for an artefact.
@@ -130,12 +132,17 @@ impl Cache {
     }
 
     /// Gives a finished artefact its name, once it and its sum are on the disk.
-    pub(super) fn keep(&self, name: &str, mut artefact: Unfinished<'_>) -> io::Result<()> {
+    pub(super) fn keep(
+        &self,
+        name: &str,
+        mut artefact: Unfinished<'_>,
+        made: &Made,
+    ) -> io::Result<()> {
         artefact.file.rewind()?;
         let sum = sum_of(&mut artefact.file)?;
         artefact.file.sync_all()?;
         let mut note = self.create()?;
-        note.file.write_all(sum.as_bytes())?;
+        writeln!(note.file, "{sum}\n{}", made.note())?;
         note.file.sync_all()?;
         // Between the two renames a reader meets a sum of other bytes, and compiles anew.
         artefact.rename(&artefact_name(name))?;
@@ -228,5 +235,5 @@ fn sum_name(name: &str) -> String {
 fn sum_of(file: &mut File) -> io::Result<String> {
     let mut hasher = blake3::Hasher::new();
     let length = io::copy(file, &mut hasher)?;
-    Ok(format!("{} {length}\n", hasher.finalize().to_hex()))
+    Ok(format!("{} {length}", hasher.finalize().to_hex()))
 }

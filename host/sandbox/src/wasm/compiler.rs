@@ -27,6 +27,7 @@ use super::{
     engine::{GUEST_STACK, new_engine},
     error::WasmError,
     inspect,
+    made::{Made, peak_of_this_process},
 };
 
 /// The first argument by which a program knows that it is to compile and nothing else.
@@ -69,7 +70,7 @@ const FAILED: u8 = 70;
 /// first argument is [`COMPILE_ARGUMENT`]. The others are the limits: seconds, and bytes of memory.
 ///
 /// Exits with 0, with 65 when the module is refused and with 70 when compiling could not be
-/// tried; the reason is on stderr then.
+/// tried. On stderr is what the module is made of, or the reason.
 pub fn compile_child_main(arguments: impl Iterator<Item = OsString>) -> ExitCode {
     let told = |status: u8, reason: &dyn std::fmt::Display| {
         let _ = write!(io::stderr(), "{reason}");
@@ -91,12 +92,15 @@ pub fn compile_child_main(arguments: impl Iterator<Item = OsString>) -> ExitCode
         return told(FAILED, &error);
     }
     match compile(&source) {
-        Ok(artefact) => match io::stdout()
+        Ok((artefact, mut made)) => match io::stdout()
             .lock()
             .write_all(&artefact)
             .and_then(|()| io::stdout().flush())
         {
-            Ok(()) => ExitCode::SUCCESS,
+            Ok(()) => {
+                made.compile_memory_bytes = peak_of_this_process();
+                told(0, &made.told())
+            }
             Err(error) => told(FAILED, &error),
         },
         Err(reason) => told(REFUSED, &reason),
@@ -124,8 +128,8 @@ fn confine(seconds: u64, memory_bytes: u64) -> io::Result<()> {
     Ok(())
 }
 
-/// Text or binary to native code; the reason when it is refused.
-fn compile(source: &[u8]) -> Result<Vec<u8>, String> {
+/// Text or binary to native code, and what it was made of; the reason when it is refused.
+fn compile(source: &[u8]) -> Result<(Vec<u8>, Made), String> {
     let engine = new_engine(GUEST_STACK).map_err(|error| format!("{error:#}"))?;
     let binary = wat::parse_bytes(source).map_err(|error| format!("text: {error}"))?;
     // Once more, for what came as text.
@@ -134,7 +138,13 @@ fn compile(source: &[u8]) -> Result<Vec<u8>, String> {
         true => engine.precompile_component(&binary),
         false => engine.precompile_module(&binary),
     };
-    artefact.map_err(|error| format!("{error:#}"))
+    let made = Made {
+        functions: facts.functions,
+        names: facts.names,
+        instances: facts.instances,
+        ..Made::default()
+    };
+    Ok((artefact.map_err(|error| format!("{error:#}"))?, made))
 }
 
 /// Compiles within this process, without limits: for modules that are trusted.
@@ -142,11 +152,12 @@ pub(super) fn compile_here(
     name: &str,
     source: &[u8],
     artefact: &mut File,
-) -> Result<(), WasmError> {
-    let code = compile(source).map_err(|reason| refusal(name, reason))?;
+) -> Result<Made, WasmError> {
+    let (code, made) = compile(source).map_err(|reason| refusal(name, reason))?;
     artefact
         .write_all(&code)
-        .map_err(|error| broken(name, &error))
+        .map_err(|error| broken(name, &error))?;
+    Ok(made)
 }
 
 /// Has `program` compile into `artefact`, and waits for it.
@@ -156,7 +167,7 @@ pub(super) fn compile_in_child(
     source: &[u8],
     limits: CompileLimits,
     artefact: &File,
-) -> Result<(), WasmError> {
+) -> Result<Made, WasmError> {
     let failed = |error: &dyn std::fmt::Display| broken(name, error);
     // Files in memory instead of pipes: nobody has to feed them, so nothing can wait for it.
     let memory_file = |purpose: &str| -> io::Result<File> {
@@ -185,7 +196,9 @@ pub(super) fn compile_in_child(
     let _ = reasons.rewind();
     let _ = reasons.take(REASON_LIMIT).read_to_end(&mut reason);
     let reason = String::from_utf8_lossy(&reason).trim().to_owned();
-    judge(name, limits, status, reason)
+    judge(name, limits, status, reason.clone())?;
+    Made::from_told(&reason)
+        .ok_or_else(|| broken(name, &format_args!("it says of the module: {reason}")))
 }
 
 /// Waits until the child ends or its time is over. `None`: it was killed for its time.

@@ -1,8 +1,9 @@
-//! WASI 0.2's file calls, held to what those of preview 1 are: files open at once, and the time
-//! one call may take.
+//! WASI 0.2's file calls, held to what those of preview 1 are: files open at once, bytes that lie
+//! in writable directories, and the time one call may take.
 //!
 //! The calls themselves are wasmtime-wasi's. What is added here stands in front of them, under
-//! the same names. Components get directories for reading only, so nothing here counts bytes.
+//! the same names. A stream that writes does so while its guest goes on, so what it takes counts
+//! from the moment it takes it.
 
 use std::{
     sync::{
@@ -18,14 +19,14 @@ use wasmtime_wasi::{
     async_trait,
     filesystem::{WasiFilesystemCtxView, WasiFilesystemView as _},
     p2::{
-        DynInputStream, DynOutputStream, FsError, FsResult, InputStream, Pollable, StreamError,
-        StreamResult,
+        DynInputStream, DynOutputStream, FsError, FsResult, InputStream, OutputStream, Pollable,
+        StreamError, StreamResult,
         bindings::filesystem::types::{self, ErrorCode, HostDescriptor, HostDirectoryEntryStream},
     },
 };
 
 use super::{
-    filesystem::{Files, HostCallTimeout, in_time},
+    filesystem::{ENTRY_BYTES, Files, HostCallTimeout, Quota, in_time},
     guest::{GuestState, Meter},
 };
 
@@ -64,6 +65,38 @@ impl BoundedFiles<'_> {
             false => Err(ErrorCode::Quota.into()),
         }
     }
+
+    /// # Errors
+    /// What the guest gets when its writable directories have no room.
+    async fn reserve(&mut self, bytes: u64, entries: u64) -> FsResult<()> {
+        let Self { wasi, files } = self;
+        let reserving = async { Ok(files.reserve(wasi.table, bytes, entries).await) };
+        match Self::in_time(files, reserving).await? {
+            true => Ok(()),
+            false => Err(ErrorCode::InsufficientSpace.into()),
+        }
+    }
+
+    /// Puts a stream that writes, as `open` makes it, under the limits.
+    fn writer(
+        &mut self,
+        open: impl FnOnce(&mut WasiFilesystemCtxView<'_>) -> FsResult<Resource<DynOutputStream>>,
+    ) -> FsResult<Resource<DynOutputStream>> {
+        // A stream keeps its file open, also when the descriptor is given back.
+        self.check_open()?;
+        let stream = open(&mut self.wasi)?;
+        let stream = self.wasi.table.delete(stream)?;
+        let (meter, limit) = self.files.of_calls();
+        let stream: DynOutputStream = Box::new(FileWriter {
+            stream,
+            patience: Patience::new(meter, limit),
+            quota: self.files.quota(self.wasi.table),
+            on_the_way: 0,
+            room: Room::Unknown,
+            _open: OpenStream::new(self.files.streams()),
+        });
+        Ok(self.wasi.table.push(stream)?)
+    }
 }
 
 impl types::Host for BoundedFiles<'_> {
@@ -97,23 +130,52 @@ impl HostDescriptor for BoundedFiles<'_> {
         fn sync_data() -> ();
         fn get_flags() -> types::DescriptorFlags;
         fn get_type() -> types::DescriptorType;
-        fn set_size(size: u64) -> ();
         fn set_times(accessed: types::NewTimestamp, modified: types::NewTimestamp) -> ();
         fn read(length: u64, offset: u64) -> (Vec<u8>, bool);
-        fn write(bytes: Vec<u8>, offset: u64) -> u64;
         fn read_directory() -> Resource<types::DirectoryEntryStream>;
         fn sync() -> ();
-        fn create_directory_at(path: String) -> ();
         fn stat() -> types::DescriptorStat;
         fn stat_at(flags: types::PathFlags, path: String) -> types::DescriptorStat;
         fn set_times_at(flags: types::PathFlags, path: String, accessed: types::NewTimestamp, modified: types::NewTimestamp) -> ();
-        fn link_at(flags: types::PathFlags, path: String, to: Descriptor, to_path: String) -> ();
         fn readlink_at(path: String) -> String;
         fn remove_directory_at(path: String) -> ();
         fn rename_at(path: String, to: Descriptor, to_path: String) -> ();
         fn unlink_file_at(path: String) -> ();
         fn metadata_hash() -> types::MetadataHashValue;
         fn metadata_hash_at(flags: types::PathFlags, path: String) -> types::MetadataHashValue;
+    }
+
+    async fn set_size(&mut self, file: Descriptor, size: u64) -> FsResult<()> {
+        self.reserve(size, 0).await?;
+        let Self { wasi, files } = self;
+        Self::in_time(files, wasi.set_size(file, size)).await
+    }
+
+    async fn write(&mut self, file: Descriptor, bytes: Vec<u8>, offset: u64) -> FsResult<u64> {
+        self.reserve(u64::try_from(bytes.len()).unwrap_or(u64::MAX), 0)
+            .await?;
+        let Self { wasi, files } = self;
+        Self::in_time(files, wasi.write(file, bytes, offset)).await
+    }
+
+    async fn create_directory_at(&mut self, directory: Descriptor, path: String) -> FsResult<()> {
+        self.reserve(ENTRY_BYTES, 1).await?;
+        let Self { wasi, files } = self;
+        Self::in_time(files, wasi.create_directory_at(directory, path)).await
+    }
+
+    async fn link_at(
+        &mut self,
+        directory: Descriptor,
+        flags: types::PathFlags,
+        path: String,
+        to: Descriptor,
+        to_path: String,
+    ) -> FsResult<()> {
+        self.reserve(ENTRY_BYTES, 1).await?;
+        let Self { wasi, files } = self;
+        let link = wasi.link_at(directory, flags, path, to, to_path);
+        Self::in_time(files, link).await
     }
 
     async fn open_at(
@@ -125,6 +187,9 @@ impl HostDescriptor for BoundedFiles<'_> {
         flags: types::DescriptorFlags,
     ) -> FsResult<Descriptor> {
         self.check_open()?;
+        if open_flags.contains(types::OpenFlags::CREATE) {
+            self.reserve(ENTRY_BYTES, 1).await?;
+        }
         let Self { wasi, files } = self;
         let open = wasi.open_at(directory, path_flags, path, open_flags, flags);
         Self::in_time(files, open).await
@@ -157,11 +222,7 @@ impl HostDescriptor for BoundedFiles<'_> {
         let (meter, limit) = self.files.of_calls();
         let stream: DynInputStream = Box::new(FileStream {
             stream,
-            patience: Patience {
-                meter,
-                limit,
-                is_over: false,
-            },
+            patience: Patience::new(meter, limit),
             _open: OpenStream::new(self.files.streams()),
         });
         Ok(self.wasi.table.push(stream)?)
@@ -172,11 +233,11 @@ impl HostDescriptor for BoundedFiles<'_> {
         file: Descriptor,
         offset: u64,
     ) -> FsResult<Resource<DynOutputStream>> {
-        self.wasi.write_via_stream(file, offset)
+        self.writer(|wasi| wasi.write_via_stream(file, offset))
     }
 
     fn append_via_stream(&mut self, file: Descriptor) -> FsResult<Resource<DynOutputStream>> {
-        self.wasi.append_via_stream(file)
+        self.writer(|wasi| wasi.append_via_stream(file))
     }
 
     fn drop(&mut self, file: Descriptor) -> wasmtime::Result<()> {
@@ -230,6 +291,14 @@ struct Patience {
 }
 
 impl Patience {
+    fn new(meter: Arc<Meter>, limit: Duration) -> Self {
+        Self {
+            meter,
+            limit,
+            is_over: false,
+        }
+    }
+
     async fn wait<T>(&mut self, call: impl Future<Output = T>) -> StreamResult<T> {
         let late = |timeout: HostCallTimeout| StreamError::Trap(timeout.into());
         let meter = Arc::clone(&self.meter);
@@ -273,6 +342,146 @@ impl InputStream for FileStream {
     }
 }
 
+/// What a stream knows of the room for what it writes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Room {
+    /// As much as was counted.
+    Unknown,
+    /// None was counted: waiting measures.
+    ToMeasure,
+    /// It was just measured.
+    Measured,
+}
+
+/// A file's stream whose bytes count from when they are taken, and whose calls end the guest when
+/// one takes too long.
+struct FileWriter {
+    stream: DynOutputStream,
+    patience: Patience,
+    quota: Arc<Quota>,
+    /// What the stream has taken and not yet written.
+    on_the_way: u64,
+    room: Room,
+    _open: OpenStream,
+}
+
+impl FileWriter {
+    fn no_room(&mut self) -> StreamError {
+        self.quota.refused();
+        self.room = Room::Unknown;
+        // As the file system itself says it, which the guest can ask for as a code.
+        let full = std::io::Error::from_raw_os_error(rustix::io::Errno::NOSPC.raw_os_error());
+        StreamError::LastOperationFailed(full.into())
+    }
+
+    fn has_written(&mut self) {
+        self.quota.written(std::mem::take(&mut self.on_the_way));
+    }
+
+    fn take(&mut self, bytes: u64) -> bool {
+        let has_room = self.quota.write(bytes);
+        if has_room {
+            self.on_the_way += bytes;
+        }
+        has_room
+    }
+}
+
+fn length(bytes: &Bytes) -> u64 {
+    u64::try_from(bytes.len()).unwrap_or(u64::MAX)
+}
+
+#[async_trait]
+impl Pollable for FileWriter {
+    async fn ready(&mut self) {
+        if self.patience.is_over {
+            return;
+        }
+        let Self {
+            stream,
+            quota,
+            patience,
+            room,
+            ..
+        } = self;
+        let waiting = async {
+            stream.ready().await;
+            if *room == Room::ToMeasure {
+                // Where it cannot be told there is no room, which the next look finds.
+                quota.measure().await;
+                *room = Room::Measured;
+            }
+        };
+        if patience.wait(waiting).await.is_ok() {
+            self.has_written();
+        }
+    }
+}
+
+#[async_trait]
+impl OutputStream for FileWriter {
+    fn write(&mut self, bytes: Bytes) -> StreamResult<()> {
+        self.patience.check()?;
+        // Another stream can have taken the room that this one was told of.
+        if !self.take(length(&bytes)) {
+            return Err(self.no_room());
+        }
+        self.room = Room::Unknown;
+        self.stream.write(bytes)
+    }
+
+    async fn blocking_write_and_flush(&mut self, bytes: Bytes) -> StreamResult<()> {
+        self.patience.check()?;
+        let bytes_long = length(&bytes);
+        if !self.take(bytes_long) {
+            let quota = Arc::clone(&self.quota);
+            self.patience.wait(quota.measure()).await?;
+            if !self.take(bytes_long) {
+                return Err(self.no_room());
+            }
+        }
+        let Self {
+            stream, patience, ..
+        } = self;
+        let written = patience
+            .wait(stream.blocking_write_and_flush(bytes))
+            .await?;
+        self.has_written();
+        written
+    }
+
+    fn flush(&mut self) -> StreamResult<()> {
+        self.patience.check()?;
+        self.stream.flush()
+    }
+
+    fn check_write(&mut self) -> StreamResult<usize> {
+        self.patience.check()?;
+        let most = self.stream.check_write()?;
+        if most == 0 {
+            return Ok(0);
+        }
+        match (self.quota.room(), self.room) {
+            (0, Room::Measured) => Err(self.no_room()),
+            (0, _) => {
+                self.room = Room::ToMeasure;
+                Ok(0)
+            }
+            (room, _) => Ok(usize::try_from(room).unwrap_or(usize::MAX).min(most)),
+        }
+    }
+
+    /// Giving a stream back waits for what it still writes.
+    async fn cancel(&mut self) {
+        let Self {
+            stream, patience, ..
+        } = self;
+        if patience.wait(stream.cancel()).await.is_ok() {
+            self.has_written();
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::panic, reason = "a test fails by panicking")]
@@ -303,11 +512,7 @@ mod tests {
     fn stream() -> FileStream {
         FileStream {
             stream: Box::new(Hangs),
-            patience: Patience {
-                meter: Arc::default(),
-                limit: Duration::from_millis(20),
-                is_over: false,
-            },
+            patience: Patience::new(Arc::default(), Duration::from_millis(20)),
             _open: OpenStream::new(Arc::default()),
         }
     }

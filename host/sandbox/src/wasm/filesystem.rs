@@ -9,12 +9,13 @@ use std::{
     fs::File,
     os::{fd::OwnedFd, unix::fs::MetadataExt as _},
     sync::{
-        Arc,
+        Arc, Weak,
         atomic::{AtomicUsize, Ordering},
     },
     time::{Duration, Instant},
 };
 
+use parking_lot::Mutex;
 use rustix::{
     fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, openat, statat},
     io::Errno,
@@ -38,6 +39,7 @@ use super::{
 use crate::limit::Limit;
 
 /// Errors of preview 1, by its numbers.
+const INVAL: i32 = 28;
 const MFILE: i32 = 33;
 const NOSPC: i32 = 51;
 const NOTSUP: i32 = 58;
@@ -49,8 +51,15 @@ const CREATE: i32 = 1;
 /// The streams, which stay what they are: below this, no descriptor is ever a file.
 const FIRST_FILE: i32 = 3;
 
+/// The most that one call reads or writes, in bytes; a longer buffer is filled or written in part.
+/// It stays below what a host call may copy of a guest's memory.
+const TRANSFER_LIMIT: u32 = 512 << 10;
+
+/// Buffers of one call that are looked at: more than any C library passes.
+const MAX_VECTORS: usize = 1024;
+
 /// What a new file or directory is taken to need beyond its content, in bytes.
-const ENTRY_BYTES: u64 = 4096;
+pub(super) const ENTRY_BYTES: u64 = 4096;
 
 /// Most files and directories below the writable ones.
 const MAX_ENTRIES: u64 = 10_000;
@@ -135,19 +144,29 @@ pub(super) struct Files {
     granted: usize,
     /// Streams of files that a component holds.
     streams: Arc<AtomicUsize>,
-    quota: Quota,
+    quota: Arc<Quota>,
     may_link: bool,
     meter: Arc<Meter>,
 }
 
 /// What may lie in the writable directories.
-struct Quota {
+pub(super) struct Quota {
     roots: Vec<Arc<File>>,
     limit: u64,
+    ledger: Mutex<Ledger>,
+    meter: Arc<Meter>,
+}
+
+#[derive(Default)]
+struct Ledger {
     /// At least what lies there: measured, and all that was written since.
     bytes: u64,
     entries: u64,
     measured: Option<Instant>,
+    /// What streams have taken and not yet written.
+    on_the_way: u64,
+    /// Files that the run has had open: one without a name is found nowhere else.
+    open: Vec<Weak<File>>,
 }
 
 impl Files {
@@ -167,15 +186,14 @@ impl Files {
             open_limit: open_limit as usize,
             granted: directories.len(),
             streams: Arc::default(),
-            quota: Quota {
+            quota: Arc::new(Quota {
                 roots: writable
                     .map(|directory| Arc::clone(&directory.file))
                     .collect(),
                 limit: byte_limit,
-                bytes: 0,
-                entries: 0,
-                measured: None,
-            },
+                ledger: Mutex::default(),
+                meter: Arc::clone(&meter),
+            }),
             may_link,
             meter,
         }
@@ -205,54 +223,132 @@ impl Files {
         false
     }
 
+    /// The room in the writable directories, which knows from now on what `table` has open.
+    pub(super) fn quota(&self, table: &mut ResourceTable) -> Arc<Quota> {
+        self.quota.note(table);
+        Arc::clone(&self.quota)
+    }
+
     /// Whether `bytes` and `entries` more may lie in the writable directories; counts them if so.
-    async fn reserve(&mut self, table: &mut ResourceTable, bytes: u64, entries: u64) -> bool {
-        let quota = &mut self.quota;
-        // Without a writable directory the call fails anyway, and says why.
-        if quota.roots.is_empty() {
-            return true;
-        }
-        if quota.measured.is_none() || !quota.has_room(bytes, entries) {
-            if let Some(measured) = quota.measured {
-                tokio::time::sleep(MEASURE_INTERVAL.saturating_sub(measured.elapsed())).await;
-            }
-            // Files that have no name any more are found nowhere else.
-            let unlinked: u64 = descriptors(table)
-                .filter_map(|descriptor| match descriptor {
-                    Descriptor::File(file) => file.file.metadata().ok(),
-                    Descriptor::Dir(_) => None,
-                })
-                .filter(|metadata| metadata.nlink() == 0)
-                .map(|metadata| size_on_disk(metadata.len(), metadata.blocks()))
-                .sum();
-            let roots = quota.roots.clone();
-            let measured = spawn_blocking(move || measure(&roots)).await;
-            let Some((lying, entries)) = measured.ok().flatten() else {
-                self.meter.hit(Limit::DirectoryBytes);
-                return false;
-            };
-            quota.bytes = lying.saturating_add(unlinked);
-            quota.entries = entries;
-            quota.measured = Some(Instant::now());
-        }
-        let has_room = quota.has_room(bytes, entries);
-        if has_room {
-            quota.bytes = quota.bytes.saturating_add(bytes);
-            quota.entries = quota.entries.saturating_add(entries);
-        } else {
-            self.meter.hit(Limit::DirectoryBytes);
-        }
-        self.meter
-            .directory_bytes
-            .store(quota.bytes, Ordering::Relaxed);
-        has_room
+    pub(super) async fn reserve(
+        &self,
+        table: &mut ResourceTable,
+        bytes: u64,
+        entries: u64,
+    ) -> bool {
+        self.quota.note(table);
+        self.quota.reserve(bytes, entries).await
     }
 }
 
 impl Quota {
-    fn has_room(&self, bytes: u64, entries: u64) -> bool {
-        self.bytes.saturating_add(bytes) <= self.limit
-            && self.entries.saturating_add(entries) <= MAX_ENTRIES
+    /// Notes the files that a guest has open.
+    fn note(&self, table: &mut ResourceTable) {
+        if self.roots.is_empty() {
+            return;
+        }
+        let mut ledger = self.ledger.lock();
+        ledger.open.retain(|file| file.strong_count() > 0);
+        for descriptor in descriptors(table) {
+            if let Descriptor::File(file) = descriptor {
+                let file = Arc::downgrade(&file.file);
+                if !ledger.open.iter().any(|known| known.ptr_eq(&file)) {
+                    ledger.open.push(file);
+                }
+            }
+        }
+    }
+
+    /// Bytes that may be written without measuring first.
+    pub(super) fn room(&self) -> u64 {
+        let ledger = self.ledger.lock();
+        match ledger.measured {
+            Some(_) => self.limit.saturating_sub(ledger.bytes),
+            None => 0,
+        }
+    }
+
+    /// Counts, if there is room without measuring first.
+    fn take(&self, bytes: u64, entries: u64) -> bool {
+        let mut ledger = self.ledger.lock();
+        let lying = (
+            ledger.bytes.saturating_add(bytes),
+            ledger.entries.saturating_add(entries),
+        );
+        let has_room = ledger.measured.is_some() && lying.0 <= self.limit && lying.1 <= MAX_ENTRIES;
+        if has_room {
+            (ledger.bytes, ledger.entries) = lying;
+            self.meter.directory_bytes.store(lying.0, Ordering::Relaxed);
+        }
+        has_room
+    }
+
+    /// Whether there is room, which is counted if so; measures where it looks as if there were
+    /// none.
+    pub(super) async fn reserve(&self, bytes: u64, entries: u64) -> bool {
+        // Without a writable directory the call fails anyway, and says why.
+        if self.roots.is_empty() || self.take(bytes, entries) {
+            return true;
+        }
+        let has_room = self.measure().await && self.take(bytes, entries);
+        if !has_room {
+            self.meter.hit(Limit::DirectoryBytes);
+        }
+        has_room
+    }
+
+    /// Finds out what lies there; `false` where that cannot be told.
+    pub(super) async fn measure(&self) -> bool {
+        let measured = self.ledger.lock().measured;
+        if let Some(measured) = measured {
+            tokio::time::sleep(MEASURE_INTERVAL.saturating_sub(measured.elapsed())).await;
+        }
+        let roots = self.roots.clone();
+        let open: Vec<_> = {
+            let ledger = self.ledger.lock();
+            ledger.open.iter().filter_map(Weak::upgrade).collect()
+        };
+        let measured = spawn_blocking(move || {
+            let unlinked: u64 = open
+                .iter()
+                .filter_map(|file| file.metadata().ok())
+                .filter(|metadata| metadata.nlink() == 0)
+                .map(|metadata| size_on_disk(metadata.len(), metadata.blocks()))
+                .sum();
+            let (lying, entries) = measure(&roots)?;
+            Some((lying.saturating_add(unlinked), entries))
+        });
+        let Some((bytes, entries)) = measured.await.ok().flatten() else {
+            return false;
+        };
+        let mut ledger = self.ledger.lock();
+        ledger.bytes = bytes.saturating_add(ledger.on_the_way);
+        ledger.entries = entries;
+        ledger.measured = Some(Instant::now());
+        self.meter
+            .directory_bytes
+            .store(ledger.bytes, Ordering::Relaxed);
+        true
+    }
+
+    /// Takes room for what is about to be written, until [`written`](Self::written).
+    pub(super) fn write(&self, bytes: u64) -> bool {
+        let has_room = self.take(bytes, 0);
+        if has_room {
+            self.ledger.lock().on_the_way += bytes;
+        }
+        has_room
+    }
+
+    /// What was on its way is there, or never will be.
+    pub(super) fn written(&self, bytes: u64) {
+        let mut ledger = self.ledger.lock();
+        ledger.on_the_way = ledger.on_the_way.saturating_sub(bytes);
+    }
+
+    /// Counts that there was no room.
+    pub(super) fn refused(&self) {
+        self.meter.hit(Limit::DirectoryBytes);
     }
 }
 
@@ -332,6 +428,7 @@ fn parts<'a>(
         wasmtime::bail!("it exports no memory");
     };
     let (memory, state) = memory.data_and_store_mut(caller);
+    state.note_stack();
     state.wasi.set_hostcall_fuel(fuel);
     Ok((GuestMemory::Unshared(memory), &mut state.wasi))
 }
@@ -353,26 +450,62 @@ pub(super) async fn in_time<T, E>(
     })
 }
 
-/// The first of a list of buffers that is not empty, which is what one call writes.
-fn first_length(caller: &mut Caller<'_, GuestState>, vectors: i32, count: i32) -> u64 {
-    /// More than any C library passes; a longer list of empty buffers is not looked through.
-    const MAX_VECTORS: usize = 1024;
-    let Some(Extern::Memory(memory)) = caller.get_export("memory") else {
-        return 0;
-    };
-    let bytes = memory.data(&*caller);
-    let vectors = usize::try_from(vectors.cast_unsigned()).unwrap_or(usize::MAX);
-    let count = usize::try_from(count.cast_unsigned()).unwrap_or(usize::MAX);
-    let lengths = bytes
-        .get(vectors..)
-        .unwrap_or_default()
+/// Where in the guest's memory the length stands of the first of a list of buffers that is not
+/// empty, which is the one that a call works on, and that length.
+fn first_buffer(memory: &[u8], vectors: i32, count: i32) -> Option<(usize, u32)> {
+    let vectors = usize::try_from(vectors.cast_unsigned()).ok()?;
+    let count = usize::try_from(count.cast_unsigned()).ok()?;
+    let (at, bytes) = memory
+        .get(vectors..)?
         .chunks_exact(8)
         .take(count.min(MAX_VECTORS))
-        .filter_map(|vector| Some(u32::from_le_bytes(vector.get(4..)?.try_into().ok()?)));
-    match lengths.clone().find(|length| *length > 0) {
-        Some(length) => length.into(),
-        None if count > MAX_VECTORS => u32::MAX.into(),
-        None => 0,
+        .enumerate()
+        .find_map(|(place, vector)| {
+            let length = u32::from_le_bytes(vector.get(4..)?.try_into().ok()?);
+            (length > 0).then_some((vectors + place * 8 + 4, length))
+        })?;
+    Some((at, bytes))
+}
+
+/// The length of a buffer that a call sees shortened.
+struct Shortened {
+    at: usize,
+    length: u32,
+}
+
+/// The guest's memory; none of a module that exports none, whose call then fails.
+fn memory_of<'a>(caller: &'a mut Caller<'_, GuestState>) -> &'a mut [u8] {
+    match caller.get_export("memory") {
+        Some(Extern::Memory(memory)) => memory.data_mut(caller),
+        _ => &mut [],
+    }
+}
+
+/// Shortens the buffer that a call is to work on to [`TRANSFER_LIMIT`], so that what it copies is
+/// bounded: it may always do less than it was asked for. Returns the length that the call
+/// transfers at most, and what to put back after it.
+fn shorten(memory: &mut [u8], vectors: i32, count: i32) -> (u64, Option<Shortened>) {
+    let Some((at, length)) = first_buffer(memory, vectors, count) else {
+        return (0, None);
+    };
+    if length <= TRANSFER_LIMIT {
+        return (length.into(), None);
+    }
+    if let Some(place) = memory.get_mut(at..at + 4) {
+        place.copy_from_slice(&TRANSFER_LIMIT.to_le_bytes());
+    }
+    (TRANSFER_LIMIT.into(), Some(Shortened { at, length }))
+}
+
+impl Shortened {
+    fn put_back(self, memory: &mut [u8]) {
+        let end = self.at.saturating_add(4);
+        // Where the call read something to this place, that stays.
+        if let Some(place) = memory.get_mut(self.at..end)
+            && *place == TRANSFER_LIMIT.to_le_bytes()
+        {
+            place.copy_from_slice(&self.length.to_le_bytes());
+        }
     }
 }
 
@@ -414,6 +547,49 @@ macro_rules! define {
     )*};
 }
 
+/// Defines preview 1's calls that read and write. Those of the streams take the time that they
+/// take: waiting for the end of the input is how a guest waits to be stopped, and the log has a
+/// rate of its own, which a guest that is ahead of it waits for.
+macro_rules! define_transfers {
+    ($linker:ident: $(fn $name:ident($file:ident, $vectors:ident, $count:ident $(, $arg:ident: $type:ty)*) writes $writes:literal;)*) => {$(
+        $linker.func_wrap_async(
+            PREVIEW1,
+            stringify!($name),
+            |mut caller: Caller<'_, GuestState>, ($file, $vectors, $count, $($arg,)*): (i32, i32, i32, $($type,)*)| {
+                Box::new(async move {
+                    let is_stream = $file.cast_unsigned() < FIRST_FILE.cast_unsigned();
+                    // A list that is not looked through is one that is refused.
+                    if $count.cast_unsigned() as usize > MAX_VECTORS {
+                        return Ok(INVAL);
+                    }
+                    let (length, shortened) = shorten(memory_of(&mut caller), $vectors, $count);
+                    let refused = match $writes && !is_stream {
+                        // Beyond the end of a file, the hole before it counts once it is measured.
+                        true => reserved(&mut caller, length, 0).await?,
+                        false => None,
+                    };
+                    let answer = match refused {
+                        Some(answer) => answer,
+                        None => {
+                            let (meter, limit) = caller.data().files.of_calls();
+                            let (mut memory, wasi) = parts(&mut caller)?;
+                            let call = preview1::$name(wasi, &mut memory, $file, $vectors, $count $(, $arg)*);
+                            match is_stream {
+                                true => call.await?,
+                                false => in_time(meter, limit, call, wasmtime::Error::from).await?,
+                            }
+                        }
+                    };
+                    if let Some(shortened) = shortened {
+                        shortened.put_back(memory_of(&mut caller));
+                    }
+                    Ok(answer)
+                })
+            },
+        )?;
+    )*};
+}
+
 /// Puts the bounded calls in the place of the unbounded ones.
 pub(super) fn add_to_linker(linker: &mut Linker<GuestState>) -> wasmtime::Result<()> {
     linker.allow_shadowing(true);
@@ -442,11 +618,6 @@ pub(super) fn add_to_linker(linker: &mut Linker<GuestState>) -> wasmtime::Result
         fn fd_filestat_set_size(caller, file: i32, size: i64) {
             reserved(&mut caller, size.cast_unsigned(), 0).await?
         }
-        fn fd_pwrite(caller, file: i32, vectors: i32, count: i32, offset: i64, out: i32) {
-            let length = first_length(&mut caller, vectors, count);
-            // Beyond the end of a file, the hole before it counts too once it is measured.
-            reserved(&mut caller, length, 0).await?
-        }
         fn path_filestat_get(caller, dir: i32, lookup: i32, path: i32, length: i32, out: i32) { None }
         fn path_filestat_set_times(caller, dir: i32, lookup: i32, path: i32, length: i32, accessed: i64, modified: i64, flags: i32) { None }
         fn path_readlink(caller, dir: i32, path: i32, length: i32, buffer: i32, size: i32, out: i32) { None }
@@ -458,7 +629,6 @@ pub(super) fn add_to_linker(linker: &mut Linker<GuestState>) -> wasmtime::Result
         fn fd_sync(caller, file: i32) { None }
         fn fd_filestat_get(caller, file: i32, out: i32) { None }
         fn fd_filestat_set_times(caller, file: i32, accessed: i64, modified: i64, flags: i32) { None }
-        fn fd_pread(caller, file: i32, vectors: i32, count: i32, offset: i64, out: i32) { None }
         fn fd_readdir(caller, dir: i32, buffer: i32, size: i32, cookie: i64, out: i32) { None }
         // Closing a stream or putting a file in its place would make it a file below
         // `FIRST_FILE`, or a file one of the streams, whose calls may wait for ever.
@@ -471,47 +641,12 @@ pub(super) fn add_to_linker(linker: &mut Linker<GuestState>) -> wasmtime::Result
             (from.cast_unsigned() < FIRST_FILE.cast_unsigned() || to.cast_unsigned() < FIRST_FILE.cast_unsigned()).then_some(NOTSUP)
         }
     }
-    linker.func_wrap_async(
-        PREVIEW1,
-        "fd_read",
-        |mut caller: Caller<'_, GuestState>, (file, vectors, count, out): (i32, i32, i32, i32)| {
-            Box::new(async move {
-                let (meter, limit) = caller.data().files.of_calls();
-                let (mut memory, wasi) = parts(&mut caller)?;
-                let read = preview1::fd_read(wasi, &mut memory, file, vectors, count, out);
-                // Waiting for the end of the input is how a guest waits to be stopped.
-                if file.cast_unsigned() < FIRST_FILE.cast_unsigned() {
-                    read.await
-                } else {
-                    in_time(meter, limit, read, wasmtime::Error::from).await
-                }
-            })
-        },
-    )?;
-    linker.func_wrap_async(
-        PREVIEW1,
-        "fd_write",
-        |mut caller: Caller<'_, GuestState>, (file, vectors, count, out): (i32, i32, i32, i32)| {
-            Box::new(async move {
-                let is_stream = file.cast_unsigned() < FIRST_FILE.cast_unsigned();
-                if !is_stream {
-                    let length = first_length(&mut caller, vectors, count);
-                    if let Some(answer) = reserved(&mut caller, length, 0).await? {
-                        return Ok(answer);
-                    }
-                }
-                let (meter, limit) = caller.data().files.of_calls();
-                let (mut memory, wasi) = parts(&mut caller)?;
-                let write = preview1::fd_write(wasi, &mut memory, file, vectors, count, out);
-                // The log has a rate of its own, and a guest that is ahead of it waits.
-                if is_stream {
-                    write.await
-                } else {
-                    in_time(meter, limit, write, wasmtime::Error::from).await
-                }
-            })
-        },
-    )?;
+    define_transfers! { linker:
+        fn fd_read(file, vectors, count, out: i32) writes false;
+        fn fd_pread(file, vectors, count, offset: i64, out: i32) writes false;
+        fn fd_write(file, vectors, count, out: i32) writes true;
+        fn fd_pwrite(file, vectors, count, offset: i64, out: i32) writes true;
+    }
     linker.allow_shadowing(false);
     Ok(())
 }

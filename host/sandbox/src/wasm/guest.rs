@@ -3,9 +3,10 @@
 use std::{
     os::fd::AsRawFd as _,
     sync::{
-        Arc,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        Arc, OnceLock,
+        atomic::{AtomicU64, AtomicUsize, Ordering},
     },
+    time::{Duration, Instant},
 };
 
 use wasmtime::{
@@ -18,7 +19,7 @@ use wasmtime_wasi::{
 };
 
 use super::{
-    Access, Directory, GuestOutput, GuestStream, WasmEnd, WasmLimits, component_files,
+    Access, Directory, GUEST_STACK, GuestOutput, GuestStream, WasmEnd, WasmLimits, component_files,
     filesystem::{self, Files, HostCallTimeout, OpenDirectory},
     handler_clock::HandlerClock,
     imports::{self, Api},
@@ -40,6 +41,9 @@ const RANDOM_LIMIT: u64 = 64 << 10;
 /// How many streams, pollables and the like a guest may hold at once.
 const HANDLE_LIMIT: usize = 256;
 
+/// No stack of a guest is larger, in bytes, that of `prove`'s tests included.
+const STACK_REACH: usize = 64 << 20;
+
 /// What a run has used, as others may read it.
 #[derive(Debug, Default)]
 pub(super) struct Meter {
@@ -55,8 +59,12 @@ pub(super) struct Meter {
     pub(super) open_files_peak: AtomicU64,
     pub(super) directory_bytes: AtomicU64,
     pub(super) environment_bytes: AtomicU64,
-    /// Instantiated, start function and all.
-    pub(super) is_started: AtomicBool,
+    /// The time after the beginning to which what was taken is paid for.
+    pub(super) burst_paid_nanoseconds: AtomicU64,
+    pub(super) call_longest: AtomicU64,
+    pub(super) stack: StackDepth,
+    /// When it was instantiated, start function and all.
+    pub(super) started: OnceLock<Instant>,
     hits: [AtomicU64; Limit::ALL.len()],
 }
 
@@ -68,12 +76,70 @@ impl Meter {
         }
     }
 
+    /// It has started.
+    pub(super) fn has_started(&self) {
+        let _ = self.started.set(Instant::now());
+    }
+
+    /// A handler took so long.
+    pub(super) fn called(&self, took: Duration) {
+        let nanoseconds = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX);
+        self.call_longest.fetch_max(nanoseconds, Ordering::Relaxed);
+    }
+
     pub(super) fn hits(&self) -> LimitHits {
         let mut hits = LimitHits::default();
         for (limit, count) in Limit::ALL.into_iter().zip(&self.hits) {
             hits.add(limit, count.load(Ordering::Relaxed));
         }
         hits
+    }
+}
+
+/// How deep a guest's stack was seen. Host calls run on the stack of the guest that makes them, so
+/// the place of one of their variables tells how much of it is taken.
+#[derive(Debug, Default)]
+pub(super) struct StackDepth {
+    /// The shallowest and the deepest address; 0 where there is none.
+    shallowest: AtomicUsize,
+    deepest: AtomicUsize,
+}
+
+impl StackDepth {
+    /// Looks at the stack of the caller.
+    fn look(&self) {
+        let here = 0_u8;
+        let address = std::ptr::from_ref(std::hint::black_box(&here)).addr();
+        self.note(address);
+    }
+
+    fn note(&self, address: usize) {
+        let shallowest = self.shallowest.load(Ordering::Relaxed);
+        // Far from the others it is no guest's stack, but the thread's own.
+        if shallowest != 0 && shallowest.abs_diff(address) > STACK_REACH {
+            return;
+        }
+        // Only the guests' thread gets here.
+        self.shallowest
+            .store(shallowest.max(address), Ordering::Relaxed);
+        let deepest = self.deepest.load(Ordering::Relaxed);
+        if deepest == 0 || address < deepest {
+            self.deepest.store(address, Ordering::Relaxed);
+        }
+    }
+
+    /// All `bytes` of it were taken, which ended the guest.
+    fn is_full(&self, bytes: usize) {
+        let shallowest = self.shallowest.load(Ordering::Relaxed).max(bytes + 1);
+        self.shallowest.store(shallowest, Ordering::Relaxed);
+        self.deepest.store(shallowest - bytes, Ordering::Relaxed);
+    }
+
+    /// Bytes between the shallowest and the deepest.
+    pub(super) fn deepest(&self) -> u64 {
+        let [shallowest, deepest] =
+            [&self.shallowest, &self.deepest].map(|it| it.load(Ordering::Relaxed));
+        as_u64(shallowest.saturating_sub(deepest))
     }
 }
 
@@ -98,8 +164,16 @@ pub(super) struct GuestState {
     limiter: Limiter,
 }
 
+impl GuestState {
+    /// The limits' side of every call of the host.
+    pub(super) fn note_stack(&self) {
+        self.limiter.meter.stack.look();
+    }
+}
+
 impl WasiView for GuestState {
     fn ctx(&mut self) -> WasiCtxView<'_> {
+        self.note_stack();
         self.wasi.ctx()
     }
 }
@@ -231,7 +305,10 @@ impl ResourceLimiter for Limiter {
 /// WASI preview 1, the functions of `stockade:plugin/v1`, and nothing else.
 pub(super) fn new_linker(engine: &Engine) -> wasmtime::Result<Linker<GuestState>> {
     let mut linker = Linker::new(engine);
-    p1::add_to_linker_async(&mut linker, |state: &mut GuestState| &mut state.wasi)?;
+    p1::add_to_linker_async(&mut linker, |state: &mut GuestState| {
+        state.note_stack();
+        &mut state.wasi
+    })?;
     filesystem::add_to_linker(&mut linker)?;
     imports::add_to_linker(&mut linker)?;
     Ok(linker)
@@ -259,18 +336,6 @@ pub(super) async fn run(code: Code, engine: Engine, invocation: Invocation) -> W
             "its arguments and environment have {size} bytes, of {limit} at most"
         ));
     }
-    // Their calls are not the ones that count what is written.
-    if let Code::Component(_) = code
-        && let Some(directory) = invocation
-            .directories
-            .iter()
-            .find(|directory| directory.access == Access::ReadWrite)
-    {
-        return WasmEnd::Refused(format!(
-            "components get directories for reading only: grant {:?} read-only, or build it for wasm32-wasip1",
-            directory.guest
-        ));
-    }
     let time = invocation.limits.host_call_time;
     let mut store = match filesystem::open(invocation.directories.clone(), time).await {
         Ok(directories) => match new_store(&engine, invocation, directories, &code) {
@@ -288,7 +353,7 @@ pub(super) async fn run(code: Code, engine: Engine, invocation: Invocation) -> W
             };
             match started.await {
                 Ok(start) => {
-                    meter.is_started.store(true, Ordering::Relaxed);
+                    meter.has_started();
                     Ok(start.call_async(&mut store, ()).await.map(Ok))
                 }
                 Err(error) => Err(error),
@@ -307,7 +372,7 @@ pub(super) async fn run(code: Code, engine: Engine, invocation: Invocation) -> W
         }
         Code::Component(command) => match command.instantiate_async(&mut store).await {
             Ok(command) => {
-                meter.is_started.store(true, Ordering::Relaxed);
+                meter.has_started();
                 Ok(command.wasi_cli_run().call_run(&mut store).await)
             }
             Err(error) => Err(error),
@@ -414,7 +479,10 @@ fn new_store(
     store.set_hostcall_fuel(HOSTCALL_FUEL);
     // Giving the thread back each tick is all: the quota is kept around the polls.
     store.set_epoch_deadline(1);
-    store.epoch_deadline_callback(|_| Ok(UpdateDeadline::Yield(1)));
+    store.epoch_deadline_callback(|store| {
+        store.data().note_stack();
+        Ok(UpdateDeadline::Yield(1))
+    });
     Ok(store)
 }
 
@@ -434,6 +502,7 @@ fn judge(error: &wasmtime::Error, refused: Option<String>, meter: &Meter) -> Was
         (Some(trap), _) => {
             if *trap == Trap::StackOverflow {
                 meter.hit(Limit::Stack);
+                meter.stack.is_full(GUEST_STACK);
             }
             WasmEnd::Trapped(trap.to_string())
         }

@@ -22,8 +22,9 @@ impl HandlerClock {
         self.0.send_replace(Some((handler, deadline)));
     }
 
-    pub(super) fn stop(&self) {
-        self.0.send_replace(None);
+    /// Stops, with the time that was left.
+    pub(super) fn stop(&self) -> Option<Duration> {
+        self.pause().map(|(_, left)| left)
     }
 
     /// Stops while the guest waits for others; [`go_on`](Self::go_on) takes what is returned.

@@ -188,6 +188,7 @@ struct Call<'a> {
 impl<'a> Call<'a> {
     fn new(caller: &'a mut Caller<'_, GuestState>) -> Self {
         caller.data().api.access.tally.called();
+        caller.data().note_stack();
         if caller.data().api.memory.is_none()
             && let Some(Extern::Memory(memory)) = caller.get_export("memory")
         {
@@ -325,6 +326,7 @@ fn add_simple(linker: &mut Linker<GuestState>) -> wasmtime::Result<()> {
         "clock_ms",
         |caller: Caller<'_, GuestState>| -> i64 {
             caller.data().api.access.tally.called();
+            caller.data().note_stack();
             let since_epoch = SystemTime::now()
                 .duration_since(UNIX_EPOCH)
                 .unwrap_or_default();
@@ -767,17 +769,20 @@ async fn subscribe(api: &mut Api, wanted: Result<Subscription, Refusal>) -> Answ
     let events = api.access.inbox.events_in();
     // On the server's runtime, so that no lock of the data path is held at a guest's priority.
     if let Some(runtime) = &api.access.counter.runtime {
+        let (tally, backlog) = (Arc::clone(&api.access.tally), source.backlog());
+        tally.subscribed(backlog.clone());
         runtime.spawn(async move {
             loop {
                 let batch = tokio::select! {
                     batch = source.next() => batch,
-                    () = events.closed() => return,
+                    () = events.closed() => None,
                 };
-                let Some(batch) = batch else { return };
+                let Some(batch) = batch else { break };
                 if events.send(batch).await.is_err() {
-                    return;
+                    break;
                 }
             }
+            tally.unsubscribed(&backlog);
         });
     }
     encode(&serde_json::json!({"cursor": cursor}))

@@ -43,13 +43,16 @@ pub struct ModuleFacts {
     pub bytes: u64,
     /// Functions it defines, over all modules inside it.
     pub functions: u64,
+    /// Instances of core modules that a run makes: one of a core module; of a component all that are
+    /// instantiated in it, those of a component inside it once.
+    pub instances: u64,
     /// What it imports: of a core module the module and field, of a component the instance and
     /// an empty text.
     pub imports: Vec<(String, String)>,
     /// What it exports.
     pub exports: Vec<String>,
     /// Names imported and exported, over all modules inside it.
-    names: u64,
+    pub names: u64,
 }
 
 /// Refuses what is too big to compile and what is no module; text passes unparsed.
@@ -125,6 +128,14 @@ fn read(binary: &[u8], most_names: u64, facts: &mut ModuleFacts) -> wasmparser::
         match payload? {
             Payload::Version { encoding, .. } if depth == 0 => {
                 facts.is_component = encoding == wasmparser::Encoding::Component;
+                facts.instances = u64::from(!facts.is_component);
+            }
+            Payload::InstanceSection(section) => {
+                for instance in section {
+                    if let wasmparser::Instance::Instantiate { .. } = instance? {
+                        facts.instances = facts.instances.saturating_add(1);
+                    }
+                }
             }
             Payload::ModuleSection { .. } | Payload::ComponentSection { .. } => depth += 1,
             Payload::End(_) => depth = depth.saturating_sub(1),
@@ -262,8 +273,11 @@ mod tests {
         );
         assert!(!facts.is_component);
 
-        let component = b"(component (import \"wasi:cli/stdin@0.2.0\" (instance)) (core module (func) (func (export \"x\"))))";
+        assert_eq!(facts.instances, 1);
+
+        let component = b"(component (import \"wasi:cli/stdin@0.2.0\" (instance)) (core module $m (func) (func (export \"x\"))) (core instance $i (instantiate $m)) (core instance (instantiate $m)) (core instance (export \"y\" (func $i \"x\"))))";
         let facts = inspect("x", component).unwrap();
+        assert_eq!(facts.instances, 2);
         assert_eq!(facts.imports, [pair("wasi:cli/stdin@0.2.0", "")]);
         assert_eq!((facts.is_component, facts.functions), (true, 2));
         assert!(facts.exports.is_empty());

@@ -115,8 +115,8 @@ pub struct Launch {
     pub output: Arc<dyn GuestOutput>,
     /// Cancelled, the guest's stdin reaches its end, and it may go on for as long as it wants.
     pub stop: CancellationToken,
-    /// Cancelled, it ends at its next turn, within 20 ms where it shares the thread with no
-    /// more than three busy guests.
+    /// Cancelled, it ends when the turn is over that is under way, of whichever guest: after 5 ms,
+    /// where the turn is not in a call that cannot be interrupted.
     pub kill: CancellationToken,
 }
 

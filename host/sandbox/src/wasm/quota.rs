@@ -11,38 +11,31 @@ use std::{
 use rustix::time::{ClockId, clock_gettime};
 use tokio::time::{Instant, Sleep, sleep_until};
 
-use super::{engine::TICK, guest::Meter, launch::WasmLimits};
+use super::{guest::Meter, launch::WasmLimits, turns::Ticket};
 use crate::limit::Limit;
 
-/// The weight that earns a whole turn with each round of the guests; others need several.
-const FULL_WEIGHT: u32 = 1000;
-
-/// Turns by weight, as deficit round robin gives them: each round earns a guest a part of a
-/// turn, and it runs when it has paid for its last one. Alone, it goes through the rounds
-/// without anything between them.
-struct Turns {
-    quantum: Duration,
-    owed: Duration,
+/// What a guest may take at once.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Burst {
+    burst: Duration,
+    percent: u32,
+    began: std::time::Instant,
 }
 
-impl Turns {
-    fn new(weight: u32) -> Self {
+impl Burst {
+    /// For a run that began then.
+    pub(super) fn new(limits: &WasmLimits, began: std::time::Instant) -> Self {
         Self {
-            quantum: TICK * weight.clamp(1, FULL_WEIGHT) / FULL_WEIGHT,
-            owed: Duration::ZERO,
+            burst: limits.cpu_burst,
+            percent: limits.cpu_percent.clamp(1, 100),
+            began,
         }
     }
 
-    /// Whether this round's turn is the guest's.
-    fn is_due(&mut self) -> bool {
-        self.owed = self.owed.saturating_sub(self.quantum);
-        self.owed.is_zero()
-    }
-
-    fn took(&mut self, time: Duration) {
-        // A call that could not be interrupted is paid for by a few turns, not by hundreds:
-        // the quota sees to the rest.
-        self.owed = (self.owed + time).min(TICK * 4);
+    /// What is not there of it now, where all before `paid` after the beginning is paid for.
+    pub(super) fn taken(&self, paid: Duration) -> Duration {
+        let idle = self.began.elapsed().saturating_sub(paid);
+        self.burst.saturating_sub(idle * self.percent / 100)
     }
 }
 
@@ -53,28 +46,39 @@ impl Turns {
 /// after the same rule: a start function that loops is in debt like any other.
 pub(super) struct Metered<F> {
     guest: Pin<Box<F>>,
+    began: Instant,
     /// When what was taken so far is paid for.
     paid: Instant,
+    /// The whole burst was there, and has not been used up since.
+    had_burst: bool,
     debt: Pin<Box<Sleep>>,
     in_debt: bool,
     percent: u32,
     burst: Duration,
-    turns: Turns,
+    turn: Ticket,
     meter: Arc<Meter>,
 }
 
 impl<F: Future> Metered<F> {
-    /// Holds `guest` to the processor time of `limits`, and counts it.
-    pub(super) fn new(guest: F, limits: &WasmLimits, meter: Arc<Meter>) -> Self {
-        let now = Instant::now();
+    /// Holds `guest` to the processor time of `limits` and to its turns, and counts it.
+    pub(super) fn new(
+        guest: F,
+        limits: &WasmLimits,
+        began: std::time::Instant,
+        turn: Ticket,
+        meter: Arc<Meter>,
+    ) -> Self {
+        let now = Instant::from_std(began);
         Self {
             guest: Box::pin(guest),
+            began: now,
             paid: now,
+            had_burst: false,
             debt: Box::pin(sleep_until(now)),
             in_debt: false,
             percent: limits.cpu_percent.clamp(1, 100),
             burst: limits.cpu_burst,
-            turns: Turns::new(limits.cpu_weight),
+            turn,
             meter,
         }
     }
@@ -89,14 +93,11 @@ impl<F: Future> Future for Metered<F> {
             ready!(this.debt.as_mut().poll(context));
             this.in_debt = false;
         }
-        if !this.turns.is_due() {
-            context.waker().wake_by_ref();
-            return Poll::Pending;
-        }
+        ready!(this.turn.poll_turn(context));
         let before = thread_time();
         let outcome = this.guest.as_mut().poll(context);
         let own = thread_time().saturating_sub(before);
-        this.turns.took(own);
+        this.turn.give_back(own);
         // What other threads did for it is its own too.
         let charged = this.meter.charged_nanoseconds.swap(0, Ordering::Relaxed);
         let took = own + Duration::from_nanos(charged);
@@ -105,9 +106,19 @@ impl<F: Future> Future for Metered<F> {
             Ordering::Relaxed,
         );
         let now = Instant::now();
+        let whole_burst = this.burst * 100 / this.percent;
+        this.had_burst |= now.saturating_duration_since(this.paid) >= whole_burst;
         this.paid = pay(now, this.paid, took, this.percent, this.burst);
+        let paid = this.paid.saturating_duration_since(this.began);
+        this.meter.burst_paid_nanoseconds.store(
+            u64::try_from(paid.as_nanos()).unwrap_or(u64::MAX),
+            Ordering::Relaxed,
+        );
         if this.paid > now && outcome.is_pending() {
             this.meter.hit(Limit::Cpu);
+            if std::mem::take(&mut this.had_burst) {
+                this.meter.hit(Limit::CpuBurst);
+            }
             this.debt.as_mut().reset(this.paid);
             this.in_debt = true;
             // Whatever woke the guest by then, its poll comes after the sleep; the sleep's own
@@ -166,26 +177,5 @@ mod tests {
         // At a tenth, the same 50 ms of processor time are earned in half a second.
         let paid = pay(later, start, took, 10, BURST);
         assert_eq!(paid, later - 10 * BURST + 10 * took);
-    }
-
-    #[test]
-    fn turns_go_by_weight_and_a_lone_guest_waits_for_nobody() {
-        let mut guests = [
-            (Turns::new(100), 0),
-            (Turns::new(300), 0),
-            (Turns::new(1000), 0),
-        ];
-        for _round in 0..10_000 {
-            for (turns, count) in &mut guests {
-                if turns.is_due() {
-                    *count += 1;
-                    turns.took(TICK);
-                }
-            }
-        }
-        let [light, middle, heavy] = guests.map(|(_, count)| count);
-        assert!((999..=1001).contains(&light), "{light}");
-        assert!((2499..=3001).contains(&middle), "{middle}");
-        assert!((9999..=10_000).contains(&heavy), "{heavy}");
     }
 }

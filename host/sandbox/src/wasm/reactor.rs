@@ -1,6 +1,6 @@
 //! Modules that are called rather than run: a handler for each message, asleep in between.
 
-use std::{collections::BTreeMap, sync::atomic::Ordering};
+use std::collections::BTreeMap;
 
 use tokio::time::Instant;
 use wasmtime::{Instance, Store, TypedFunc};
@@ -43,7 +43,7 @@ pub(super) async fn serve(
     deliver(store, &handlers, start).await?;
     // Starting is over, and its time.
     let meter = store.data_mut().api.meter();
-    meter.is_started.store(true, Ordering::Relaxed);
+    meter.has_started();
     loop {
         let api = &mut store.data_mut().api;
         let incoming = api.access.inbox.next().await;
@@ -86,7 +86,9 @@ async fn deliver(
         meter.handler_clock.start(handler, Instant::now() + time);
     }
     let outcome = function.call_async(&mut *store, length).await;
-    meter.handler_clock.stop();
+    if let Some(left) = meter.handler_clock.stop() {
+        meter.called(time.saturating_sub(left));
+    }
     let api = &mut store.data_mut().api;
     let message = api.current.take();
     let code = match outcome {

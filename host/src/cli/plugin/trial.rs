@@ -15,9 +15,9 @@ use stockade_sandbox::{
     Contract, LogLine, NativeConfig, PluginState, PluginStatus, Services, Supervisor,
     SupervisorConfig,
     host_api::{
-        CacheChange, CacheEvent, CacheOperation, CacheRequest, CacheStats, CacheWork, Code,
-        EventBatch, EventKind, EventSource, KeyFacts, KeysPage, KeysQuery, Pending, PluginHost,
-        PluginRun, Refusal, Subscription, Witness,
+        Backlog, CacheChange, CacheEvent, CacheOperation, CacheRequest, CacheStats, CacheWork,
+        Code, EventBatch, EventKind, EventSource, KeyFacts, KeysPage, KeysQuery, Pending,
+        PluginHost, PluginRun, Refusal, Subscription, Witness,
     },
 };
 use tokio::sync::mpsc;
@@ -71,6 +71,11 @@ struct Events {
 }
 
 impl EventSource for Events {
+    /// What is made up is made when it is asked for.
+    fn backlog(&self) -> Backlog {
+        Backlog::new(|| 0)
+    }
+
     fn next(&mut self) -> Pending<'_, Option<EventBatch>> {
         Box::pin(async move {
             let events = self.batches.recv().await?;
