@@ -1,11 +1,11 @@
 //! What sleeping plugins cost: memory and threads of 1 to 10 000 of them, how soon one prints its
 //! first line and how soon an endless loop is gone, beside `python3` and `bash` children.
 //!
-//! `cargo run --release -p stockade-sandbox --example density -- [GUEST.wasm[=COUNT]...]`; guests
-//! that are named are measured too, 1 and COUNT of each, 500 where that is left out. The one in
-//! Go is made by `plugin-sdk/toolchain.sh go && plugin-sdk/build.sh examples/mp-heartbeat-go`:
+//! `cargo run --release -p stockade-sandbox --example density -- [--short] [GUEST.wasm[=COUNT]...]`;
+//! guests that are named are measured too, 1 and COUNT of each, 500 where that is left out. The one
+//! in Go is made by `plugin-sdk/toolchain.sh go && plugin-sdk/build.sh examples/mp-heartbeat-go`:
 //! `target/plugins/mp_heartbeat_go.wasm=500`. With more instances than the process may have maps
-//! for, it shows how the next one is refused.
+//! for, it shows how the next one is refused. `--short` is to see that it works.
 #![allow(
     clippy::print_stdout,
     clippy::unwrap_used,
@@ -217,62 +217,205 @@ async fn kill(runtime: &WasmRuntime, module: &WasmModule, neighbours: usize, rou
     );
 }
 
+/// One part of the measurement, in a process of its own: memory that an earlier part has freed
+/// would hide what the next one takes.
+#[derive(Clone)]
+enum Part {
+    /// Compiles a guest into the cache.
+    Compile { guest: String },
+    /// From spawn to the first line.
+    FirstLine { guest: String, rounds: usize },
+    /// From kill to the end.
+    Kill { neighbours: usize, rounds: usize },
+    /// Numbers of sleepers.
+    Sleep { guest: String, counts: Vec<usize> },
+    /// Processes beside which all this stands.
+    Children { program: String, count: usize },
+}
+
+impl Part {
+    /// As arguments of the process that does it.
+    fn arguments(&self) -> Vec<String> {
+        let numbers = |numbers: &[usize]| {
+            let numbers: Vec<_> = numbers.iter().map(usize::to_string).collect();
+            numbers.join(",")
+        };
+        match self {
+            Self::Compile { guest } => vec!["compile".into(), guest.clone(), String::new()],
+            Self::FirstLine { guest, rounds } => {
+                vec!["first-line".into(), guest.clone(), numbers(&[*rounds])]
+            }
+            Self::Kill { neighbours, rounds } => {
+                vec![
+                    "kill".into(),
+                    "spinner".into(),
+                    numbers(&[*neighbours, *rounds]),
+                ]
+            }
+            Self::Sleep { guest, counts } => vec!["sleep".into(), guest.clone(), numbers(counts)],
+            Self::Children { program, count } => {
+                vec!["children".into(), program.clone(), numbers(&[*count])]
+            }
+        }
+    }
+
+    fn from_arguments(kind: &str, subject: &str, numbers: &str) -> Self {
+        let subject = subject.to_owned();
+        let mut numbers: Vec<usize> = numbers
+            .split(',')
+            .filter_map(|number| number.parse().ok())
+            .collect();
+        let mut next = || numbers.pop().expect("a number");
+        match kind {
+            "compile" => Self::Compile { guest: subject },
+            "first-line" => Self::FirstLine {
+                guest: subject,
+                rounds: next(),
+            },
+            "kill" => {
+                let rounds = next();
+                Self::Kill {
+                    neighbours: next(),
+                    rounds,
+                }
+            }
+            "children" => Self::Children {
+                program: subject,
+                count: next(),
+            },
+            _ => Self::Sleep {
+                guest: subject,
+                counts: numbers,
+            },
+        }
+    }
+
+    async fn measure(self, cache: &Path) {
+        if let Self::Children { program, count } = &self {
+            return match program.as_str() {
+                "bash" => children(
+                    "bash",
+                    &["-c", "echo x; read -t 600 < <(:) ; sleep 600"],
+                    *count,
+                ),
+                program => children(
+                    program,
+                    &["-c", "print('x', flush=True); import time; time.sleep(600)"],
+                    *count,
+                ),
+            };
+        }
+        let runtime = WasmRuntime::start(WasmConfig {
+            cache_dir: cache.to_owned(),
+            compiler: Compiler::InProcess,
+            compile_limits: CompileLimits::default(),
+            form: ModuleForm::default(),
+            network: Arc::default(),
+            stack_bytes: GUEST_STACK,
+        })
+        .expect("a runtime");
+        let prepare = |guest: &str| {
+            let bytes = match guest {
+                "sleeper" => SLEEPER.as_bytes().to_vec(),
+                "hello" => HELLO.as_bytes().to_vec(),
+                "spinner" => SPINNER.as_bytes().to_vec(),
+                path => fs::read(path).expect(path),
+            };
+            runtime.prepare(guest, &bytes).expect(guest)
+        };
+        let name = |guest: &str| {
+            let stem = Path::new(guest).file_stem();
+            stem.map_or_else(String::new, |it| it.to_string_lossy().into())
+        };
+        match self {
+            Self::Compile { guest } => drop(prepare(&guest)),
+            Self::FirstLine { guest, rounds } => {
+                first_line(&runtime, &name(&guest), &prepare(&guest), rounds).await;
+            }
+            Self::Kill { neighbours, rounds } => {
+                kill(&runtime, &prepare("spinner"), neighbours, rounds).await;
+            }
+            Self::Sleep { guest, counts } => {
+                sleepers(&runtime, &name(&guest), &prepare(&guest), &counts).await;
+            }
+            Self::Children { .. } => {}
+        }
+    }
+}
+
+fn parts(guests: &[(String, usize)], is_short: bool) -> Vec<Part> {
+    let many = |long: usize, short: usize| if is_short { short } else { long };
+    let sleeper_counts = if is_short {
+        vec![1, 100]
+    } else {
+        vec![1, 100, 1000, 10_000, 12_000]
+    };
+    let own = ["sleeper", "hello", "spinner"].map(str::to_owned);
+    let all = own.iter().chain(guests.iter().map(|(guest, _)| guest));
+    let mut parts: Vec<_> = all.cloned().map(|guest| Part::Compile { guest }).collect();
+    parts.push(Part::FirstLine {
+        guest: "hello".into(),
+        rounds: many(1000, 20),
+    });
+    for program in ["bash", "python3"] {
+        parts.push(Part::Children {
+            program: program.into(),
+            count: many(20, 3),
+        });
+    }
+    for neighbours in [0, 3, 50] {
+        parts.push(Part::Kill {
+            neighbours,
+            rounds: many(500, 20),
+        });
+    }
+    parts.push(Part::Sleep {
+        guest: "sleeper".into(),
+        counts: sleeper_counts,
+    });
+    for (guest, count) in guests {
+        parts.push(Part::FirstLine {
+            guest: guest.clone(),
+            rounds: many(100, 3),
+        });
+        parts.push(Part::Sleep {
+            guest: guest.clone(),
+            counts: vec![1, many(*count, 3)],
+        });
+    }
+    parts
+}
+
 #[tokio::main]
 async fn main() {
-    let guests: Vec<(String, usize)> = std::env::args()
-        .skip(1)
+    let mut arguments: Vec<String> = std::env::args().skip(1).collect();
+    if let [part, cache, kind, subject, numbers] = arguments.as_slice()
+        && part == "--part"
+    {
+        let part = Part::from_arguments(kind, subject, numbers);
+        return part.measure(Path::new(cache)).await;
+    }
+    let is_short = arguments.iter().any(|it| it == "--short");
+    arguments.retain(|it| it != "--short");
+    let guests: Vec<(String, usize)> = arguments
+        .into_iter()
         .map(|argument| match argument.split_once('=') {
             Some((path, count)) => (path.to_owned(), count.parse().expect("a count")),
             None => (argument, 500),
         })
         .collect();
+    println!("budgets: first line 1 ms p50, 64 KiB each at 1 000 and 10 000, gone after 20 ms");
     let cache = std::env::temp_dir().join(format!("stockade-density-{}", std::process::id()));
-    let runtime = WasmRuntime::start(WasmConfig {
-        cache_dir: cache.clone(),
-        compiler: Compiler::InProcess,
-        compile_limits: CompileLimits::default(),
-        form: ModuleForm::default(),
-        network: Arc::default(),
-        stack_bytes: GUEST_STACK,
-    })
-    .expect("a runtime");
-    let prepare = |name: &str, bytes: &[u8]| runtime.prepare(name, bytes).expect(name);
-    let (sleeper, hello, spinner) = (
-        prepare("sleeper", SLEEPER.as_bytes()),
-        prepare("hello", HELLO.as_bytes()),
-        prepare("endless loop", SPINNER.as_bytes()),
-    );
-    first_line(&runtime, "wat guest", &hello, 200).await;
-    kill(&runtime, &spinner, 0, 200).await;
-    kill(&runtime, &spinner, 3, 200).await;
-    kill(&runtime, &spinner, 50, 50).await;
-    children(
-        "python3",
-        &["-c", "print('x', flush=True); import time; time.sleep(600)"],
-        10,
-    );
-    children(
-        "bash",
-        &["-c", "echo x; read -t 600 < <(:) ; sleep 600"],
-        10,
-    );
-    // Before the larger guests, whose freed memory would hide theirs.
-    sleepers(
-        &runtime,
-        "wat guest",
-        &sleeper,
-        &[1, 100, 1000, 10_000, 12_000],
-    )
-    .await;
-    for (path, count) in &guests {
-        let bytes = fs::read(path).expect("the guest can be read");
-        let name = Path::new(path)
-            .file_stem()
-            .map_or_else(String::new, |it| it.to_string_lossy().into());
-        let module = prepare(&name, &bytes);
-        first_line(&runtime, &name, &module, 100).await;
-        sleepers(&runtime, &name, &module, &[1, *count]).await;
+    let program = std::env::current_exe().expect("this program");
+    let mut has_failed = false;
+    for part in parts(&guests, is_short) {
+        let done = Command::new(&program)
+            .arg("--part")
+            .arg(&cache)
+            .args(part.arguments())
+            .status();
+        has_failed |= !done.is_ok_and(|status| status.success());
     }
-    drop(runtime);
     let _ = fs::remove_dir_all(cache);
+    assert!(!has_failed, "a part has failed");
 }

@@ -12,8 +12,8 @@ use serde_json::{Value, json};
 use stockade_sandbox::{
     PluginHost,
     host_api::{
-        CacheRequest, CacheStats, CacheWork, Code, EventBatch, EventSource, KeyFacts, KeysPage,
-        KeysQuery, Pending, PluginRun, Refusal, Subscription, TenantStats,
+        Backlog, CacheRequest, CacheStats, CacheWork, Code, EventBatch, EventSource, KeyFacts,
+        KeysPage, KeysQuery, Pending, PluginRun, Refusal, Subscription, TenantStats,
     },
 };
 use tokio::sync::mpsc;
@@ -177,6 +177,11 @@ impl PluginHost for LiveCache {
 struct LiveEvents(mpsc::Receiver<Value>);
 
 impl EventSource for LiveEvents {
+    /// What waits is with the server, which does not tell.
+    fn backlog(&self) -> Backlog {
+        Backlog::new(|| 0)
+    }
+
     fn next(&mut self) -> Pending<'_, Option<EventBatch>> {
         Box::pin(async move {
             let batch = self.0.recv().await?;
