@@ -112,8 +112,10 @@ func Unpin(keys ...string) (Outcome, error) { return cacheRequest("unpin", keys,
 // Evict removes objects that nobody is using. Needs cache = ["evict"].
 func Evict(keys ...string) (Outcome, error) { return cacheRequest("evict", keys, 0) }
 
-// Prefetch asks for objects of the second tier to be loaded. Needs cache = ["prefetch"]. It is
-// Unavailable without a second tier.
+// Prefetch has objects of the second tier loaded, and waits for that: Done counts those that are in
+// memory then. Needs cache = ["prefetch"]. It is Unavailable without a second tier or while its
+// storage fails, and Timeout when it takes longer than host_call_seconds; what has come by then
+// stays.
 func Prefetch(keys ...string) (Outcome, error) { return cacheRequest("prefetch", keys, 0) }
 
 // EventType is a kind of event.

@@ -157,6 +157,22 @@ func TestNothingIsGrantedThatWasNotAskedFor(t *testing.T) {
 	refused(t, err, plugin.Denied, "[[http]]")
 }
 
+func TestAPrefetchFindsWhatTheSecondTierHas(t *testing.T) {
+	host := plugintest.New(t).Grant(plugintest.Prefetch, plugintest.Keys)
+	_, err := plugin.Prefetch("a")
+	refused(t, err, plugin.Unavailable, "SecondTier")
+	host.Keys = []plugin.Key{{Key: "b"}}
+	host.SecondTier = []plugin.Key{{Key: "a"}, {Key: "b"}, {Key: "c"}}
+	outcome, err := plugin.Prefetch("a", "b", "x")
+	if err != nil || outcome.Done != 2 || outcome.Missing != 1 {
+		t.Errorf("%+v, %v", outcome, err)
+	}
+	page, err := plugin.Keys(plugin.KeyQuery{})
+	if err != nil || len(page.Keys) != 2 || page.Keys[0].Key != "a" || page.Keys[1].Key != "b" {
+		t.Errorf("%+v, %v", page, err)
+	}
+}
+
 func TestWithoutADoubleCallsSayWhatIsMissing(t *testing.T) {
 	_, _, err := plugin.GetState("k")
 	refused(t, err, plugin.Unavailable, "plugintest.New")

@@ -3,7 +3,8 @@
 
 use std::{
     fs,
-    io::{BufRead as _, BufReader},
+    io::{BufRead as _, BufReader, Read as _, Write as _},
+    net::TcpListener,
     os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     process::{Command, Stdio},
@@ -244,6 +245,113 @@ fn test_files_say_what_must_come_of_what() {
     }
     folder.write("it.test.toml", good);
     folder.fails(&["test"], "stockade plugin build");
+}
+
+/// State, requests over HTTP and the second tier, each as it happened and in no other way.
+#[test]
+fn test_files_say_what_a_plugin_does_with_its_state_and_over_http() {
+    let folder = Folder::new();
+    let guest = root().join("tests/guests/abi-v1/relays.wat");
+    fs::copy(guest, folder.path("relays.wat")).unwrap();
+    folder.write(
+        "relays.plugin.toml",
+        "calls = true\ncache = ['keys', 'prefetch']\n[limits]\nstate_kib = 1\n",
+    );
+    let good = r#"
+        [cache]
+        second_tier = [{ key = "m@1@0@ff", bytes = 7 }]
+        [[step]]
+        send = "call"
+        method = "relays.x"
+        body = "wvalue"
+        state = ["state_set counter"]
+        calls = []
+        http = []
+        [[step]]
+        send = "call"
+        method = "relays.x"
+        body = "g"
+        reply = "+value"
+        state = ["state_get counter"]
+        [[step]]
+        send = "call"
+        method = "relays.x"
+        body = '''r{"op":"prefetch","keys":["m@1@0@ff","m@1@0@00"]}'''
+        reply = '''+{"done":1,"missing":1,"denied":0}'''
+        calls = ["prefetch"]
+        state = []
+        [[step]]
+        send = "call"
+        method = "relays.x"
+        body = "k{}"
+        reply = '''+{"keys":[{"key":"m@1@0@ff","bytes":7,"idle_ms":null,"pinned":false}],"next":null}'''
+    "#;
+    folder.write("relays.test.toml", good);
+    let text = folder.succeeds(&["test", "--module", "relays.wat"]);
+    assert!(text.contains("4 steps passed"), "{text}");
+    for (from, to, why) in [
+        (
+            "state_set counter",
+            "state_set other",
+            "state has [\"state_set other\"]",
+        ),
+        (
+            "state = []",
+            "state = [\"state_get x\"]",
+            "state has [\"state_get x\"]",
+        ),
+        (
+            "http = []",
+            "http = [\"GET http://h/ 200\"]",
+            "http has [\"GET http://h/ 200\"]",
+        ),
+        ("second_tier =", "keys =", "there is no second tier here"),
+    ] {
+        // What never comes is not waited for longer than this test has patience.
+        let bad = good.replacen("send = \"call\"", "send = \"call\"\nwithin_ms = 300", 3);
+        folder.write("relays.test.toml", bad.replace(from, to));
+        folder.fails(&["test", "--module", "relays.wat"], why);
+    }
+}
+
+#[test]
+fn test_files_say_which_requests_a_plugin_sends() {
+    let folder = Folder::new();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    std::thread::spawn(move || {
+        let (mut peer, _) = listener.accept().unwrap();
+        let mut request = [0; 4096];
+        assert!(peer.read(&mut request).unwrap() > 0);
+        let answer = "HTTP/1.1 204 No Content\r\nConnection: close\r\n\r\n";
+        peer.write_all(answer.as_bytes()).unwrap();
+    });
+    let granted = format!("http://127.0.0.1:{port}/x");
+    for (name, url, outcome) in [
+        ("granted", &*granted, "204"),
+        ("other", "http://h/", "denied"),
+    ] {
+        let request = format!("{{\"method\":\"GET\",\"url\":\"{url}\"}}");
+        let escaped = request.replace('"', "\\22");
+        let module = format!(
+            "(module (import \"stockade:plugin/v1\" \"http_request\"
+                 (func $http (param i32 i32 i32 i32) (result i32)))
+               (memory (export \"memory\") 1) (data (i32.const 0) \"{escaped}\")
+               (func (export \"stockade_start\") (param i32) (result i32)
+                 (drop (call $http (i32.const 0) (i32.const {}) (i32.const 0) (i32.const 0)))
+                 (i32.const 0)))",
+            request.len()
+        );
+        let (module_file, test) = (format!("{name}.wat"), format!("{name}.test.toml"));
+        folder.write(&module_file, module);
+        folder.write(
+            &format!("{name}.plugin.toml"),
+            format!("[[http]]\nhost = \"127.0.0.1\"\nport = {port}\nmethods = [\"GET\"]\n"),
+        );
+        let step = format!("[[step]]\nsend = \"nothing\"\nhttp = [\"GET {url} {outcome}\"]\n");
+        folder.write(&test, step);
+        folder.succeeds(&["test", &test, "--module", &module_file]);
+    }
 }
 
 #[test]

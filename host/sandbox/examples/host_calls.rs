@@ -70,7 +70,8 @@ const CALLERS: [(&str, &str, &str); 8] = [
     ),
     (
         "state_get, 8 bytes",
-        "(import \"stockade:plugin/v1\" \"state_get\" (func $f (param i32 i32) (result i32)))",
+        "(import \"stockade:plugin/v1\" \"state_get\" (func $f (param i32 i32) (result i32)))
+         (import \"stockade:plugin/v1\" \"state_set\" (func $set (param i32 i32 i32 i32) (result i32)))",
         "(call $f (i32.const 0) (i32.const 1))",
     ),
     (
@@ -96,6 +97,11 @@ const ASIDE: [(&str, &str, &str); 2] = [
 
 /// A reactor that makes the call as often as the number says that it is called with, 4 bytes.
 fn caller(imports: &str, call: &str) -> String {
+    // What is to be got has to be there.
+    let setup = match imports.contains("$set") {
+        true => "(drop (call $set (i32.const 0) (i32.const 1) (i32.const 0) (i32.const 8)))",
+        false => "",
+    };
     format!(
         "(module {imports}
            (import \"stockade:plugin/v1\" \"message_body_read\" (func $body (param i32 i32) (result i32)))
@@ -103,6 +109,7 @@ fn caller(imports: &str, call: &str) -> String {
            (memory (export \"memory\") 1) (data (i32.const 0) \"k\")
            (data (i32.const 64) \"{{\\22op\\22:\\22pin\\22,\\22keys\\22:[\\22k\\22]}}\")
            (func (export \"stockade_call\") (param i32) (result i32) (local $left i32)
+             {setup}
              (drop (call $body (i32.const 512) (i32.const 4)))
              (local.set $left (i32.load (i32.const 512)))
              (block $done

@@ -85,6 +85,8 @@ type Host struct {
 	Stats plugin.CacheStats
 	// Keys are the objects.
 	Keys []plugin.Key
+	// SecondTier is what Prefetch finds; nil where there is no second tier.
+	SecondTier []plugin.Key
 	// HTTP answers requests; without it no address is granted.
 	HTTP Responder
 	// Counters and Gauges are the plugin's metrics.
@@ -278,7 +280,15 @@ func (h *Host) cacheRequest(text []byte) ([]byte, error) {
 		return nil, err
 	}
 	if grant == Prefetch {
-		return nil, refused(plugin.Unavailable, "there is no second tier")
+		if h.SecondTier == nil {
+			return nil, refused(plugin.Unavailable, "there is no second tier: give it with SecondTier")
+		}
+		for _, key := range h.SecondTier {
+			isHeld := slices.ContainsFunc(h.Keys, func(held plugin.Key) bool { return held.Key == key.Key })
+			if slices.Contains(request.Keys, key.Key) && !isHeld {
+				h.Keys = append(h.Keys, key)
+			}
+		}
 	}
 	var outcome plugin.Outcome
 	for _, name := range request.Keys {

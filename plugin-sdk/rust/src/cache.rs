@@ -182,10 +182,13 @@ pub fn evict<K: AsRef<str>>(keys: &[K]) -> Result<Outcome> {
     request("evict", keys, None)
 }
 
-/// Asks for objects of the second tier to be loaded. Needs `cache = ["prefetch"]`.
+/// Has objects of the second tier loaded, and waits for that: `done` counts those that are in
+/// memory then. Needs `cache = ["prefetch"]`.
 ///
 /// # Errors
-/// As [`pin`]; [`ErrorCode::Unavailable`](crate::ErrorCode::Unavailable) without a second tier.
+/// As [`pin`]; [`ErrorCode::Unavailable`](crate::ErrorCode::Unavailable) without a second tier or
+/// while its storage fails, [`ErrorCode::Timeout`](crate::ErrorCode::Timeout) when it takes
+/// longer than `host_call_seconds`, and what has come by then stays.
 pub fn prefetch<K: AsRef<str>>(keys: &[K]) -> Result<Outcome> {
     request("prefetch", keys, None)
 }

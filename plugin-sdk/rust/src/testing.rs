@@ -104,6 +104,7 @@ struct State {
     state: BTreeMap<String, Vec<u8>>,
     stats: Stats,
     keys: Vec<Key>,
+    second_tier: Option<Vec<Key>>,
     pinned: BTreeMap<String, i64>,
     subscription: Option<Subscription>,
     responder: Option<Responder>,
@@ -158,6 +159,7 @@ impl Host {
             state: BTreeMap::new(),
             stats: Stats::default(),
             keys: Vec::new(),
+            second_tier: None,
             pinned: BTreeMap::new(),
             subscription: None,
             responder: None,
@@ -218,6 +220,14 @@ impl Host {
     #[must_use]
     pub fn keys(self, keys: Vec<Key>) -> Self {
         self.state.borrow_mut().keys = keys;
+        self
+    }
+
+    /// With a second tier that has these objects. Without one, a prefetch is
+    /// [`ErrorCode::Unavailable`].
+    #[must_use]
+    pub fn second_tier(self, keys: Vec<Key>) -> Self {
+        self.state.borrow_mut().second_tier = Some(keys);
         self
     }
 
@@ -419,10 +429,22 @@ impl State {
             _ => return Err(invalid(format!("op `{op}` is not known"))),
         })?;
         if op == "prefetch" {
-            return Err(Error::new(
-                ErrorCode::Unavailable,
-                "there is no second tier",
-            ));
+            let lower = self.second_tier.as_ref().ok_or_else(|| {
+                Error::new(
+                    ErrorCode::Unavailable,
+                    "there is no second tier: give it with second_tier()",
+                )
+            })?;
+            let asked = request["keys"].as_array();
+            let is_asked = |key: &&Key| asked.is_some_and(|it| it.iter().any(|it| *it == *key.key));
+            let is_new = |key: &&Key| self.keys.iter().all(|held| held.key != key.key);
+            let loaded: Vec<_> = lower
+                .iter()
+                .filter(is_asked)
+                .filter(is_new)
+                .cloned()
+                .collect();
+            self.keys.extend(loaded);
         }
         let mut outcome = Outcome::default();
         for key in request["keys"].as_array().into_iter().flatten() {
@@ -438,7 +460,8 @@ impl State {
                     self.pinned.insert(key.to_owned(), self.now_ms + ttl_ms);
                 }
                 "unpin" => drop(self.pinned.remove(key)),
-                _ => drop(self.keys.remove(index)),
+                "evict" => drop(self.keys.remove(index)),
+                _ => {}
             }
         }
         crate::error::written(&outcome)

@@ -145,6 +145,27 @@ fn nothing_is_granted_that_was_not_asked_for() {
 }
 
 #[test]
+fn a_prefetch_finds_what_the_second_tier_has() {
+    let key = |name: &str| cache::Key {
+        key: name.to_owned(),
+        bytes: 7,
+        idle_ms: None,
+        pinned: false,
+    };
+    let host = Host::new().grant(Grant::Prefetch).grant(Grant::Keys);
+    let error = cache::prefetch(&["a"]).unwrap_err();
+    assert_eq!(error.code(), ErrorCode::Unavailable);
+    let _host = host
+        .keys(vec![key("b")])
+        .second_tier(vec![key("a"), key("b"), key("c")]);
+    let outcome = cache::prefetch(&["a", "b", "x"]).unwrap();
+    assert_eq!((outcome.done, outcome.missing), (2, 1));
+    let page = cache::keys(&KeyQuery::default()).unwrap();
+    let held: Vec<_> = page.keys.iter().map(|key| &*key.key).collect();
+    assert_eq!(held, ["a", "b"]);
+}
+
+#[test]
 fn without_a_double_calls_say_what_is_missing() {
     let error = state::get("k").unwrap_err();
     assert_eq!(error.code(), ErrorCode::Unavailable);
