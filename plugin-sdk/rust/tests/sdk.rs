@@ -146,11 +146,10 @@ fn nothing_is_granted_that_was_not_asked_for() {
 
 #[test]
 fn a_prefetch_finds_what_the_second_tier_has() {
-    let key = |name: &str| cache::Key {
-        key: name.to_owned(),
-        bytes: 7,
-        idle_ms: None,
-        pinned: false,
+    let key = |name: &str| {
+        let mut key = cache::Key::default();
+        key.key = name.to_owned();
+        key
     };
     let host = Host::new().grant(Grant::Prefetch).grant(Grant::Keys);
     let error = cache::prefetch(&["a"]).unwrap_err();
