@@ -139,6 +139,8 @@ pub struct Config {
     pub coordinator: Option<CoordinatorSettings>,
     /// Where traces go; `None` to make none.
     pub traces: Option<TraceSettings>,
+    /// Where denials are written.
+    pub audit_log_dir: Option<PathBuf>,
     /// Where what tenants use is written.
     pub metering_dir: Option<PathBuf>,
     /// Time between two lines of a tenant.
@@ -539,6 +541,7 @@ impl Config {
             http_insecure,
             coordinator,
             traces,
+            audit_log_dir: settings.audit_log_dir,
             metering_dir: settings.metering_dir,
             metering_interval: seconds(
                 "metering-interval-seconds",

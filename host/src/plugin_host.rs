@@ -24,7 +24,7 @@ use stockade_sandbox::{
 
 use crate::{
     service::Service,
-    tenancy::{Rules, Tenancy, TenantRules},
+    tenancy::{Denial, Denied, Realm, Rules, Tenancy, TenantRules},
 };
 
 pub(crate) use event_log::EventLog;
@@ -94,6 +94,18 @@ impl PluginServer {
     fn scope(&self, run: &PluginRun) -> TenantScope {
         TenantScope::of_plugin(&self.tenancy, &run.plugin)
     }
+
+    /// A plugin named what is not its tenant's.
+    fn denied(&self, run: &PluginRun, scope: &TenantScope, operation: &str, salt: &CacheSalt) {
+        let realm = scope.tenant().map_or_else(Realm::open, Realm::of_tenant);
+        self.tenancy.audit().record(Denied {
+            realm: &realm,
+            origin: &format!("plugin {}", run.plugin),
+            reason: Denial::Plugin,
+            operation,
+            salt: Some(salt.as_str()),
+        });
+    }
 }
 
 impl PluginHost for PluginServer {
@@ -149,6 +161,7 @@ impl PluginHost for PluginServer {
                 let salt = CacheSalt::parse(text)
                     .map_err(|error| Refusal::new(Code::Invalid, format!("salt: {error}")))?;
                 if !scope.covers(&salt) {
+                    self.denied(run, &scope, "keys", &salt);
                     return Err(Refusal::new(
                         Code::Denied,
                         "salt is another tenant's: leave it out, or name one of the plugin's tenant",
@@ -208,7 +221,10 @@ impl PluginHost for PluginServer {
             })?;
             match scope.covers(&key.scope.cache_salt) {
                 true => keys.push(key),
-                false => change.denied += 1,
+                false => {
+                    self.denied(run, &scope, "cache_request", &key.scope.cache_salt);
+                    change.denied += 1;
+                }
             }
         }
         let engine = service.engine();

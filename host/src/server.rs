@@ -200,6 +200,14 @@ impl Server {
             Arc::clone(&config.tenant_rules),
             tokio::runtime::Handle::current().metrics().num_workers(),
         ));
+        if let Some(directory) = &config.audit_log_dir {
+            tenancy.audit().write_to(directory).with_context(|| {
+                format!(
+                    "--audit-log-dir {} cannot be written to",
+                    directory.display()
+                )
+            })?;
+        }
         warn_of_open_listeners(&config);
         let (coordinator_events, coordinator) = match &config.coordinator {
             Some(settings) => {
@@ -423,11 +431,9 @@ impl Server {
             service.end_sessions();
             export.finish(TRACES_GRACE).await;
         }
-        if config.lookup_hash_log.is_some() {
-            let ending = tokio::task::spawn_blocking(move || service.end_hash_log());
-            if let Err(error) = ending.await {
-                tracing::error!("the log of lookups did not end well: {error}");
-            }
+        let ending = tokio::task::spawn_blocking(move || service.end_logs());
+        if let Err(error) = ending.await {
+            tracing::error!("the logs of lookups and denials did not end well: {error}");
         }
         tracing::info!("stopped");
         Ok(())

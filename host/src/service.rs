@@ -42,7 +42,7 @@ use rustix::{
 use serde_json::{Value, json};
 use stockade_cache::{CacheEngine, CacheSalt, KeyScope, TokenHasher, kv_rank};
 use stockade_sandbox::Supervisor;
-use stockade_transport::{DisconnectReason, Frames, Handler, Limit, Message, Outcome, Peer};
+use stockade_transport::{DisconnectReason, Frames, Handler, Limit, Message, Outcome, Peer, Turn};
 use stockade_wire::{
     CacheKey, Envelope, InstanceId, Operation, Request, Response, error_reply, reply,
 };
@@ -67,7 +67,7 @@ use crate::coordinator::CoordinatorEvents;
 use crate::{
     plugin_host::EventLog,
     telemetry::CauseLimiter,
-    tenancy::{Caller, DENIED_SALT, Tenancy, TooManyInFlight},
+    tenancy::{Caller, DENIED_SALT, Denial, Tenancy, TooManyInFlight},
     tier::Tier,
     traces::{Answered, Place, Traces},
 };
@@ -242,8 +242,10 @@ impl Service {
         }))
     }
 
-    /// Writes what is still to be logged of lookups, as far as a moment allows. May block.
-    pub fn end_hash_log(&self) {
+    /// Writes what is still to be logged of lookups and denials, as far as a moment allows. May
+    /// block.
+    pub fn end_logs(&self) {
+        self.tenancy.audit().end();
         if let Some(log) = &self.hash_log {
             log.end();
         }
@@ -951,7 +953,7 @@ impl Handler for ServiceHandler {
             .and_then(|envelope| envelope.known_operation(&service.limits));
         let bytes: usize = frames.iter().map(Bytes::len).sum();
         if service.tenancy.is_over_rate(peer) {
-            return over_rate(service, peer, &frames);
+            return over_rate(service, peer, operation, envelope);
         }
         if operation == Some(Operation::ServerModuleCall) {
             let reply = Arc::clone(service).module_call(Arc::clone(peer), frames);
@@ -968,7 +970,8 @@ impl Handler for ServiceHandler {
                 service.answer(&peer, frames, arrived)
             }));
         }
-        if bytes <= INLINE_BYTES && !operation.is_some_and(lmcache_driven::is_slow) {
+        let is_slow = |it| it == Operation::Clear || lmcache_driven::is_slow(it);
+        if bytes <= INLINE_BYTES && !operation.is_some_and(is_slow) {
             return service
                 .answer(peer, frames, arrived)
                 .map_or(Outcome::Nothing, Outcome::Reply);
@@ -983,7 +986,9 @@ impl Handler for ServiceHandler {
                 service.copy(answer, deadline).await
             } else {
                 let (realm, share) = (caller.realm(), caller.share());
-                let place = service.tenancy.large().admit(realm, share, bytes);
+                let has_company = service.tenancy.has_company(realm);
+                let large = service.tenancy.large();
+                let place = large.admit(realm, share, bytes, has_company);
                 match tokio::time::timeout_at(deadline.into(), place).await {
                     Ok(Ok(place)) => {
                         // The place is given back when the work is done, whoever still waits.
@@ -996,6 +1001,9 @@ impl Handler for ServiceHandler {
                         work.ok().and_then(Result::ok)
                     }
                     Ok(Err(TooManyInFlight { .. })) => {
+                        let name = operation.map_or("request", Operation::name);
+                        let audit = service.tenancy.audit();
+                        audit.denied(&caller, Denial::InFlight, name, None);
                         let envelope = envelope?;
                         service.metrics.failed(operation, "in_flight");
                         service.log.warn("in_flight", || {
@@ -1025,12 +1033,12 @@ impl Handler for ServiceHandler {
         }))
     }
 
-    fn poll_turn(&self, peer: &Arc<Peer>, cx: &mut Context<'_>) -> Poll<usize> {
+    fn poll_turn(&self, peer: &Arc<Peer>, cx: &mut Context<'_>) -> Poll<Turn> {
         self.0.tenancy.poll_turn(peer, cx)
     }
 
-    fn turn_over(&self, peer: &Arc<Peer>, messages: usize) {
-        self.0.tenancy.turn_over(peer, messages);
+    fn turn_over(&self, peer: &Arc<Peer>, used: Turn, wants_more: bool) {
+        self.0.tenancy.turn_over(peer, used, wants_more);
     }
 
     fn disconnected(&self, peer: &Arc<Peer>, _reason: DisconnectReason) {
@@ -1048,14 +1056,18 @@ impl Handler for ServiceHandler {
 }
 
 /// The answer to what has waited for its tenant's rate for as long as anything should.
-fn over_rate(service: &Service, peer: &Peer, frames: &[Bytes]) -> Outcome {
-    let envelope = envelope(frames);
-    let operation = envelope
-        .as_ref()
-        .and_then(|envelope| envelope.known_operation(&service.limits));
+fn over_rate(
+    service: &Service,
+    peer: &Peer,
+    operation: Option<Operation>,
+    envelope: Option<Envelope>,
+) -> Outcome {
+    let caller = service.tenancy.caller(peer);
+    let name = operation.map_or("request", Operation::name);
+    let audit = service.tenancy.audit();
+    audit.denied(&caller, Denial::OverRate, name, None);
     service.metrics.failed(operation, "over_rate");
     service.log.warn("over_rate", || {
-        let name = operation.map_or("request", Operation::name);
         format!(
             "{name} from {} refused: its tenant is over its rate",
             peer.address()

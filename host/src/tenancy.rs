@@ -9,6 +9,7 @@
 
 mod audit;
 mod large;
+mod line_files;
 mod meter;
 mod reload;
 mod rules;
@@ -22,9 +23,9 @@ use std::task::{Context, Poll};
 
 use parking_lot::RwLock;
 use stockade_cache::{CacheSalt, EVERYBODY_ELSE};
-use stockade_transport::{Credentials, Peer};
+use stockade_transport::{Credentials, Peer, Turn};
 
-pub use audit::{Audit, DeniedCount};
+pub use audit::{Audit, AuditLines, Denied, DeniedCount};
 pub use large::{LargeRequests, TooManyInFlight};
 pub use meter::{Meter, MeterFile, Reading, Sums};
 pub use reload::TenantFile;
@@ -48,6 +49,12 @@ impl Realm {
     #[must_use]
     pub fn open() -> Self {
         Self(Arc::from(""))
+    }
+
+    /// The realm of a tenant.
+    #[must_use]
+    pub(crate) fn of_tenant(name: &Arc<str>) -> Self {
+        Self(Arc::clone(name))
     }
 
     /// The tenant as logs and metrics name it; `(none)` and `(stranger)` for connections
@@ -79,6 +86,16 @@ pub enum Denial {
     Stranger,
     /// The caller may not touch everybody's objects.
     Scope,
+    /// The tenant is over its rate, and the request has waited for as long as any should.
+    OverRate,
+    /// The tenant has as many large requests in flight as it may.
+    InFlight,
+    /// A plugin named what is not its tenant's, or a connection another tenant's plugin.
+    Plugin,
+    /// An HTTP request without a token that is known.
+    HttpUnauthenticated,
+    /// An HTTP request for more than its token may, or from another site.
+    HttpForbidden,
 }
 
 impl Denial {
@@ -90,6 +107,11 @@ impl Denial {
             Self::Unsalted => "unsalted",
             Self::Stranger => "stranger",
             Self::Scope => "scope",
+            Self::OverRate => "over_rate",
+            Self::InFlight => "in_flight",
+            Self::Plugin => "plugin",
+            Self::HttpUnauthenticated => "http_unauthenticated",
+            Self::HttpForbidden => "http_forbidden",
         }
     }
 }
@@ -143,6 +165,12 @@ impl Caller {
     #[must_use]
     pub fn internal() -> Self {
         Self::new(Standing::Open, Arc::default(), "the server")
+    }
+
+    /// Its connection, in words.
+    #[must_use]
+    pub fn origin(&self) -> &Arc<str> {
+        &self.origin
     }
 
     /// Where its requests and workers live.
@@ -335,27 +363,35 @@ impl Tenancy {
         self.shares.usage()
     }
 
-    /// Whether the peer's connection may work, and for how many messages; as
+    /// Whether the peer's connection may work, and how much; as
     /// [`Handler::poll_turn`](stockade_transport::Handler::poll_turn).
-    pub fn poll_turn(&self, peer: &Peer, cx: &mut Context<'_>) -> Poll<usize> {
+    pub fn poll_turn(&self, peer: &Peer, cx: &mut Context<'_>) -> Poll<Turn> {
         if !self.shared.load(Ordering::Relaxed) {
-            return Poll::Ready(usize::MAX);
+            return Poll::Ready(Turn::UNLIMITED);
         }
         let caller = self.caller(peer);
         match Found::of(peer) {
             Some(found) => self
                 .shares
                 .poll_turn(&found.seat, caller.realm(), caller.share(), cx),
-            None => Poll::Ready(1),
+            None => Poll::Ready(Turn::UNLIMITED),
         }
     }
 
-    /// The peer's turn is over.
-    pub fn turn_over(&self, peer: &Peer, messages: usize) {
+    /// The peer's turn is over; as
+    /// [`Handler::turn_over`](stockade_transport::Handler::turn_over).
+    pub fn turn_over(&self, peer: &Peer, used: Turn, wants_more: bool) {
         if let Some(found) = Found::of(peer).filter(|found| found.seat.has_turn()) {
             let share = found.caller.read().1.share();
-            self.shares.turn_over(&found.seat, messages, share);
+            let wants_more = wants_more && self.shared.load(Ordering::Relaxed);
+            self.shares.turn_over(&found.seat, used, share, wants_more);
         }
+    }
+
+    /// Whether another tenant's requests are here now, or were a moment ago.
+    #[must_use]
+    pub fn has_company(&self, realm: &Realm) -> bool {
+        self.shared.load(Ordering::Relaxed) && self.shares.has_company(realm)
     }
 
     /// The peer's connection is gone.

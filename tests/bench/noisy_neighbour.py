@@ -1,54 +1,61 @@
 #!/usr/bin/env python3
 """What one tenant's noise costs another: memory, requests, large requests and plugins.
 
-    python3 tests/bench/noisy_neighbour.py [--server PROGRAM] [--rounds 8] [--seconds 3]
-        [--server-cpus 0-3] [--client-cpus 4-7]
+    python3 tests/bench/noisy_neighbour.py [--server PROGRAM] [--rounds 8] [--seconds 2]
+        [--server-cpus 0-3] [--client-cpus 4-7] [--only noop,lookup,large,store,limited,plugins,jain]
 
-A server with a listener and a tenant each for `quiet`, `noisy` and three equals is started here, with a
-pool of 256 MiB. Prints a table:
+Two servers are started here, each with a listener and a tenant for `quiet`, `noisy`, `limited` and four
+that flood together, and with a pool of 256 MiB. Prints a table:
 
-* memory: `noisy` stores ten times the pool while `quiet` is idle; how much of its floor is still there.
-* requests, large requests, plugins: the latency of `quiet`'s calls in windows with and without the
-  noise, which take turns; p50, p99, and the ratio.
-* equals: three tenants of one weight and one of weight 3 flood at once; requests a second of each, and
+* floor: `noisy` stores ten times the pool while `quiet` is idle; how much of its floor is still there.
+* the others: the latency of `quiet`'s calls, p50 and p99, in windows that take turns: *calm*; *elsewhere*,
+  when the same noise goes to the other server; and *here*, when it goes to quiet's own. So `here / calm` is
+  what the noise costs, and `here / elsewhere` what of it is this server's doing and not that of a machine
+  with other work. `limited` is the flood of a tenant with `requests_per_second`.
+* waits for a core: microseconds that the quiet client and the server's threads were runnable and had
+  no core, per call (/proc/PID/schedstat). The kernel's part of the latency, which no server can mend.
+* jain: three tenants of one weight and one of weight 3 flood at once; requests a second of each, and
   Jain's index of what each got per unit of weight (1 is fair, 1/n is one tenant taking all).
 
-The noise is made by processes of its own. On a machine whose cores are all taken by them, the quiet
-client waits for a core before the server ever sees its request: give the server and the clients cores of
-their own with --server-cpus and --client-cpus, or read the ratios with that in mind. The line `cores`
-shows how many were left for each.
+The noise comes from processes under SCHED_IDLE that send messages encoded before, so that they take
+what the server and the quiet client leave of the cores. Where there are cores enough, give the servers
+and the clients cores of their own all the same.
 """
 
 import argparse
+import gc
 import json
 import multiprocessing
 import os
 import pathlib
 import shutil
 import socket
-import subprocess
+import struct
+import sys
 import tempfile
 import time
 import urllib.request
 
 import msgspec
-import zmq
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+from server import ROOT, Server
+
 GUEST = ROOT / "tests/guests/endless_loop.wat"
 CHUNK = 256
 POOL_MIB = 256
 FLOOR_MIB = 64
 CHUNK_BYTES = 1 << 20
+LIMIT = 2000
 # 2 (key and value) x 8 layers x 256 tokens x 128 x 2 bytes
 LAYOUT = {"num_layers": 8, "hidden_dim_size": 128, "dtype_str": "float16"}
 EQUALS = {"one": 1, "two": 1, "three": 1, "heavy": 3}
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+# Of each noise: who makes it, processes, requests in flight of each, tokens (None for a noop).
+FLOODS = {
+    "noop": ("noisy", 4, 32, None),
+    "lookup": ("noisy", 4, 32, 1024),
+    "large": ("noisy", 2, 4, 131_072),
+    "limited": ("limited", 4, 32, None),
+}
 
 
 def cpus(text):
@@ -59,34 +66,66 @@ def cpus(text):
     return found
 
 
-def http(method, url):
-    request = urllib.request.Request(url, method=method)
-    with urllib.request.urlopen(request, timeout=60) as answer:
-        body = answer.read()
-    return json.loads(body) if body.startswith((b"{", b"[")) else body.decode()
+def encode(operation, *arguments):
+    """A ZMTP message of a request; all have the same uid, since nobody here confuses them."""
+    frames = [msgspec.msgpack.encode(part) for part in (7, operation, *arguments)]
+    message = b""
+    for at, frame in enumerate(frames):
+        more = at + 1 < len(frames)
+        if len(frame) < 256:
+            message += bytes([more, len(frame)])
+        else:
+            message += struct.pack(">BQ", more | 2, len(frame))
+        message += frame
+    return message
 
 
 class Client:
-    def __init__(self, url):
-        self.socket = zmq.Context.instance().socket(zmq.DEALER)
-        self.socket.linger = 0
-        self.socket.connect(url)
-        self.uid = 0
+    """A DEALER without a thread of its own, so that what is timed is the server."""
 
-    def send(self, operation, *arguments):
-        self.uid += 1
-        frames = [msgspec.msgpack.encode(part) for part in (self.uid, operation, *arguments)]
-        self.socket.send_multipart(frames)
+    def __init__(self, path):
+        self.socket = socket.socket(socket.AF_UNIX)
+        self.socket.settimeout(60)
+        self.socket.connect(path)
+        self.buffer = b""
+        greeting = b"\xff" + bytes(8) + b"\x7f\x03\x00NULL"
+        self.socket.sendall(greeting.ljust(64, b"\0"))
+        self.take(64)
+        ready = b"\x05READY\x0bSocket-Type\0\0\0\x06DEALER"
+        self.socket.sendall(bytes([4, len(ready)]) + ready)
+        self.frame()
+
+    def take(self, count):
+        while len(self.buffer) < count:
+            got = self.socket.recv(1 << 16)
+            if not got:
+                raise SystemExit("the server has closed the connection")
+            self.buffer += got
+        taken, self.buffer = self.buffer[:count], self.buffer[count:]
+        return taken
+
+    def frame(self):
+        flags, length = self.take(2)
+        if flags & 2:
+            length = int.from_bytes(bytes([length]) + self.take(7))
+        return flags, self.take(length)
 
     def receive(self):
-        if not self.socket.poll(60_000):
-            raise SystemExit("no answer within a minute")
-        frames = self.socket.recv_multipart()
-        return msgspec.msgpack.decode(frames[2]) if len(frames) > 2 else None
+        frames = []
+        while True:
+            flags, body = self.frame()
+            if flags & 4:
+                continue
+            frames.append(body)
+            if not flags & 1:
+                return msgspec.msgpack.decode(frames[2]) if len(frames) > 2 else None
+
+    def exchange(self, message):
+        self.socket.sendall(message)
+        return self.receive()
 
     def call(self, operation, *arguments):
-        self.send(operation, *arguments)
-        return self.receive()
+        return self.exchange(encode(operation, *arguments))
 
 
 def key(tokens, request, rank=None):
@@ -114,11 +153,9 @@ def store(client, instance, segment, seed, chunks=1):
     tokens = prompt(seed, chunks)
     request = f"s{seed}"
     reply = client.call("prepare_store", key(tokens, request, 0), instance)
-    context = reply["context"]
-    slots = context.get("slots", [])
-    with open(segment, "r+b", buffering=0) as pool:
-        for slot in slots:
-            os.pwrite(pool.fileno(), bytes([seed % 251]) * slot["length"], slot["offset"])
+    slots = reply["context"].get("slots", [])
+    for slot in slots:
+        os.pwrite(segment, bytes([seed % 251]) * slot["length"], slot["offset"])
     taken = client.call("commit_store", key(tokens, request, 0), instance, b"") if slots else False
     client.call("end_session", request)
     return taken
@@ -132,34 +169,51 @@ def found(client, seed, chunks=1):
     return chunks_found
 
 
-def flood(url, kind, going, stop, served):
+def flood(path, depth, tokens, is_idle, going, stop, served):
     """Keeps requests in flight while `going`; counts answers."""
-    client = Client(url)
-    depth = 4 if kind == "large" else 32
-    tokens = list(range(131_072 if kind == "large" else 1024))
-    number = 0
+    if is_idle:
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    client = Client(path)
+    if tokens is None:
+        message = encode("noop")
+    else:
+        message = encode("lookup", key(list(range(tokens)), f"flood-{os.getpid()}"), 1)
+    batch = message * depth
     while not stop.is_set():
         if not going.wait(0.1):
             continue
-        for _ in range(depth):
-            number += 1
-            if kind == "noop":
-                client.send("noop")
-            else:
-                client.send("lookup", key(tokens, f"{os.getpid()}-{number % 64}"), 1)
+        client.socket.sendall(batch)
         for _ in range(depth):
             client.receive()
         with served.get_lock():
             served.value += depth
 
 
+def stores(path, is_idle, going, stop, served):
+    """Stores prompts one after the other while `going`, so that others must go."""
+    if is_idle:
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    client = Client(path)
+    segment = os.open(f"/dev/shm/{register(client, os.getpid())}", os.O_RDWR)
+    seed = os.getpid() * 1_000_000
+    while not stop.is_set():
+        if not going.wait(0.1):
+            continue
+        seed += 1
+        store(client, os.getpid(), segment, seed, 4)
+        with served.get_lock():
+            served.value += 1
+
+
 class Noise:
-    def __init__(self, url, kind, processes):
+    def __init__(self, target, arguments, processes):
         context = multiprocessing.get_context("spawn")
         self.going, self.stop = context.Event(), context.Event()
         self.served = context.Value("Q", 0)
-        arguments = (url, kind, self.going, self.stop, self.served)
-        self.children = [context.Process(target=flood, args=arguments, daemon=True) for _ in range(processes)]
+        arguments = (*arguments, self.going, self.stop, self.served)
+        self.children = [
+            context.Process(target=target, args=arguments, daemon=True) for _ in range(processes)
+        ]
         for child in self.children:
             child.start()
 
@@ -172,21 +226,41 @@ class Noise:
                 child.kill()
 
 
-def window(client, seconds, times):
-    end = time.monotonic() + seconds
+def waited_us(pid):
+    """What the threads of a process have waited for a core, all together."""
+    total = 0
+    for thread in pathlib.Path(f"/proc/{pid}/task").iterdir():
+        try:
+            total += int((thread / "schedstat").read_text().split()[1])
+        except (FileNotFoundError, ProcessLookupError):
+            pass  # It has ended.
+    return total / 1e3
+
+
+def window(client, pid, seconds, times):
     tokens = list(range(1024))
-    number = 0
-    while time.monotonic() < end:
-        number += 1
+    noop = encode("noop")
+    lookup = encode("lookup", key(tokens, "quiet"), 1)
+    query, end = encode("query_prefetch_status", "quiet"), encode("end_session", "quiet")
+    before = waited_us(os.getpid()), waited_us(pid)
+    calls = 0
+    until = time.monotonic() + seconds
+    gc.disable()
+    while time.monotonic() < until:
         begun = time.perf_counter()
-        client.call("noop")
+        client.exchange(noop)
         pinged = time.perf_counter()
-        request = f"q{number}"
-        client.call("lookup", key(tokens, request), 1)
-        client.call("query_prefetch_status", request)
+        client.exchange(lookup)
+        client.exchange(query)
         times["noop"].append(pinged - begun)
         times["lookup"].append(time.perf_counter() - pinged)
-        client.call("end_session", request)
+        client.exchange(end)
+        calls += 4
+    gc.enable()
+    for name, began, is_now in (
+        ("client", before[0], waited_us(os.getpid())), ("server", before[1], waited_us(pid)),
+    ):
+        times[name].append((is_now - began) / max(calls, 1))
 
 
 def percentile(values, share):
@@ -194,23 +268,42 @@ def percentile(values, share):
     return values[min(len(values) - 1, int(len(values) * share))] * 1e3
 
 
-def compare(name, client, settings, begin, end):
-    times = {kind: {"noop": [], "lookup": []} for kind in ("calm", "noise")}
-    window(client, 0.5, {"noop": [], "lookup": []})
-    for _ in range(settings.rounds):
-        window(client, settings.seconds, times["calm"])
-        begin()
-        time.sleep(0.2)
-        window(client, settings.seconds, times["noise"])
-        end()
-        time.sleep(0.2)
+WINDOWS = ("calm", "elsewhere", "here")
+
+
+def compare(name, client, pid, settings, noises):
+    """`noises` has what begins and what ends the noise, for each window that has one."""
+    times = {kind: {"noop": [], "lookup": [], "client": [], "server": []} for kind in WINDOWS}
+    window(client, pid, 0.5, {"noop": [], "lookup": [], "client": [], "server": []})
+    for turn in range(settings.rounds):
+        # Each comes first as often as the others.
+        for kind in WINDOWS[turn % 3:] + WINDOWS[:turn % 3]:
+            begin, end = noises.get(kind, (None, None))
+            if begin:
+                begin()
+                time.sleep(0.2)
+            window(client, pid, settings.seconds, times[kind])
+            if end:
+                end()
+                time.sleep(0.2)
     for operation in ("noop", "lookup"):
         for share in (0.5, 0.99):
-            calm, noise = (percentile(times[kind][operation], share) for kind in ("calm", "noise"))
-            print(
-                f"| {name} | quiet's {operation} p{share * 100:.0f} | {calm:.3f} ms | {noise:.3f} ms | "
-                f"{noise / calm:.2f} |"
-            )
+            calm, elsewhere, here = (percentile(times[kind][operation], share) for kind in WINDOWS)
+            row(name, f"quiet's {operation} p{share * 100:.0f}, ms", f"{calm:.3f}", f"{elsewhere:.3f}",
+                f"{here:.3f}", f"{here / calm:.2f}", f"{here / elsewhere:.2f}")
+    for who in ("client", "server"):
+        waits = (sum(times[kind][who]) / len(times[kind][who]) for kind in WINDOWS)
+        row(name, f"{who} waits for a core, us a call", *(f"{wait:.1f}" for wait in waits), "", "")
+
+
+def row(*cells):
+    print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+
+
+def http(method, url):
+    request = urllib.request.Request(url, method=method)
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.loads(answer.read())
 
 
 def steer(base, names, action, state):
@@ -225,9 +318,9 @@ def steer(base, names, action, state):
     raise SystemExit(f"the plugins did not become {state}")
 
 
-def configuration(directory, names, spinning):
+def configuration(directory, spinning):
     text = ""
-    for name in names:
+    for name in ("quiet", "noisy", "limited", *EQUALS):
         text += f'[[listener]]\nname = "{name}"\nendpoint = "ipc://{directory}/{name}.sock"\n'
         text += f'[tenants.{name}]\nsalts = ["{name}"]\nlisteners = ["{name}"]\n'
         text += f"weight = {EQUALS.get(name, 1)}\n"
@@ -235,18 +328,16 @@ def configuration(directory, names, spinning):
             text += f"floor_gb = {FLOOR_MIB / 1024}\n"
         if name == "noisy":
             text += f"plugins = {json.dumps(spinning)}\n"
+        if name == "limited":
+            text += f"requests_per_second = {LIMIT}\n"
     path = pathlib.Path(directory, "stockade.toml")
     path.write_text(text)
-    return str(path)
+    return path
 
 
-def measure(directory, base, settings, spinning):
-    def url(name):
-        return f"ipc://{directory}/{name}.sock"
-
-    print("| noise | measured | calm | noisy | ratio |\n|---|---|---|---|---|")
-    quiet, noisy = Client(url("quiet")), Client(url("noisy"))
-    segment = f"/dev/shm/{register(quiet, 1)}"
+def floor(directory):
+    quiet, noisy = (Client(f"{directory}/{name}.sock") for name in ("quiet", "noisy"))
+    segment = os.open(f"/dev/shm/{register(quiet, 1)}", os.O_RDWR)
     register(noisy, 1)
     kept = FLOOR_MIB * (1 << 20) // CHUNK_BYTES
     for seed in range(kept):
@@ -255,18 +346,14 @@ def measure(directory, base, settings, spinning):
     for seed in range(10 * POOL_MIB * (1 << 20) // CHUNK_BYTES):
         store(noisy, 1, segment, 1_000_000 + seed)
     after = sum(found(quiet, seed) for seed in range(kept))
-    print(f"| memory | quiet's floor, chunks of 1 MiB found | {before} | {after} | {after / before:.2f} |", flush=True)
+    row("memory", "quiet's floor, chunks of 1 MiB found", before, "", after, f"{after / before:.2f}", "")
+    os.close(segment)
 
-    for kind, processes in (("noop", 4), ("lookup", 4), ("large", 2)):
-        noise = Noise(url("noisy"), kind, processes)
-        compare(f"{kind} flood", quiet, settings, noise.going.set, noise.going.clear)
-        noise.end()
-    compare(
-        f"{len(spinning)} spinning plugins", quiet, settings,
-        lambda: steer(base, spinning, "start", "running"), lambda: steer(base, spinning, "stop", "stopped"),
-    )
 
-    floods = {name: Noise(url(name), "lookup", 2) for name in EQUALS}
+def jain(directory, settings):
+    floods = {
+        name: Noise(flood, (f"{directory}/{name}.sock", 16, 8192, False), 2) for name in EQUALS
+    }
     for noise in floods.values():
         noise.going.set()
     time.sleep(2)
@@ -277,62 +364,92 @@ def measure(directory, base, settings, spinning):
     for noise in floods.values():
         noise.end()
     got = [rates[name] / weight for name, weight in EQUALS.items()]
-    jain = sum(got) ** 2 / (len(got) * sum(value**2 for value in got))
+    index = sum(got) ** 2 / (len(got) * sum(value**2 for value in got))
     shown = ", ".join(f"{name} (weight {EQUALS[name]}) {rate:.0f}/s" for name, rate in rates.items())
-    print(f"| all flood | {shown} | | Jain's index by weight | {jain:.3f} |")
+    row("all flood", shown, "", "", "", f"Jain's index by weight {index:.3f}", "")
+
+
+def measure(settings, servers, directories, spinning):
+    (here, there), (directory, other) = servers, directories
+    row("noise", "measured", "calm", "elsewhere", "here", "here / calm", "here / elsewhere")
+    print("|---|---|---|---|---|---|---|")
+    if "floor" in settings.only:
+        floor(directory)
+    quiet = Client(f"{directory}/quiet.sock")
+    for kind, (tenant, processes, depth, tokens) in FLOODS.items():
+        if kind not in settings.only:
+            continue
+        noises = {
+            where: Noise(flood, (f"{at}/{tenant}.sock", depth, tokens, True), processes)
+            for where, at in (("here", directory), ("elsewhere", other))
+        }
+        begin_and_end = {where: (it.going.set, it.going.clear) for where, it in noises.items()}
+        compare(f"{kind} flood", quiet, here.pid, settings, begin_and_end)
+        for noise in noises.values():
+            noise.end()
+    if "store" in settings.only:
+        noises = {
+            where: Noise(stores, (f"{at}/noisy.sock", True), 2)
+            for where, at in (("here", directory), ("elsewhere", other))
+        }
+        begin_and_end = {where: (it.going.set, it.going.clear) for where, it in noises.items()}
+        compare("store flood", quiet, here.pid, settings, begin_and_end)
+        for noise in noises.values():
+            noise.end()
+    if "plugins" in settings.only:
+        begin_and_end = {
+            where: (
+                lambda server=server: steer(server.http_url, spinning, "start", "running"),
+                lambda server=server: steer(server.http_url, spinning, "stop", "stopped"),
+            )
+            for where, server in (("here", here), ("elsewhere", there))
+        }
+        compare(f"{len(spinning)} spinning plugins", quiet, here.pid, settings, begin_and_end)
+    if "jain" in settings.only:
+        jain(directory, settings)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--server", default=str(ROOT / "target/release/stockade"))
-    parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--seconds", type=float, default=3.0)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--seconds", type=float, default=2.0)
     parser.add_argument("--plugins", type=int, default=8)
     parser.add_argument("--server-cpus", type=cpus)
     parser.add_argument("--client-cpus", type=cpus)
+    parser.add_argument("--only", default="floor,noop,lookup,large,limited,store,plugins,jain")
     settings = parser.parse_args()
-    if settings.client_cpus:
-        os.sched_setaffinity(0, settings.client_cpus)
-    with tempfile.TemporaryDirectory() as directory:
-        plugins = pathlib.Path(directory, "plugins")
+    settings.only = settings.only.split(",")
+    known = {"floor", "store", "plugins", "jain", *FLOODS}
+    if unknown := set(settings.only) - known:
+        raise SystemExit(f"--only {','.join(unknown)}: give some of {','.join(sorted(known))}")
+    all_cpus = os.sched_getaffinity(0)
+    with tempfile.TemporaryDirectory() as scratch:
+        plugins = pathlib.Path(scratch, "plugins")
         plugins.mkdir()
         spinning = [f"spin-{number}" for number in range(settings.plugins)]
         for name in spinning:
             shutil.copy(GUEST, plugins / f"{name}.wat")
             manifest = "stop_grace_seconds = 0\n[limits]\ncpu_percent = 100\n"
             (plugins / f"{name}.plugin.toml").write_text(manifest)
-        port, http_port = free_port(), free_port()
-        config = configuration(directory, ["quiet", "noisy", *EQUALS], spinning)
-        command = [
-            settings.server, "serve", "--host", "127.0.0.1", "--port", str(port), "--http-port",
-            str(http_port), "--l1-size-gb", str(POOL_MIB / 1024), "--plugin-cache-dir", f"{directory}/cache",
-            "--runtime-plugin-locations", str(plugins), "--config", config, "--log-level", "error",
+        directories = [pathlib.Path(scratch, name) for name in ("here", "there")]
+        for directory in directories:
+            directory.mkdir()
+        flags = [
+            ["--l1-size-gb", POOL_MIB / 1024, "--runtime-plugin-locations", plugins, "--config",
+             configuration(directory, spinning), "--log-level", "info"]
+            for directory in directories
         ]
-
-        def pin():
-            if settings.server_cpus:
-                os.sched_setaffinity(0, settings.server_cpus)
-
-        server = subprocess.Popen(command, preexec_fn=pin, stderr=subprocess.DEVNULL)
-        base = f"http://127.0.0.1:{http_port}"
-        try:
-            deadline = time.monotonic() + 60
-            while True:
-                try:
-                    http("GET", f"{base}/healthcheck")
-                    break
-                except OSError:
-                    if time.monotonic() > deadline or server.poll() is not None:
-                        raise SystemExit("the server did not start")
-                    time.sleep(0.05)
-            cores = len(os.sched_getaffinity(server.pid)), len(os.sched_getaffinity(0))
-            print(f"cores: {cores[0]} for the server, {cores[1]} for the clients")
-            steer(base, spinning, "stop", "stopped")
-            measure(directory, base, settings, spinning)
-        finally:
-            server.terminate()
-            server.wait(timeout=30)
+        # They inherit it.
+        os.sched_setaffinity(0, settings.server_cpus or all_cpus)
+        with Server(settings.server, *flags[0]) as here, Server(settings.server, *flags[1]) as there:
+            os.sched_setaffinity(0, settings.client_cpus or all_cpus)
+            cores = len(os.sched_getaffinity(here.pid)), len(os.sched_getaffinity(0))
+            print(f"cores: {cores[0]} for the servers, {cores[1]} for the clients")
+            for server in (here, there):
+                steer(server.http_url, spinning, "stop", "stopped")
+            measure(settings, (here, there), directories, spinning)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

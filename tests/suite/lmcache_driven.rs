@@ -290,6 +290,28 @@ async fn chunks_are_the_same_whoever_copies_them() {
 }
 
 #[tokio::test]
+async fn a_store_that_is_not_to_be_saved_is_not() {
+    let server = Server::start(&[]);
+    let mut engine = Engine::register(&server.url, 1, "m", true).await;
+    engine.fill(3);
+    let key = Key::new("m", &tokens(2 * CHUNK, 1), Some(0), "w");
+    let mut arguments = transfer(&key, engine.id, &[4, 1, 2, 3]);
+    let Value::Map(fields) = &mut arguments[0] else {
+        panic!("a key is a map");
+    };
+    for (name, value) in fields {
+        if name.as_str() == Some("request_configs") {
+            *value = map(&[("lmcache.skip_save", true.into())]);
+        }
+    }
+    let reply = engine.client.call("store", &arguments).await.value();
+    assert!(success(&reply), "done as asked");
+    assert_eq!(lookup_free(&mut engine.client, &key).await, 0);
+    assert!(engine.store(&key, &[4, 1, 2, 3]).await);
+    assert_eq!(lookup_free(&mut engine.client, &key).await, 2);
+}
+
+#[tokio::test]
 async fn an_engines_registration_is_shown_and_ends_with_its_descriptors() {
     let server = Server::start(&[]);
     let open_files = || {

@@ -1,5 +1,10 @@
 //! Strangers on one server: what a connection may name, and what it must never learn.
 
+mod changes;
+mod denials;
+mod hints;
+mod leaving;
+
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;

@@ -21,6 +21,7 @@ use sha2::{Digest as _, Sha256};
 use subtle::ConstantTimeEq as _;
 
 use super::{Admin, problem::Problem};
+use crate::tenancy::{self, Denial, Realm};
 
 /// Shortest token in characters: what 128 random bits take in base64.
 const MIN_TOKEN_CHARS: usize = 22;
@@ -297,13 +298,33 @@ pub(crate) async fn guard(
     mut request: Request,
     next: Next,
 ) -> Response {
-    match admit(&admin, access, &request) {
+    let asked = format!("{} {}", request.method(), request.uri().path());
+    let (caller, response) = match admit(&admin, access, &request) {
         Ok(caller) => {
-            request.extensions_mut().insert(caller);
-            next.run(request).await
+            request.extensions_mut().insert(caller.clone());
+            (Some(caller), next.run(request).await)
         }
-        Err(problem) => problem.into_response(),
-    }
+        Err(problem) => (None, problem.into_response()),
+    };
+    // Of the guard or, for another tenant's things, of the endpoint.
+    let reason = match response.status() {
+        StatusCode::UNAUTHORIZED => Denial::HttpUnauthenticated,
+        StatusCode::FORBIDDEN => Denial::HttpForbidden,
+        _ => return response,
+    };
+    let realm = match caller.as_ref().map(|caller| &caller.role) {
+        Some(Role::Tenant(name)) => Realm::of_tenant(name),
+        _ => Realm::open(),
+    };
+    let name = caller.as_ref().map_or("nobody", |caller| &caller.name);
+    admin.service.tenancy().audit().record(tenancy::Denied {
+        realm: &realm,
+        origin: &format!("HTTP token {name}"),
+        reason,
+        operation: &asked,
+        salt: None,
+    });
+    response
 }
 
 fn admit(admin: &Admin, access: Access, request: &Request) -> Result<Caller, Problem> {

@@ -77,6 +77,11 @@ struct TenantLabels {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OutcomeLabels {
+    outcome: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct DeniedLabels {
     tenant: String,
     reason: &'static str,
@@ -506,8 +511,23 @@ fn read_denials(admin: &Admin, registry: &mut Registry) {
     );
     registry.register(
         "tenant_denied",
-        "Requests that named what their connection's tenant may not have, by reason",
+        "Requests that did not get what they named, by tenant and reason",
         denied,
+    );
+    let written = admin.service.tenancy().audit().lines();
+    let lines = Family::<OutcomeLabels, Counter>::default();
+    for (outcome, count) in [
+        ("written", written.written),
+        ("dropped", written.dropped),
+        ("failed", written.failed),
+    ] {
+        let lines = lines.get_or_create(&OutcomeLabels { outcome });
+        lines.inc_by(count);
+    }
+    registry.register(
+        "audit_log_lines",
+        "Lines for the audit log: written, dropped because the disk was too slow, or failed to be written",
+        lines,
     );
 }
 

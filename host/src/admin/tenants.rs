@@ -324,12 +324,8 @@ pub(super) async fn purge(
         let leaving = service.leaving(&name)?;
         let receipt = seal(service.purge(&leaving)?);
         service.tenancy().forget(leaving.name());
-        tracing::info!(
-            target: "stockade::audit",
-            tenant = leaving.name(),
-            seal = receipt["seal_blake3"].as_str(),
-            "a tenant was purged"
-        );
+        let audit = service.tenancy().audit();
+        audit.purged(leaving.name(), receipt["seal_blake3"].as_str());
         Ok(receipt)
     })
     .await

@@ -384,6 +384,14 @@ pub struct Settings {
         help_heading = "HTTP and logs"
     )]
     pub tracing_sample_rate: Option<f64>,
+    /// Directory of JSON lines with every denial (ours)
+    #[arg(
+        long,
+        value_name = "DIR",
+        env = "STOCKADE_AUDIT_LOG_DIR",
+        help_heading = "HTTP and logs"
+    )]
+    pub audit_log_dir: Option<PathBuf>,
     /// Directory of JSON lines with what each tenant used (ours)
     #[arg(
         long,
@@ -518,6 +526,7 @@ impl Settings {
             coordinator_event_flush_interval,
             coordinator_event_transport,
             tracing_sample_rate,
+            audit_log_dir,
             metering_dir,
             metering_interval_seconds,
             log_level,

@@ -6,8 +6,11 @@
 
 use std::{
     cmp::Reverse,
-    collections::BinaryHeap,
-    sync::Arc,
+    collections::{BinaryHeap, HashMap},
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -86,20 +89,34 @@ impl Ord for Expiring {
 
 /// Objects that are to go at a certain time. Bounded: a store with a time that does not fit any
 /// more is declined, rather than kept for ever.
+///
+/// An object that goes before its time and is stored again has the time of the last store only.
 #[derive(Default)]
-pub(super) struct Expiry(Mutex<Waiting>);
+pub(super) struct Expiry {
+    waiting: Mutex<Waiting>,
+    /// As in `waiting`, to be looked at without its lock.
+    objects: AtomicUsize,
+}
 
 #[derive(Default)]
 struct Waiting {
     /// The next to end on top.
     heap: BinaryHeap<Expiring>,
+    /// Objects in the heap, those counted that were stored again since.
     objects: usize,
+    /// When each is to go; what the heap says besides is out of date.
+    due: HashMap<ObjectKey, Instant>,
 }
 
 impl Expiry {
     /// Whether so many more objects may be given a time.
     pub(super) fn has_room(&self, objects: usize) -> bool {
-        self.0.lock().objects + objects <= MAX_EXPIRING
+        self.objects.load(Ordering::Relaxed) + objects <= MAX_EXPIRING
+    }
+
+    /// Whether any object has a time.
+    pub(super) fn is_empty(&self) -> bool {
+        self.objects.load(Ordering::Relaxed) == 0
     }
 
     /// Notes when objects that were just stored are to go.
@@ -107,18 +124,31 @@ impl Expiry {
         if keys.is_empty() {
             return;
         }
-        let mut waiting = self.0.lock();
+        let mut waiting = self.waiting.lock();
         waiting.objects += keys.len();
+        for key in &keys {
+            waiting.due.insert(key.clone(), at);
+        }
         waiting.heap.push(Expiring {
             at: Reverse(at),
             keys: keys.into(),
         });
+        self.objects.store(waiting.objects, Ordering::Relaxed);
+    }
+
+    /// Takes back the times of objects that are stored anew.
+    pub(super) fn cancel(&self, keys: &[ObjectKey]) {
+        let mut waiting = self.waiting.lock();
+        for key in keys {
+            waiting.due.remove(key);
+        }
     }
 
     /// Forgets the objects under salts that are `wanted`; returns how many.
     pub(super) fn forget(&self, wanted: &dyn Fn(&CacheSalt) -> bool) -> usize {
-        let mut waiting = self.0.lock();
-        let before = waiting.objects;
+        let mut waiting = self.waiting.lock();
+        let before = waiting.due.len();
+        waiting.due.retain(|key, _| !wanted(&key.scope.cache_salt));
         let all = std::mem::take(&mut waiting.heap);
         for mut expiring in all {
             let is_wanted = |key: &ObjectKey| wanted(&key.scope.cache_salt);
@@ -132,7 +162,8 @@ impl Expiry {
                 waiting.heap.push(expiring);
             }
         }
-        before - waiting.objects
+        self.objects.store(waiting.objects, Ordering::Relaxed);
+        before - waiting.due.len()
     }
 
     /// Hands the objects whose time has come to `withdraw`, which returns those that are in use.
@@ -143,7 +174,7 @@ impl Expiry {
     ) {
         loop {
             let due = {
-                let mut waiting = self.0.lock();
+                let mut waiting = self.waiting.lock();
                 let is_due = waiting.heap.peek().is_some_and(|next| next.at.0 <= now);
                 if !is_due {
                     return;
@@ -152,9 +183,18 @@ impl Expiry {
                     return;
                 };
                 waiting.objects -= due.keys.len();
-                due
+                self.objects.store(waiting.objects, Ordering::Relaxed);
+                let mut keys = due.keys.to_vec();
+                keys.retain(|key| {
+                    let is_last = waiting.due.get(key) == Some(&due.at.0);
+                    if is_last {
+                        waiting.due.remove(key);
+                    }
+                    is_last
+                });
+                keys
             };
-            self.note(withdraw(&due.keys), now + RETRY);
+            self.note(withdraw(&due), now + RETRY);
         }
     }
 }
@@ -246,6 +286,31 @@ mod tests {
         // Both are due by then.
         ended.sort_by_key(|key| key.chunk_hash);
         assert_eq!(ended, [key(1), key(3)], "what was in use is tried again");
-        assert_eq!(expiry.0.lock().objects, 0);
+        let waiting = expiry.waiting.lock();
+        assert_eq!((waiting.objects, waiting.due.len()), (0, 0));
+    }
+
+    #[test]
+    fn what_is_stored_again_has_the_time_of_its_last_store() {
+        let expiry = Expiry::default();
+        let now = Instant::now();
+        let seconds = |seconds| now + Duration::from_secs(seconds);
+        // 1 is stored for longer, 2 for ever, 3 for a shorter time.
+        expiry.note(vec![key(1), key(2), key(3)], seconds(10));
+        for (number, at) in [(1, Some(20)), (2, None), (3, Some(5))] {
+            expiry.cancel(&[key(number)]);
+            if let Some(at) = at {
+                expiry.note(vec![key(number)], seconds(at));
+            }
+        }
+        let mut ended = Vec::new();
+        for at in [4, 5, 10, 19, 20, 60] {
+            expiry.end_due(seconds(at), |keys| {
+                ended.extend(keys.iter().map(|key| (at, key.chunk_hash.0[0])));
+                Vec::new()
+            });
+        }
+        assert_eq!(ended, [(5, 3), (20, 1)]);
+        assert!(expiry.is_empty());
     }
 }

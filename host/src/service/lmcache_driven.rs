@@ -253,6 +253,10 @@ impl Service {
         if range.is_denied() {
             return Ok(transferred(false));
         }
+        if self.hints(key, &range).skip_save {
+            // Done as asked.
+            return Ok(transferred(true));
+        }
         let chunks = range.hashes.len();
         let blocks = Blocks::of(
             &paged.layout,

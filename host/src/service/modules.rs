@@ -13,7 +13,10 @@ use stockade_transport::{Frames, Peer};
 use stockade_wire::{Operation, Request, Response, reply};
 
 use super::Service;
-use crate::{plugin_host::TenantScope, tenancy::Caller};
+use crate::{
+    plugin_host::TenantScope,
+    tenancy::{Caller, Denial},
+};
 
 impl Service {
     /// Decodes a call, has its plugin answer it, and encodes the reply.
@@ -84,6 +87,8 @@ impl Service {
             .tenant()
             .is_some_and(|tenant| **tenant != *caller.realm().name())
         {
+            let audit = self.tenancy.audit();
+            audit.denied(caller, Denial::Plugin, "server_module_call", None);
             return Err(nobody());
         }
         // That of the caller's requests without one.

@@ -1,17 +1,23 @@
 //! A tenant leaves: everything of it goes, and a receipt says what went.
 
 use std::{
-    collections::HashSet,
-    time::{SystemTime, UNIX_EPOCH},
+    collections::{BTreeSet, HashSet},
+    sync::Weak,
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use serde_json::{Value, json};
 use stockade_cache::CacheSalt;
+use stockade_sandbox::{PluginState, SupervisorError};
 use tokio::runtime::Handle;
 
 use super::Service;
 use crate::tenancy::Realm;
 
+/// How long a tenant's plugins get to end.
+const PLUGIN_PATIENCE: Duration = Duration::from_secs(30);
+/// Time between two looks at whether they have.
+const PLUGIN_LOOK: Duration = Duration::from_millis(10);
 /// Most objects that a receipt names one by one.
 const MAX_LISTED: usize = 10_000;
 
@@ -36,6 +42,8 @@ pub struct Leaving {
     salts: Vec<CacheSalt>,
     /// Those of all other tenants.
     others: HashSet<CacheSalt>,
+    /// Its plugins.
+    plugins: BTreeSet<String>,
 }
 
 impl Leaving {
@@ -79,6 +87,10 @@ impl Service {
         Ok(Leaving {
             name: name.to_owned(),
             realm: rules.realm(name),
+            plugins: rules
+                .tenant(name)
+                .map(|tenant| tenant.plugins.clone())
+                .unwrap_or_default(),
             salts: found.tenant.salts.clone(),
             others: others
                 .flat_map(|it| it.tenant.salts.iter().cloned())
@@ -86,8 +98,9 @@ impl Service {
         })
     }
 
-    /// Ends a tenant's workers and sessions, removes its objects, overwrites every byte of the
-    /// pool that holds no object, and forgets it in ghost lists, events, expiry and labels.
+    /// Ends a tenant's workers and sessions, stops its plugins and removes what they keep, removes
+    /// its objects, overwrites every byte of the pool that holds no object, and forgets it in
+    /// ghost lists, events, expiry and labels.
     ///
     /// Returns the receipt without its seal. Takes as long as writing the pool once, so it must
     /// not run where requests are answered. What the tenant stores meanwhile stays.
@@ -97,6 +110,8 @@ impl Service {
     pub fn purge(&self, leaving: &Leaving) -> Result<Value, PurgeError> {
         let began = seconds_now();
         let owns = |salt: &CacheSalt| leaving.owns(salt);
+        // First, because they can read objects and keep what they read.
+        let plugins = self.end_plugins(leaving);
         let (listed, objects) = self.engine.digests(&owns, MAX_LISTED);
         let bytes_before = self.bytes_of(&owns);
         let (mut workers, mut sessions) = (0, 0);
@@ -138,7 +153,9 @@ impl Service {
                 .collect::<Vec<_>>(),
             "began_unix": began,
             "ended_unix": seconds_now(),
-            "complete": bytes_left == 0 && !matches!(storage, Some(Err(_))),
+            "complete": bytes_left == 0
+                && !matches!(storage, Some(Err(_)))
+                && plugins.iter().all(|it| it["problem"].is_null()),
             "l2": storage.map(|purged| match purged {
                 Ok(values) => json!({"values": values}),
                 Err(problem) => json!({"problem": problem}),
@@ -157,6 +174,7 @@ impl Service {
                 })).collect::<Vec<_>>(),
                 "digests_omitted": objects.saturating_sub(listed.len()),
             },
+            "plugins": plugins,
             "workers_ended": workers,
             "sessions_ended": sessions,
             "kv_events_forgotten": events,
@@ -166,6 +184,38 @@ impl Service {
         }))
     }
 
+    /// Stops a tenant's plugins and removes the keys and values that they keep; one entry of the
+    /// receipt for each. May wait for plugins that take their time to end.
+    fn end_plugins(&self, leaving: &Leaving) -> Vec<Value> {
+        let Some(supervisor) = self.plugins.get().and_then(Weak::upgrade) else {
+            return Vec::new();
+        };
+        // All are told before the first is waited for. One that is not there is as good as ended,
+        // but may have kept something when it was.
+        for name in &leaving.plugins {
+            if let Err(SupervisorError::Busy(name)) = supervisor.stop_plugin(name) {
+                tracing::warn!("plugin `{name}` could not be told that its tenant is purged");
+            }
+        }
+        let deadline = Instant::now() + PLUGIN_PATIENCE;
+        let purged = leaving.plugins.iter().map(|name| {
+            while supervisor.status(name).is_ok_and(|it| is_alive(it.state)) {
+                if Instant::now() > deadline {
+                    return json!({"plugin": name, "problem": "it has not ended"});
+                }
+                std::thread::sleep(PLUGIN_LOOK);
+            }
+            match supervisor.purge_state(name) {
+                Ok(keys) => json!({"plugin": name, "state_keys": keys}),
+                Err(error) => {
+                    let problem = format!("what it keeps could not be removed: {error}");
+                    json!({"plugin": name, "problem": problem})
+                }
+            }
+        });
+        purged.collect()
+    }
+
     fn bytes_of(&self, owns: &dyn Fn(&CacheSalt) -> bool) -> u64 {
         let salts = self.engine.status().salts;
         salts
@@ -173,6 +223,21 @@ impl Service {
             .filter(|it| owns(&it.cache_salt))
             .map(|it| it.bytes)
             .sum()
+    }
+}
+
+/// Whether a plugin runs, or is about to.
+fn is_alive(state: PluginState) -> bool {
+    match state {
+        PluginState::Discovered
+        | PluginState::Prepared
+        | PluginState::Running
+        | PluginState::Backoff => true,
+        PluginState::Exited
+        | PluginState::Failed
+        | PluginState::Quarantined
+        | PluginState::Refused
+        | PluginState::Stopped => false,
     }
 }
 

@@ -75,7 +75,7 @@ impl Service {
     }
 
     /// What the request asks for, within what its tenant may.
-    fn hints(&self, key: &CacheKey, range: &TransferRange) -> Hints {
+    pub(super) fn hints(&self, key: &CacheKey, range: &TransferRange) -> Hints {
         let rules = self.tenancy.rules();
         let rules = rules.hints(&range.transfer.scope.cache_salt);
         Hints::of(&key.request_configs, rules)
@@ -174,6 +174,14 @@ impl Service {
             }
             None => None,
         };
+        let stored = || {
+            let hashes: Vec<_> = slots.iter().map(|&(index, _)| range.hash(index)).collect();
+            object_keys(&range.transfer.scope, &hashes)
+        };
+        if !self.expiry.is_empty() {
+            // The objects are new, whatever was said of former ones.
+            self.expiry.cancel(&stored());
+        }
         let realm = caller.realm();
         self.events
             .stored(realm, key, self.hasher.chunk_size(), range, slots);
@@ -187,9 +195,7 @@ impl Service {
             }
             Ok(_) => {
                 if ends.is_some() || hints.keep.is_some() {
-                    let stored: Vec<_> =
-                        slots.iter().map(|&(index, _)| range.hash(index)).collect();
-                    let keys = object_keys(&range.transfer.scope, &stored);
+                    let keys = stored();
                     if let Some(time) = hints.keep {
                         // Too many kept objects: these are like any others.
                         let _ = self.engine.keep(&keys, HOLDER, time);

@@ -1,17 +1,31 @@
-//! Every denial, counted; and logged, unless there are too many of a kind at once.
+//! Every denial, counted; as a line of a file of its own; and in the server's log, unless there
+//! are too many of a kind at once.
 //!
-//! Denials of one tenant and reason get [`LINES`] lines in [`WINDOW`]; how many more there were
-//! is a line of its own when the window is over. So a flood costs a few lines, and no denial is
-//! left out of the log's sums.
+//! The file has every one of them. Its lines wait in a bounded queue for a thread that writes, so
+//! that nothing waits for a disk; what it is too slow for is counted, and the next line says how
+//! many were lost. In the server's log denials of one tenant and reason get [`LINES`] lines in
+//! [`WINDOW`]; how many more there were is a line of its own when the window is over.
 
 use std::{
     collections::BTreeMap,
+    io,
+    path::Path,
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicU64, Ordering},
+        mpsc::{Receiver, SyncSender, TrySendError, sync_channel},
+    },
+    thread,
     time::{Duration, Instant},
 };
 
 use parking_lot::Mutex;
+use serde_json::{Value, json};
 
-use super::{Caller, Denial, Realm};
+use super::{
+    Caller, Denial, Realm,
+    line_files::{LineFiles, since_epoch},
+};
 
 /// Lines in full per tenant, reason and window.
 const LINES: u64 = 5;
@@ -19,6 +33,65 @@ const LINES: u64 = 5;
 const WINDOW: Duration = Duration::from_secs(10);
 /// Target of the lines: `stockade::audit`.
 const TARGET: &str = "stockade::audit";
+
+/// Lines that wait for the disk.
+const QUEUED_LINES: usize = 4096;
+/// Lines written in one call.
+const LINES_AT_ONCE: usize = 256;
+/// Longest text of a line that comes from outside, in characters.
+const MAX_TEXT: usize = 256;
+/// Name of the files, before the time of their first line.
+const PREFIX: &str = "audit-";
+/// Time between two warnings about the disk.
+const WARNING_INTERVAL: Duration = Duration::from_secs(60);
+/// Time that a server which ends waits for the last lines.
+const END_PATIENCE: Duration = Duration::from_secs(2);
+
+/// What was denied to whom.
+#[derive(Debug, Clone, Copy)]
+pub struct Denied<'d> {
+    /// The tenant of who asked.
+    pub realm: &'d Realm,
+    /// Who asked, in words.
+    pub origin: &'d str,
+    /// Why not.
+    pub reason: Denial,
+    /// What it asked for.
+    pub operation: &'d str,
+    /// The salt that it named. Shown by its digest: salts are secrets between an engine and this
+    /// server.
+    pub salt: Option<&'d str>,
+}
+
+/// What became of lines for the file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct AuditLines {
+    /// They are in the file.
+    pub written: u64,
+    /// The disk was too slow for them.
+    pub dropped: u64,
+    /// The disk did not take them.
+    pub failed: u64,
+}
+
+#[derive(Debug, Default)]
+struct Counts {
+    written: AtomicU64,
+    dropped: AtomicU64,
+    failed: AtomicU64,
+}
+
+enum Entry {
+    Line(Value),
+    End(SyncSender<()>),
+}
+
+/// The queue to the file's writer.
+#[derive(Debug)]
+struct Sink {
+    queue: SyncSender<Entry>,
+    counts: Arc<Counts>,
+}
 
 /// Denials of one kind.
 #[derive(Debug)]
@@ -42,11 +115,34 @@ pub struct DeniedCount {
 
 /// The audit log. What it keeps has a bound: there are as many kinds as tenants times reasons.
 #[derive(Debug, Default)]
-pub struct Audit(Mutex<BTreeMap<(Realm, Denial), Kind>>);
+pub struct Audit {
+    kinds: Mutex<BTreeMap<(Realm, Denial), Kind>>,
+    sink: OnceLock<Sink>,
+}
 
 impl Audit {
-    /// A request was not given what it named. `salt` is what it asked for, which is shown by its
-    /// digest: salts are secrets between an engine and this server.
+    /// Writes every denial from now on into files of a directory, which is made if its parent
+    /// exists. To be called once.
+    ///
+    /// # Errors
+    /// When the directory cannot be made or written to, or there is no thread to be had.
+    pub fn write_to(&self, directory: &Path) -> io::Result<()> {
+        let files = LineFiles::open(directory, PREFIX)?;
+        let (queue, entries) = sync_channel(QUEUED_LINES);
+        let counts = Arc::new(Counts::default());
+        let sink = Sink {
+            queue,
+            counts: Arc::clone(&counts),
+        };
+        thread::Builder::new()
+            .name("audit log".to_owned())
+            .spawn(move || write(&entries, files, &counts))?;
+        // A second file would have been a mistake of the caller; the first one stays.
+        let _ = self.sink.set(sink);
+        Ok(())
+    }
+
+    /// A request was not given what it named.
     pub fn denied(
         &self,
         caller: &Caller,
@@ -54,26 +150,90 @@ impl Audit {
         operation: &'static str,
         salt: Option<&str>,
     ) {
-        let realm = caller.realm();
-        if !self.count(realm, reason) {
-            return;
-        }
-        let digest = salt.map(|salt| blake3::hash(salt.as_bytes()).to_hex());
-        let digest = digest.as_ref().and_then(|hex| hex.get(..16)).unwrap_or("-");
-        tracing::warn!(
-            target: TARGET,
-            tenant = realm.shown(),
-            reason = reason.name(),
+        self.record(Denied {
+            realm: caller.realm(),
+            origin: caller.origin(),
+            reason,
             operation,
-            salt_blake3 = digest,
-            "denied: {operation} from {}",
-            caller.origin,
-        );
+            salt,
+        });
+    }
+
+    /// Somebody was not given what it named. Never waits.
+    pub fn record(&self, denied: Denied<'_>) {
+        let Denied {
+            realm,
+            origin,
+            reason,
+            operation,
+            salt,
+        } = denied;
+        let digest = salt.map(|salt| blake3::hash(salt.as_bytes()).to_hex());
+        let digest = digest.as_ref().and_then(|hex| hex.get(..16));
+        if let Some(sink) = self.sink.get() {
+            sink.line(json!({
+                "time_unix": since_epoch().as_secs_f64(),
+                "event": "denied",
+                "tenant": realm.shown(),
+                "reason": reason.name(),
+                "operation": shortened(operation),
+                "origin": shortened(origin),
+                "salt_blake3": digest,
+            }));
+        }
+        if self.count(realm, reason) {
+            tracing::warn!(
+                target: TARGET,
+                tenant = realm.shown(),
+                reason = reason.name(),
+                operation,
+                salt_blake3 = digest.unwrap_or("-"),
+                "denied: {operation} from {origin}",
+            );
+        }
+    }
+
+    /// A tenant was purged, and the receipt has this seal.
+    pub fn purged(&self, tenant: &str, seal: Option<&str>) {
+        if let Some(sink) = self.sink.get() {
+            sink.line(json!({
+                "time_unix": since_epoch().as_secs_f64(),
+                "event": "purged",
+                "tenant": tenant,
+                "seal_blake3": seal,
+            }));
+        }
+        tracing::info!(target: TARGET, tenant, seal, "a tenant was purged");
+    }
+
+    /// What became of lines for the file.
+    #[must_use]
+    pub fn lines(&self) -> AuditLines {
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        self.sink.get().map_or_else(AuditLines::default, |sink| {
+            let Counts {
+                written,
+                dropped,
+                failed,
+            } = &*sink.counts;
+            AuditLines {
+                written: read(written),
+                dropped: read(dropped),
+                failed: read(failed),
+            }
+        })
+    }
+
+    /// Waits a moment until what is queued is written. May block.
+    pub fn end(&self) {
+        if let Some(sink) = self.sink.get() {
+            sink.end();
+        }
     }
 
     /// Whether this one gets a line of its own.
     fn count(&self, realm: &Realm, reason: Denial) -> bool {
-        let mut kinds = self.0.lock();
+        let mut kinds = self.kinds.lock();
         let kind = kinds
             .entry((realm.clone(), reason))
             .or_insert_with(|| Kind {
@@ -93,7 +253,7 @@ impl Audit {
     /// Logs how many denials of windows that are over had no line. To be called now and then.
     pub fn settle(&self) {
         let mut unsaid = Vec::new();
-        for ((realm, reason), kind) in self.0.lock().iter_mut() {
+        for ((realm, reason), kind) in self.kinds.lock().iter_mut() {
             if kind.began.elapsed() > WINDOW && kind.seen > LINES {
                 unsaid.push((realm.clone(), *reason, kind.seen - LINES));
                 kind.seen = 0;
@@ -114,7 +274,7 @@ impl Audit {
     /// All counts since the start.
     #[must_use]
     pub fn counts(&self) -> Vec<DeniedCount> {
-        let kinds = self.0.lock();
+        let kinds = self.kinds.lock();
         let counts = kinds.iter().map(|((realm, reason), kind)| DeniedCount {
             realm: realm.clone(),
             reason: *reason,
@@ -125,7 +285,91 @@ impl Audit {
 
     /// Forgets a tenant that is gone.
     pub fn forget(&self, name: &str) {
-        self.0.lock().retain(|(realm, _), _| realm.name() != name);
+        self.kinds
+            .lock()
+            .retain(|(realm, _), _| realm.name() != name);
+    }
+}
+
+impl Sink {
+    fn line(&self, line: Value) {
+        if self.queue.try_send(Entry::Line(line)).is_err() {
+            self.counts.dropped.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    fn end(&self) {
+        let until = Instant::now() + END_PATIENCE;
+        let (written, is_written) = sync_channel(1);
+        let mut entry = Entry::End(written);
+        while let Err(TrySendError::Full(back)) = self.queue.try_send(entry) {
+            if Instant::now() > until {
+                return;
+            }
+            entry = back;
+            thread::sleep(Duration::from_millis(5));
+        }
+        let _ = is_written.recv_timeout(until.saturating_duration_since(Instant::now()));
+    }
+}
+
+/// The writer's thread.
+fn write(entries: &Receiver<Entry>, mut files: LineFiles, counts: &Counts) {
+    let mut last_warning: Option<Instant> = None;
+    let mut told = 0;
+    while let Ok(first) = entries.recv() {
+        let (mut text, mut lines, mut ends) = (String::new(), 0, Vec::new());
+        let more = std::iter::from_fn(|| entries.try_recv().ok());
+        for entry in std::iter::once(first).chain(more.take(LINES_AT_ONCE)) {
+            match entry {
+                Entry::Line(line) => {
+                    text.push_str(&line.to_string());
+                    text.push('\n');
+                    lines += 1;
+                }
+                Entry::End(written) => ends.push(written),
+            }
+        }
+        // Those that failed are lost to the reader as well.
+        let lost = counts.dropped.load(Ordering::Relaxed) + counts.failed.load(Ordering::Relaxed);
+        if lost > told {
+            let line = json!({
+                "time_unix": since_epoch().as_secs_f64(),
+                "event": "lost",
+                "lines": lost - told,
+            });
+            text.push_str(&format!("{line}\n"));
+        }
+        if !text.is_empty() {
+            match files.append(&text) {
+                Ok(()) => {
+                    counts.written.fetch_add(lines, Ordering::Relaxed);
+                    told = lost;
+                }
+                Err(error) => {
+                    counts.failed.fetch_add(lines, Ordering::Relaxed);
+                    if last_warning.is_none_or(|at| at.elapsed() > WARNING_INTERVAL) {
+                        last_warning = Some(Instant::now());
+                        let directory = files.directory().display();
+                        tracing::error!(
+                            "denials cannot be written into {directory}, and are counted as lost: {error}"
+                        );
+                    }
+                }
+            }
+        }
+        for written in ends {
+            // Whoever asked may have gone.
+            let _ = written.send(());
+        }
+    }
+}
+
+/// Text from outside, within a bound.
+fn shortened(text: &str) -> &str {
+    match text.char_indices().nth(MAX_TEXT) {
+        Some((end, _)) => text.get(..end).unwrap_or_default(),
+        None => text,
     }
 }
 
@@ -139,7 +383,76 @@ impl DeniedCount {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
     use super::*;
+
+    fn denied(realm: &Realm, origin: &str) -> Denied<'static> {
+        Denied {
+            realm: Box::leak(Box::new(realm.clone())),
+            origin: Box::leak(origin.to_owned().into_boxed_str()),
+            reason: Denial::ForeignSalt,
+            operation: "lookup",
+            salt: Some("secret"),
+        }
+    }
+
+    fn lines_in(directory: &Path) -> Vec<Value> {
+        let files = std::fs::read_dir(directory).unwrap();
+        let text: String = files
+            .map(|file| std::fs::read_to_string(file.unwrap().path()).unwrap())
+            .collect();
+        assert!(!text.contains("secret"), "{text}");
+        let lines = text.lines().map(|line| serde_json::from_str(line).unwrap());
+        lines.collect()
+    }
+
+    #[test]
+    fn the_file_has_every_denial_also_those_without_a_line_in_the_log() {
+        let directory = tempfile::tempdir().unwrap();
+        let audit = Audit::default();
+        audit.write_to(directory.path()).unwrap();
+        let long = "x".repeat(1000);
+        for _ in 0..100 {
+            audit.record(denied(&Realm::open(), &long));
+        }
+        audit.purged("a", Some("seal"));
+        audit.end();
+        let lines = lines_in(directory.path());
+        assert_eq!(lines.len(), 101);
+        assert_eq!(lines[99]["reason"], "foreign_salt");
+        assert_eq!(lines[99]["origin"].as_str().unwrap().len(), MAX_TEXT);
+        assert_eq!(lines[100]["event"], "purged");
+        assert_eq!(audit.lines().written, 101);
+    }
+
+    #[test]
+    fn what_the_disk_is_too_slow_for_is_counted_and_told_of() {
+        let directory = tempfile::tempdir().unwrap();
+        let audit = Audit::default();
+        // A writer that has not begun yet.
+        let (queue, entries) = sync_channel(10);
+        let counts = Arc::new(Counts::default());
+        let sink = Sink {
+            queue,
+            counts: Arc::clone(&counts),
+        };
+        audit.sink.set(sink).unwrap();
+        for _ in 0..25 {
+            audit.record(denied(&Realm::open(), "x"));
+        }
+        assert_eq!(audit.lines().dropped, 15);
+        let files = LineFiles::open(directory.path(), PREFIX).unwrap();
+        let writer = thread::spawn(move || write(&entries, files, &counts));
+        audit.end();
+        let lines = lines_in(directory.path());
+        assert_eq!(lines.len(), 11, "{lines:?}");
+        assert_eq!(
+            (&lines[10]["event"], &lines[10]["lines"]),
+            (&json!("lost"), &json!(15))
+        );
+        drop(audit);
+        writer.join().unwrap();
+    }
 
     #[test]
     fn every_denial_is_counted_and_those_without_a_line_are_told_of_later() {
@@ -151,12 +464,12 @@ mod tests {
         assert_eq!(lines as u64, LINES);
         assert_eq!(audit.counts()[0].count, 20);
         let unsaid = |audit: &Audit| {
-            let kinds = audit.0.lock();
+            let kinds = audit.kinds.lock();
             kinds.values().map(|kind| kind.seen).sum::<u64>()
         };
         audit.settle();
         assert_eq!(unsaid(&audit), 20, "the window is not over");
-        for kind in audit.0.lock().values_mut() {
+        for kind in audit.kinds.lock().values_mut() {
             let before = kind.began.checked_sub(WINDOW + Duration::from_secs(1));
             kind.began = before.unwrap_or(kind.began);
         }

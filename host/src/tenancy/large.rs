@@ -3,8 +3,9 @@
 //! They take milliseconds on a thread of their own. There are as many at once as there are cores,
 //! because more would only make all of them slower. Those that wait stand in a line per tenant;
 //! the lines are served by deficit round robin over the bytes, so that each tenant gets its part
-//! by weight however large its requests are. While others want something too, a tenant leaves at
-//! least one place free, so that the others wait for nothing that takes long.
+//! by weight however large its requests are. While others are there too, be it with small requests
+//! only, a tenant leaves at least one place free, so that the others wait for nothing that takes
+//! long.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -33,6 +34,8 @@ pub struct TooManyInFlight {
 #[derive(Debug, Default)]
 struct Line {
     weight: u64,
+    /// Whether other tenants' requests were there when its last one came.
+    has_company: bool,
     deficit: u64,
     running: usize,
     waiting: VecDeque<(u64, oneshot::Sender<()>)>,
@@ -71,7 +74,8 @@ impl LargeRequests {
         }
     }
 
-    /// Waits in the tenant's line until a request of so many bytes may be worked on.
+    /// Waits in the tenant's line until a request of so many bytes may be worked on;
+    /// `has_company` while other tenants are there.
     ///
     /// # Errors
     /// [`TooManyInFlight`] at once, when the line is full.
@@ -80,11 +84,13 @@ impl LargeRequests {
         realm: &Realm,
         share: Share,
         bytes: usize,
+        has_company: bool,
     ) -> Result<Place, TooManyInFlight> {
         let admitted = {
             let mut lines = self.lines.lock();
             let line = lines.lines.entry(realm.clone()).or_default();
             line.weight = u64::from(share.weight.max(1));
+            line.has_company = has_company;
             if line.running + line.waiting.len() >= share.max_in_flight {
                 return Err(TooManyInFlight {
                     limit: share.max_in_flight,
@@ -175,13 +181,13 @@ impl Lines {
                 return;
             };
             let others = self.lines.len() > 1;
-            let most = if others {
+            let Some(line) = self.lines.get_mut(&realm) else {
+                continue;
+            };
+            let most = if others || line.has_company {
                 places.saturating_sub(1).max(1)
             } else {
                 places
-            };
-            let Some(line) = self.lines.get_mut(&realm) else {
-                continue;
             };
             if line.running >= most {
                 self.round.push_back(realm);
@@ -251,13 +257,16 @@ mod tests {
     /// Fills the one place, queues requests, and returns the order in which they went.
     async fn order(requests: &[(&'static str, u32, usize)]) -> Vec<&'static str> {
         let large = Arc::new(LargeRequests::new(1));
-        let first = large.admit(&realm("first"), share(1), 1).await.unwrap();
+        let first = large
+            .admit(&realm("first"), share(1), 1, false)
+            .await
+            .unwrap();
         let went = Arc::new(Mutex::new(Vec::new()));
         let mut tasks = Vec::new();
         for &(name, weight, bytes) in requests {
             let (large, went) = (Arc::clone(&large), Arc::clone(&went));
             let mut waiting = Box::pin(async move {
-                let place = large.admit(&realm(name), share(weight), bytes).await;
+                let place = large.admit(&realm(name), share(weight), bytes, false).await;
                 went.lock().push(name);
                 drop(place.unwrap());
             });
@@ -316,26 +325,50 @@ mod tests {
             max_in_flight: 3,
             ..Share::default()
         };
-        let other = large.admit(&realm("other"), share(1), 1).await.unwrap();
-        let first = large.admit(&realm("flood"), limited, 1).await.unwrap();
+        let other = large
+            .admit(&realm("other"), share(1), 1, false)
+            .await
+            .unwrap();
+        let first = large
+            .admit(&realm("flood"), limited, 1, false)
+            .await
+            .unwrap();
         drop(other);
         let mut waiting = Box::pin({
             let large = Arc::clone(&large);
-            async move { large.admit(&realm("flood"), limited, 1).await }
+            async move { large.admit(&realm("flood"), limited, 1, false).await }
         });
         let second = waiting.as_mut().await.unwrap();
         let mut third = Box::pin({
             let large = Arc::clone(&large);
-            async move { large.admit(&realm("flood"), limited, 1).await }
+            async move { large.admit(&realm("flood"), limited, 1, false).await }
         });
         assert!(is_pending(&mut third));
-        let refused = large.admit(&realm("flood"), limited, 1).await;
+        let refused = large.admit(&realm("flood"), limited, 1, false).await;
         assert_eq!(refused.unwrap_err(), TooManyInFlight { limit: 3 });
         // One that gives up leaves no hole.
         drop(third);
         drop((first, second));
         let all = large.lines.lock();
         assert_eq!(all.running, 0);
+    }
+
+    #[tokio::test]
+    async fn beside_small_requests_of_others_a_place_stays_free() {
+        let large = LargeRequests::new(2);
+        let flood = realm("flood");
+        let first = large.admit(&flood, share(1), 1, true).await.unwrap();
+        let mut second = Box::pin(large.admit(&flood, share(1), 1, true));
+        assert!(is_pending(&mut second), "the second place is kept free");
+        // The others have gone: both places are its own.
+        let third = large.admit(&flood, share(1), 1, false);
+        let (second, third) = tokio::join!(second, async {
+            let mut third = Box::pin(third);
+            assert!(is_pending(&mut third), "no more than there are places");
+            drop(first);
+            third.await
+        });
+        assert!(second.is_ok() && third.is_ok());
     }
 
     #[tokio::test(flavor = "multi_thread")]
@@ -348,7 +381,7 @@ mod tests {
                 tokio::spawn(async move {
                     let name = ["a", "b", "c"][number % 3];
                     let realm = realm(name);
-                    let admitted = large.admit(&realm, share(1), number << 12);
+                    let admitted = large.admit(&realm, share(1), number << 12, false);
                     if number.is_multiple_of(7) {
                         // Gives up half-way.
                         let mut admitted = Box::pin(admitted);

@@ -2,29 +2,25 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    fs::{File, OpenOptions},
-    io::{self, Write as _},
-    os::unix::fs::OpenOptionsExt as _,
-    path::{Path, PathBuf},
+    io,
+    path::Path,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
-    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant},
 };
 
 use parking_lot::{Mutex, RwLock};
 use serde_json::{Value, json};
 use stockade_cache::TenantUsage;
 
+use super::line_files::{LineFiles, since_epoch};
+
 /// Tenants with sums of their own at most; more than the pool can have.
 const MAX_TENANTS: usize = 4096;
 /// Tags with sums of their own per tenant; further ones are summed up as `other`.
 const MAX_TAGS: usize = 64;
-/// A file of this size gets no more lines.
-const FILE_BYTES: u64 = 16 << 20;
-/// Files kept; the oldest one goes first, with a warning.
-const MAX_FILES: usize = 256;
 /// Name of the files, before the time of their first line and `.jsonl`.
 const PREFIX: &str = "meter-";
 
@@ -170,8 +166,7 @@ impl Meter {
 /// The file that sums are written to: a line per tenant and interval, with what it used in it.
 #[derive(Debug)]
 pub struct MeterFile {
-    directory: PathBuf,
-    file: Option<(File, u64)>,
+    files: LineFiles,
     last: BTreeMap<Arc<str>, Reading>,
     written: Instant,
 }
@@ -182,20 +177,11 @@ impl MeterFile {
     /// # Errors
     /// When it cannot be made or written to.
     pub fn open(directory: &Path) -> io::Result<Self> {
-        use std::os::unix::fs::DirBuilderExt as _;
-        match std::fs::DirBuilder::new().mode(0o700).create(directory) {
-            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
-            _ => {}
-        }
-        let mut meter = Self {
-            directory: directory.to_owned(),
-            file: None,
+        Ok(Self {
+            files: LineFiles::open(directory, PREFIX)?,
             last: BTreeMap::new(),
             written: Instant::now(),
-        };
-        // Found out now, and not when the first line is due.
-        meter.rotate(seconds_now())?;
-        Ok(meter)
+        })
     }
 
     /// Writes what was used since the last lines; a tenant that used nothing gets none. Blocks.
@@ -205,7 +191,7 @@ impl MeterFile {
     pub fn write(&mut self, meter: &Meter) -> io::Result<()> {
         let now = Instant::now();
         let seconds = now.saturating_duration_since(self.written).as_secs_f64();
-        let time = seconds_now();
+        let time = since_epoch().as_secs();
         let current = meter.read();
         let mut lines = String::new();
         for (name, reading) in &current {
@@ -216,48 +202,10 @@ impl MeterFile {
             }
         }
         if !lines.is_empty() {
-            if self
-                .file
-                .as_ref()
-                .is_none_or(|(_, size)| *size >= FILE_BYTES)
-            {
-                self.rotate(time)?;
-            }
-            if let Some((file, size)) = &mut self.file {
-                // In one call, so that a crash leaves whole lines, or at worst one that is cut.
-                file.write_all(lines.as_bytes())?;
-                *size += lines.len() as u64;
-            }
+            self.files.append(&lines)?;
         }
         self.last = current;
         self.written = now;
-        Ok(())
-    }
-
-    /// Begins a new file, and removes the oldest one if there are too many.
-    fn rotate(&mut self, time: u64) -> io::Result<()> {
-        self.file = None;
-        let mut names: Vec<PathBuf> = std::fs::read_dir(&self.directory)?
-            .flatten()
-            .map(|entry| entry.path())
-            .filter(|path| {
-                let name = path.file_name().and_then(|name| name.to_str());
-                name.is_some_and(|name| name.starts_with(PREFIX) && name.ends_with(".jsonl"))
-            })
-            .collect();
-        names.sort_unstable();
-        for oldest in names.iter().take(names.len().saturating_sub(MAX_FILES - 1)) {
-            tracing::warn!("{} is removed, the oldest of {MAX_FILES}", oldest.display());
-            std::fs::remove_file(oldest)?;
-        }
-        let path = self.directory.join(format!("{PREFIX}{time:012}.jsonl"));
-        let file = OpenOptions::new()
-            .append(true)
-            .create(true)
-            .mode(0o600)
-            .open(path)?;
-        let size = file.metadata()?.len();
-        self.file = Some((file, size));
         Ok(())
     }
 }
@@ -282,13 +230,6 @@ fn line(name: &str, now: &Reading, last: &Reading, time: u64, seconds: f64) -> V
         "plugin_cpu_seconds": now.plugin_cpu_seconds - last.plugin_cpu_seconds,
         "tags": tags,
     })
-}
-
-fn seconds_now() -> u64 {
-    SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default()
-        .as_secs()
 }
 
 #[cfg(test)]
@@ -372,30 +313,5 @@ mod tests {
         let reading = &meter.read()["a"];
         assert!(reading.tags.len() <= MAX_TAGS + 1);
         assert_eq!(reading.tags.values().sum::<u64>(), 3 * MAX_TAGS as u64);
-    }
-
-    #[test]
-    fn a_full_file_is_followed_by_another_and_the_oldest_goes() {
-        let directory = tempfile::tempdir().unwrap();
-        for number in 0..MAX_FILES + 3 {
-            let name = format!("{PREFIX}{number:012}.jsonl");
-            std::fs::write(directory.path().join(name), "{}\n").unwrap();
-        }
-        let mut file = MeterFile::open(directory.path()).unwrap();
-        assert_eq!(
-            std::fs::read_dir(directory.path()).unwrap().count(),
-            MAX_FILES
-        );
-        assert!(
-            !directory
-                .path()
-                .join(format!("{PREFIX}{:012}.jsonl", 0))
-                .exists()
-        );
-        file.file.as_mut().unwrap().1 = FILE_BYTES;
-        let meter = Meter::default();
-        meter.of("a").stored(1);
-        file.write(&meter).unwrap();
-        assert!(file.file.unwrap().1 < FILE_BYTES);
     }
 }

@@ -1,10 +1,12 @@
 //! Who of several tenants works next: turns of connections, and how many requests a second.
 //!
 //! A connection works in turns: it reads, handles and writes for a bounded number of messages
-//! and then lets others go first. There are as many turns at once as the runtime has threads.
-//! While several tenants are at it, each has its part of them by weight, at least one, so that
-//! one tenant's flood waits behind itself and another's request finds a thread. Alone, a tenant
-//! has all of them.
+//! and bytes and then lets others go first. There are as many turns at once as the runtime has
+//! threads, and one line for all of them: a turn that is free goes to the tenant that got the
+//! least per unit of its weight, by what its turns cost. So one tenant's flood waits behind
+//! itself, and another's request for one turn at the most. Mostly not even for that: while a
+//! tenant was there a moment ago, the others leave one thread free for when it comes back.
+//! Alone, a tenant has all of them.
 //!
 //! A tenant with a rate has a bucket besides. Over it, its connections are left unread (which the
 //! clients' own buffers feel), and only what has waited for [`PATIENCE`] is refused.
@@ -18,14 +20,23 @@ use std::{
 };
 
 use parking_lot::Mutex;
+use stockade_transport::Turn;
 use tokio::time::Sleep;
 
 use super::Realm;
 
-/// Messages of one turn where tenants share. A small request takes tens of microseconds, so
-/// this is how long another tenant's request waits for a thread at the most.
-const MESSAGES: usize = 8;
-/// A tenant that did nothing for this long leaves its part to the others.
+/// A turn where tenants share. A small request takes tens of microseconds, so this is how long
+/// another tenant's request waits for a thread at the most.
+const TURN: Turn = Turn {
+    messages: 8,
+    bytes: 16 << 10,
+};
+/// What a message costs beside its bytes, in bytes that take about as long to work on.
+const MESSAGE_COST: u64 = 2 << 10;
+/// By how much a tenant that comes from a rest goes before those that always want more, in cost:
+/// two turns. It pays for what it takes all the same, so that it gains time and no part.
+const HEAD_START: u64 = 2 * (TURN.messages as u64 * MESSAGE_COST + TURN.bytes as u64);
+/// A tenant that did nothing for this long is not waited for.
 const IDLE: Duration = Duration::from_millis(100);
 /// How long a request over its tenant's rate waits before it is refused.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -95,13 +106,45 @@ fn seconds(value: f64) -> Duration {
     Duration::try_from_secs_f64(value).unwrap_or(Duration::from_secs(3600))
 }
 
+/// What a turn cost, in bytes that take about as long. A turn without a message, in which replies
+/// were written, costs as much as one.
+fn cost(used: Turn) -> u64 {
+    let messages = u64::try_from(used.messages.max(1)).unwrap_or(u64::MAX);
+    let bytes = u64::try_from(used.bytes).unwrap_or(u64::MAX);
+    messages.saturating_mul(MESSAGE_COST).saturating_add(bytes)
+}
+
+/// What a tenant got, per unit of its weight: the number that decides who is next.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
+struct Pass(u128);
+
+impl Pass {
+    /// Half of the number is a fraction, so that no cost vanishes over a large weight.
+    fn of(cost: u64, weight: u32) -> Self {
+        Self((u128::from(cost) << 64) / u128::from(weight.max(1)))
+    }
+
+    fn add(&mut self, cost: u64, weight: u32) {
+        self.0 = self.0.saturating_add(Self::of(cost, weight).0);
+    }
+
+    fn before(self, head_start: Self) -> Self {
+        Self(self.0.saturating_sub(head_start.0))
+    }
+}
+
 #[derive(Debug)]
 struct Party {
     share: Share,
     bucket: Bucket,
+    pass: Pass,
+    /// Whether it comes from a rest and not from a turn.
+    is_back: bool,
+    /// The number of its last turn, by which the longest waiting one of equals is next.
+    last_turn: u64,
     /// Turns in work.
     running: usize,
-    /// Connections that wait for one, some of them perhaps gone.
+    /// Connections that wait for one.
     waiting: VecDeque<u64>,
     active_at: Instant,
     waits: u64,
@@ -113,6 +156,9 @@ impl Party {
         Self {
             share,
             bucket: Bucket::default(),
+            pass: Pass::default(),
+            is_back: false,
+            last_turn: 0,
             running: 0,
             waiting: VecDeque::new(),
             active_at: now,
@@ -121,10 +167,23 @@ impl Party {
         }
     }
 
-    fn is_active(&self, now: Instant) -> bool {
-        self.running > 0
-            || !self.waiting.is_empty()
-            || now.saturating_duration_since(self.active_at) < IDLE
+    /// What decides who is next: the least goes.
+    fn rank(&self) -> (Pass, u64) {
+        let head_start = match self.is_back {
+            true => Pass::of(HEAD_START, self.share.weight),
+            false => Pass::default(),
+        };
+        (self.pass.before(head_start), self.last_turn)
+    }
+
+    /// Whether it has, or waits for, a turn.
+    fn is_present(&self) -> bool {
+        self.running > 0 || !self.waiting.is_empty()
+    }
+
+    /// Whether it has no turn and wants none, but did a moment ago.
+    fn is_thinking(&self, now: Instant, idle: Duration) -> bool {
+        !self.is_present() && now.saturating_duration_since(self.active_at) < idle
     }
 }
 
@@ -199,6 +258,13 @@ impl ShareUse {
 struct Table {
     parties: HashMap<Realm, Party>,
     places: HashMap<u64, Place>,
+    /// Turns in work, of all tenants.
+    running: usize,
+    /// The pass at which the last turn began; who comes back from a rest begins here, so that
+    /// nobody saves up.
+    virtual_time: Pass,
+    /// Turns so far.
+    turns: u64,
 }
 
 /// The turns of all connections.
@@ -207,6 +273,8 @@ pub(super) struct Shares {
     table: Mutex<Table>,
     /// Turns at once.
     turns: usize,
+    /// How long a tenant that does nothing is waited for.
+    idle: Duration,
 }
 
 impl Shares {
@@ -216,17 +284,26 @@ impl Shares {
         Self {
             table: Mutex::default(),
             turns: turns.max(1),
+            idle: IDLE,
         }
     }
 
-    /// Begins a turn: ready with the number of messages that it may have.
+    /// Whether another tenant wants something now, or did a moment ago.
+    pub(super) fn has_company(&self, realm: &Realm) -> bool {
+        let now = Instant::now();
+        let table = self.table.lock();
+        let mut others = table.parties.iter().filter(|(other, _)| *other != realm);
+        others.any(|(_, party)| party.is_present() || party.is_thinking(now, self.idle))
+    }
+
+    /// Begins a turn: ready with what it may take.
     pub(super) fn poll_turn(
         &self,
         seat: &Seat,
         realm: &Realm,
         share: Share,
         cx: &mut Context<'_>,
-    ) -> Poll<usize> {
+    ) -> Poll<Turn> {
         let mut pause = seat.pause.lock();
         if let Some(waiting) = pause.as_mut() {
             if waiting.as_mut().poll(cx).is_pending() {
@@ -251,10 +328,11 @@ impl Shares {
         drop(pause);
         let messages = match (seat.is_refusing(), seat.taken.load(Ordering::Relaxed)) {
             (true, _) => 1,
-            (false, 0) => MESSAGES,
+            (false, 0) => TURN.messages,
             (false, taken) => taken,
         };
-        self.poll_place(seat, realm, share, cx).map(|()| messages)
+        let turn = Turn { messages, ..TURN };
+        self.poll_place(seat, realm, share, cx).map(|()| turn)
     }
 
     /// Takes messages from the tenant's bucket; how long to wait before the turn, if at all.
@@ -264,10 +342,10 @@ impl Shares {
         let party = table.party(realm, share, now);
         if party
             .bucket
-            .take(rate, MESSAGES as f64, now, Duration::ZERO)
+            .take(rate, TURN.messages as f64, now, Duration::ZERO)
             .is_zero()
         {
-            seat.taken.store(MESSAGES, Ordering::Relaxed);
+            seat.taken.store(TURN.messages, Ordering::Relaxed);
             return None;
         }
         let wait = party.bucket.take(rate, 1.0, now, PATIENCE);
@@ -283,7 +361,7 @@ impl Shares {
         Some(wait.min(PATIENCE))
     }
 
-    /// Ready once the connection has one of its tenant's turns.
+    /// Ready once the connection has one of the turns.
     fn poll_place(
         &self,
         seat: &Seat,
@@ -292,111 +370,128 @@ impl Shares {
         cx: &mut Context<'_>,
     ) -> Poll<()> {
         let now = Instant::now();
-        let mut table = self.table.lock();
-        if let Some(place) = table.places.get_mut(&seat.connection) {
-            if place.is_working {
-                return Poll::Ready(());
+        let mut wakers = Vec::new();
+        let turn = {
+            let mut table = self.table.lock();
+            if !table.places.contains_key(&seat.connection) {
+                table.stand_in_line(seat.connection, realm, share, now);
+                seat.has_turn.store(true, Ordering::Relaxed);
+                self.dispatch(&mut table, now, &mut wakers);
             }
-            place.waker = Some(cx.waker().clone());
-            return Poll::Pending;
-        }
-        table.party(realm, share, now);
-        let limit = self.limit(&table.parties, realm, now);
-        let party = table.party(realm, share, now);
-        let is_working = party.running < limit && party.waiting.is_empty();
-        if is_working {
-            party.running += 1;
-        } else {
-            party.waits += 1;
-            party.waiting.push_back(seat.connection);
-        }
-        let place = Place {
-            realm: realm.clone(),
-            is_working,
-            waker: (!is_working).then(|| cx.waker().clone()),
+            let Table {
+                parties, places, ..
+            } = &mut *table;
+            match places.get_mut(&seat.connection) {
+                Some(place) if !place.is_working => {
+                    let is_first_look = place.waker.replace(cx.waker().clone()).is_none();
+                    if let Some(party) = parties.get_mut(&place.realm) {
+                        party.waits += u64::from(is_first_look);
+                    }
+                    Poll::Pending
+                }
+                _ => Poll::Ready(()),
+            }
         };
-        table.places.insert(seat.connection, place);
-        seat.has_turn.store(true, Ordering::Relaxed);
-        match is_working {
-            true => Poll::Ready(()),
-            false => Poll::Pending,
+        for waker in wakers {
+            waker.wake();
         }
+        turn
     }
 
-    /// Ends a turn in which so many messages came.
-    pub(super) fn turn_over(&self, seat: &Seat, messages: usize, share: Share) {
-        if messages > 0 {
+    /// Ends a turn, of which this came. With `wants_more` the connection stands in line again,
+    /// before it is decided who is next, or a tenant of few connections would always come last.
+    pub(super) fn turn_over(&self, seat: &Seat, used: Turn, share: Share, wants_more: bool) {
+        if used.messages > 0 {
             seat.refusing.store(false, Ordering::Relaxed);
         }
         let unused = seat
             .taken
             .swap(0, Ordering::Relaxed)
-            .saturating_sub(messages);
-        self.leave(seat, unused, share.rate);
+            .saturating_sub(used.messages);
+        // A rate decides first whether there is a next turn.
+        let stays = wants_more && share.rate.is_none();
+        self.leave(seat, unused, cost(used), share, stays);
     }
 
     /// Frees what a connection that has ended holds.
     pub(super) fn ended(&self, seat: &Seat) {
-        self.leave(seat, 0, None);
+        self.leave(seat, 0, 0, Share::default(), false);
     }
 
     /// Gives up a turn or the place in the line, and lets those go on who waited for it.
-    fn leave(&self, seat: &Seat, unused: usize, rate: Option<Rate>) {
-        seat.has_turn.store(false, Ordering::Relaxed);
+    fn leave(&self, seat: &Seat, unused: usize, cost: u64, share: Share, stays: bool) {
         let now = Instant::now();
         let mut wakers = Vec::new();
         {
             let mut table = self.table.lock();
+            seat.has_turn.store(false, Ordering::Relaxed);
             let Some(place) = table.places.remove(&seat.connection) else {
                 return;
             };
-            let Table { parties, places } = &mut *table;
-            let limit = self.limit(parties, &place.realm, now);
-            let Some(party) = parties.get_mut(&place.realm) else {
-                return;
-            };
-            if let Some(rate) = rate.filter(|_| unused > 0) {
-                party.bucket.give_back(rate, unused as f64);
-            }
             if place.is_working {
-                party.running -= 1;
-            } else {
-                party.waiting.retain(|&other| other != seat.connection);
+                table.running -= 1;
             }
-            while party.running < limit
-                && let Some(next) = party.waiting.pop_front()
-            {
-                if let Some(next) = places.get_mut(&next) {
-                    next.is_working = true;
-                    party.running += 1;
-                    wakers.extend(next.waker.take());
+            if let Some(party) = table.parties.get_mut(&place.realm) {
+                if let Some(rate) = share.rate.filter(|_| unused > 0) {
+                    party.bucket.give_back(rate, unused as f64);
+                }
+                if place.is_working {
+                    party.running -= 1;
+                    party.active_at = now;
+                    let unpaid = cost.saturating_sub(MESSAGE_COST);
+                    party.pass.add(unpaid, party.share.weight);
+                } else {
+                    party.waiting.retain(|&other| other != seat.connection);
                 }
             }
+            if stays && place.is_working {
+                table.stand_in_line(seat.connection, &place.realm, share, now);
+                if let Some(party) = table.parties.get_mut(&place.realm) {
+                    party.is_back = false;
+                }
+                seat.has_turn.store(true, Ordering::Relaxed);
+            }
+            self.dispatch(&mut table, now, &mut wakers);
         }
         for waker in wakers {
             waker.wake();
         }
     }
 
-    /// Turns that a tenant may have at once now.
-    fn limit(&self, parties: &HashMap<Realm, Party>, realm: &Realm, now: Instant) -> usize {
-        let mut weights = 0_u64;
-        let mut own = 0_u64;
-        let mut others = false;
-        for (other, party) in parties {
-            if other == realm {
-                own = u64::from(party.share.weight);
-                weights += own;
-            } else if party.is_active(now) {
-                weights += u64::from(party.share.weight);
-                others = true;
+    /// Lets connections work while there are turns: next is that of the tenant with the least
+    /// pass (start-time fair queuing over all threads).
+    fn dispatch(&self, table: &mut Table, now: Instant, wakers: &mut Vec<Waker>) {
+        while table.running < self.turns {
+            let mut is_expected = false;
+            let mut next: Option<&mut Party> = None;
+            for party in table.parties.values_mut() {
+                is_expected |= party.is_thinking(now, self.idle);
+                let is_before = |other: &&mut Party| party.rank() < other.rank();
+                if !party.waiting.is_empty() && next.as_ref().is_none_or(is_before) {
+                    next = Some(party);
+                }
+            }
+            let Some(party) = next else {
+                return;
+            };
+            // Whoever is about to come back finds a thread that listens.
+            if is_expected && table.running > 0 && table.running + 1 >= self.turns {
+                return;
+            }
+            let Some(connection) = party.waiting.pop_front() else {
+                return;
+            };
+            table.turns += 1;
+            table.running += 1;
+            table.virtual_time = table.virtual_time.max(party.pass);
+            party.running += 1;
+            party.last_turn = table.turns;
+            party.pass.add(MESSAGE_COST, party.share.weight);
+            if let Some(place) = table.places.get_mut(&connection) {
+                place.is_working = true;
+                wakers.extend(place.waker.take());
             }
         }
-        if !others {
-            return self.turns;
-        }
-        // At most the number of turns, so it fits.
-        ((self.turns as u64 * own / weights.max(1)) as usize).max(1)
     }
 
     /// Forgets tenants that are gone and have nothing in work.
@@ -429,10 +524,28 @@ impl Table {
         party.active_at = now;
         party
     }
+
+    /// The connection waits for a turn of its tenant.
+    fn stand_in_line(&mut self, connection: u64, realm: &Realm, share: Share, now: Instant) {
+        let virtual_time = self.virtual_time;
+        let party = self.party(realm, share, now);
+        if !party.is_present() {
+            party.pass = party.pass.max(virtual_time);
+            party.is_back = true;
+        }
+        party.waiting.push_back(connection);
+        let place = Place {
+            realm: realm.clone(),
+            is_working: false,
+            waker: None,
+        };
+        self.places.insert(connection, place);
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
     use std::sync::Arc;
 
     use proptest::prelude::*;
@@ -457,34 +570,150 @@ mod tests {
             .is_ready()
     }
 
+    /// Times are nobody's business but a test's own.
+    fn shares_of(turns: usize) -> Shares {
+        Shares {
+            idle: Duration::from_secs(60),
+            ..Shares::new(turns)
+        }
+    }
+
+    const NOTHING: Turn = Turn {
+        messages: 0,
+        bytes: 0,
+    };
+
     #[test]
-    fn alone_a_tenant_has_every_turn_and_beside_another_its_part() {
-        let shares = Shares::new(4);
+    fn alone_a_tenant_has_every_turn_and_beside_another_all_but_one() {
+        let shares = shares_of(4);
         let seats: Vec<Seat> = (0..10).map(Seat::new).collect();
         let working = seats[..6]
             .iter()
             .filter(|seat| begins(&shares, seat, "flood", share(1)))
             .count();
         assert_eq!(working, 4, "all turns, while nobody else wants any");
-        // The other one is let in at once, and the flood loses turns as they end.
+        // The other one is next, though two of the flood came before.
+        assert!(!begins(&shares, &seats[9], "other", share(1)));
+        shares.turn_over(&seats[0], NOTHING, share(1), true);
         assert!(begins(&shares, &seats[9], "other", share(1)));
-        for seat in &seats[..4] {
-            shares.turn_over(seat, 1, share(1));
+        shares.turn_over(&seats[9], NOTHING, share(1), false);
+        // It is expected back: the flood gets what is free, but for one turn.
+        let running = |name| shares.table.lock().parties[&realm(name)].running;
+        assert_eq!(running("flood"), 3);
+        shares.turn_over(&seats[1], NOTHING, share(1), true);
+        assert_eq!(running("flood"), 3);
+        assert!(begins(&shares, &seats[9], "other", share(1)), "at once");
+        // It does not come back.
+        shares.turn_over(&seats[9], NOTHING, share(1), false);
+        let mut table = shares.table.lock();
+        let other = table.parties.get_mut(&realm("other")).unwrap();
+        other.active_at = other.active_at.checked_sub(2 * shares.idle).unwrap();
+        drop(table);
+        shares.turn_over(&seats[2], NOTHING, share(1), true);
+        assert_eq!(running("flood"), 4);
+    }
+
+    #[test]
+    fn a_turn_that_nobody_takes_is_not_kept() {
+        let shares = shares_of(1);
+        let [a, b] = [1, 2].map(Seat::new);
+        assert!(begins(&shares, &a, "t", share(1)));
+        assert!(!begins(&shares, &b, "u", share(1)));
+        shares.turn_over(&a, NOTHING, share(1), true);
+        // It is b's, whose connection ends before it looks.
+        assert!(!begins(&shares, &a, "t", share(1)));
+        shares.turn_over(&b, NOTHING, share(1), false);
+        assert!(begins(&shares, &a, "t", share(1)));
+    }
+
+    /// Tenants that always want more, on a clock of their own: the turn that ends first is the
+    /// one that cost least so far. Nothing of it depends on the machine.
+    struct Floods {
+        shares: Shares,
+        /// Name, weight and connections of each.
+        tenants: Vec<(String, u32, Vec<Seat>)>,
+        /// What each was served.
+        served: Vec<u64>,
+        /// When the turns at hand end: time, tenant, connection, and what they take.
+        ends: Vec<(u64, usize, usize, Turn)>,
+        now: u64,
+    }
+
+    impl Floods {
+        fn new(turns: usize, tenants: &[(u32, usize)]) -> Self {
+            let mut numbers = 0..;
+            let tenants = tenants
+                .iter()
+                .enumerate()
+                .map(|(at, &(weight, connections))| {
+                    let seats = numbers.by_ref().take(connections).map(Seat::new).collect();
+                    (format!("t{at}"), weight, seats)
+                });
+            let tenants: Vec<_> = tenants.collect();
+            Self {
+                shares: shares_of(turns),
+                served: vec![0; tenants.len()],
+                tenants,
+                ends: Vec::new(),
+                now: 0,
+            }
         }
-        let flood = shares.table.lock().parties[&realm("flood")].running;
-        assert_eq!(flood, 2, "half of four");
-        // Those that were let in find their turn, the others wait in line.
-        let working = seats[4..6]
-            .iter()
-            .filter(|seat| begins(&shares, seat, "flood", share(1)))
-            .count();
-        assert_eq!(working, 2);
-        assert!(!begins(&shares, &seats[0], "flood", share(1)));
+
+        /// All that may work and do not yet begin a turn that takes what `next` says.
+        fn begin(&mut self, next: &mut impl FnMut(usize) -> Turn) {
+            for (at, (name, weight, seats)) in self.tenants.iter().enumerate() {
+                for (number, seat) in seats.iter().enumerate() {
+                    let is_at_work = self.ends.iter().any(|end| (end.1, end.2) == (at, number));
+                    if !is_at_work && begins(&self.shares, seat, name, share(*weight)) {
+                        let used = next(at);
+                        self.ends.push((self.now + cost(used), at, number, used));
+                    }
+                }
+            }
+        }
+
+        fn step(&mut self, next: &mut impl FnMut(usize) -> Turn) {
+            self.begin(next);
+            assert!(
+                self.ends.len() <= self.shares.turns,
+                "more turns than there are"
+            );
+            let first = (0..self.ends.len())
+                .min_by_key(|&at| self.ends[at].0)
+                .unwrap();
+            let (time, at, number, used) = self.ends.swap_remove(first);
+            self.now = time;
+            self.served[at] += cost(used);
+            let (_, weight, seats) = &self.tenants[at];
+            self.shares
+                .turn_over(&seats[number], used, share(*weight), true);
+        }
+    }
+
+    #[test]
+    fn on_two_threads_a_weight_of_three_gets_three_times_as_much() {
+        // Its turns are cheap and the others' dear, which must make no difference.
+        let mut next = |tenant| match tenant {
+            0 => Turn {
+                messages: 1,
+                bytes: 100,
+            },
+            _ => TURN,
+        };
+        let mut floods = Floods::new(2, &[(3, 2), (1, 2), (1, 2), (1, 2)]);
+        for _ in 0..20_000 {
+            floods.step(&mut next);
+        }
+        let total: u64 = floods.served.iter().sum();
+        let parts = floods.served.iter().map(|&it| it as f64 / total as f64);
+        for (part, due) in parts.zip([0.5, 1.0 / 6.0, 1.0 / 6.0, 1.0 / 6.0]) {
+            assert!((part - due).abs() < 0.005, "{:?}", floods.served);
+        }
     }
 
     #[test]
     fn a_connection_that_ends_leaves_neither_a_turn_nor_a_place_in_the_line() {
-        let shares = Shares::new(1);
+        let shares = shares_of(1);
         let [a, b, c] = [1, 2, 3].map(Seat::new);
         assert!(begins(&shares, &a, "t", share(1)));
         assert!(!begins(&shares, &b, "t", share(1)));
@@ -495,10 +724,70 @@ mod tests {
         shares.ended(&c);
         let table = shares.table.lock();
         assert!(table.places.is_empty());
-        assert_eq!(table.parties[&realm("t")].running, 0);
+        assert_eq!((table.parties[&realm("t")].running, table.running), (0, 0));
     }
 
     proptest! {
+        /// Of tenants that always want more, whatever their turns cost, none is ahead of another
+        /// by more than the turns at hand, per unit of weight. Each has as many connections as
+        /// there are turns, since one with fewer cannot use more.
+        #[test]
+        fn what_tenants_get_is_by_weight(
+            turns in 1..5_usize,
+            weights in prop::collection::vec(1..10_u32, 2..6),
+            costs in prop::collection::vec((0..20_usize, 0..100_000_usize), 1..50),
+        ) {
+            let tenants: Vec<_> = weights.iter().map(|&weight| (weight, turns)).collect();
+            let mut floods = Floods::new(turns, &tenants);
+            let mut costs_of = costs.iter().cycle();
+            let mut next = |_| {
+                let &(messages, bytes) = costs_of.next().unwrap_or(&(1, 0));
+                Turn { messages, bytes }
+            };
+            let most = costs.iter().map(|&(messages, bytes)| cost(Turn { messages, bytes })).max();
+            let slack = (turns as u64 + 1) * most.unwrap_or(0);
+            for _ in 0..500 {
+                floods.step(&mut next);
+                for (a, b) in (0..weights.len()).flat_map(|a| (0..a).map(move |b| (a, b))) {
+                    let per_weight = |at: usize| floods.served[at] as f64 / f64::from(weights[at]);
+                    let bound = |at: usize| slack as f64 / f64::from(weights[at]);
+                    let ahead = (per_weight(a) - per_weight(b)).abs();
+                    prop_assert!(ahead <= bound(a) + bound(b), "{:?} by {weights:?}", floods.served);
+                }
+            }
+        }
+
+        /// Whatever floods: who takes less than its part waits for the end of one turn at most,
+        /// and not at all if it was there a moment ago and there are two threads.
+        #[test]
+        fn a_flood_costs_another_one_turn_at_most(
+            turns in 1..5_usize,
+            floods in prop::collection::vec((1..10_u32, 1..6_usize), 1..5),
+            steps in 1..200_usize,
+        ) {
+            let mut floods = Floods::new(turns, &floods);
+            // Of at most 46 in all, for turns that cost a sixteenth of the others'.
+            let quiets = share(10);
+            let quiet = Seat::new(1 << 32);
+            let mut next = |_| TURN;
+            for _ in 0..steps {
+                floods.step(&mut next);
+                floods.begin(&mut next);
+                if !begins(&floods.shares, &quiet, "quiet", quiets) {
+                    floods.step(&mut next);
+                    prop_assert!(begins(&floods.shares, &quiet, "quiet", quiets));
+                }
+                floods.shares.turn_over(&quiet, NOTHING, quiets, false);
+                if turns > 1 {
+                    // Thinks for one turn of the others, and finds a free one.
+                    floods.step(&mut next);
+                    floods.begin(&mut next);
+                    prop_assert!(begins(&floods.shares, &quiet, "quiet", quiets));
+                    floods.shares.turn_over(&quiet, NOTHING, quiets, false);
+                }
+            }
+        }
+
         /// Over any time, a bucket lets through at most its burst and its rate times that time.
         #[test]
         fn a_bucket_keeps_its_rate(
@@ -540,8 +829,8 @@ mod tests {
         let turns = seats.iter().map(|seat| {
             let turn = std::future::poll_fn(|cx| shares.poll_turn(seat, &name, limited, cx));
             async move {
-                let messages = turn.await;
-                (messages, seat.is_refusing(), begun.elapsed())
+                let turn = turn.await;
+                (turn.messages, seat.is_refusing(), begun.elapsed())
             }
         });
         for (messages, is_refusing, waited) in futures_util::future::join_all(turns).await {

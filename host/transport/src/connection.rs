@@ -21,7 +21,7 @@ use tokio_util::io::poll_read_buf;
 
 use crate::budget::Account;
 use crate::peer::{Ask, Link, Origin, Peer};
-use crate::server::{Handler, Outcome, Shared};
+use crate::server::{Handler, Outcome, Shared, Turn};
 use crate::stats::{DisconnectReason, add};
 use crate::zmtp::{Event, Frames, Mechanism, Message, Outbound, ProtocolError, Session};
 
@@ -47,10 +47,12 @@ pub(crate) struct Connection<H: Handler, S> {
     in_flight: FuturesUnordered<InFlight>,
     in_flight_bytes: usize,
     account: Account,
-    /// Messages that the turn at hand may give.
-    allowance: usize,
+    /// What the turn at hand may take.
+    allowance: Turn,
     /// Whether the handler has not let the next turn begin yet.
     waits_for_turn: bool,
+    /// Whether the handler was told that the next turn is wanted.
+    wants_turn: bool,
     phase: Phase,
     timer: Pin<Box<Sleep>>,
     clock: Clock,
@@ -138,8 +140,9 @@ impl<H: Handler, S: AsyncRead + AsyncWrite + Unpin> Connection<H, S> {
             in_flight: FuturesUnordered::new(),
             in_flight_bytes: 0,
             account,
-            allowance: usize::MAX,
+            allowance: Turn::UNLIMITED,
             waits_for_turn: false,
+            wants_turn: false,
             phase: Phase::Open,
             timer: Box::pin(tokio::time::sleep_until(handshake_until)),
             clock: Clock {
@@ -179,23 +182,39 @@ impl<H: Handler, S: AsyncRead + AsyncWrite + Unpin> Connection<H, S> {
             Ask::SHUTDOWN => self.drain(DisconnectReason::Shutdown, now),
             _ => {}
         }
-        let peer = self.peer.clone().filter(|_| self.is_open());
-        self.allowance = usize::MAX;
         self.waits_for_turn = false;
+        self.allowance = Turn::UNLIMITED;
+        if !self.is_open()
+            && std::mem::take(&mut self.wants_turn)
+            && let Some(peer) = &self.peer
+        {
+            // Or it would keep others from the turn that it would get and not take.
+            let handler = &self.shared.handler;
+            handler.turn_over(peer, Turn::default(), false);
+        }
+        let peer = self.peer.clone().filter(|_| self.is_open());
         if let Some(peer) = &peer {
             match self.shared.handler.poll_turn(peer, cx) {
-                Poll::Ready(allowance) => self.allowance = allowance.max(1),
+                Poll::Ready(allowance) => {
+                    self.allowance = Turn {
+                        messages: allowance.messages.max(1),
+                        bytes: allowance.bytes.max(1),
+                    };
+                }
                 Poll::Pending => {
                     self.waits_for_turn = true;
+                    self.wants_turn = true;
                     self.note_pause(now);
                     return self.poll_timer(cx, now);
                 }
             }
         }
-        let mut messages = 0;
-        let outcome = self.work(cx, known, &mut messages, now);
+        self.wants_turn = false;
+        let mut used = Turn::default();
+        let outcome = self.work(cx, known, &mut used, now);
         if let Some(peer) = &peer {
-            self.shared.handler.turn_over(peer, messages);
+            let handler = &self.shared.handler;
+            handler.turn_over(peer, used, self.wants_turn);
         }
         outcome
     }
@@ -205,15 +224,17 @@ impl<H: Handler, S: AsyncRead + AsyncWrite + Unpin> Connection<H, S> {
         &mut self,
         cx: &mut Context<'_>,
         known: &mut Option<Arc<Peer>>,
-        messages: &mut usize,
+        used: &mut Turn,
         now: Instant,
     ) -> Poll<DisconnectReason> {
-        let mut bytes = 0;
+        // Of what was given. Reading ahead costs the peer too, but is another matter.
+        let mut handled = Turn::default();
         loop {
             if let Phase::Lingering { reason, .. } = self.phase {
                 return self.poll_linger(cx, reason);
             }
-            let stop = self.handle_messages(known, messages, now);
+            let stop = self.handle_messages(known, &mut handled, now);
+            used.messages = handled.messages;
             self.poll_in_flight(cx);
             if self.poll_write(cx, now).is_ready() && self.in_flight.is_empty() {
                 match self.phase {
@@ -233,6 +254,7 @@ impl<H: Handler, S: AsyncRead + AsyncWrite + Unpin> Connection<H, S> {
             }
             match stop {
                 Stop::TurnOver => {
+                    self.wants_turn = true;
                     cx.waker().wake_by_ref();
                     break;
                 }
@@ -244,13 +266,14 @@ impl<H: Handler, S: AsyncRead + AsyncWrite + Unpin> Connection<H, S> {
             if !self.may_handle() {
                 break;
             }
-            if bytes >= READ_BYTES_PER_TURN {
+            if used.bytes >= READ_BYTES_PER_TURN.min(self.allowance.bytes) {
+                self.wants_turn = true;
                 cx.waker().wake_by_ref();
                 break;
             }
             match self.poll_read(cx, now) {
                 Poll::Pending => break,
-                Poll::Ready(count) => bytes += count,
+                Poll::Ready(count) => used.bytes += count,
             }
         }
         self.note_pause(now);
@@ -309,7 +332,7 @@ impl<H: Handler, S: AsyncRead + AsyncWrite + Unpin> Connection<H, S> {
     fn handle_messages(
         &mut self,
         known: &mut Option<Arc<Peer>>,
-        handled: &mut usize,
+        handled: &mut Turn,
         now: Instant,
     ) -> Stop {
         let mut messages = 0;
@@ -317,7 +340,10 @@ impl<H: Handler, S: AsyncRead + AsyncWrite + Unpin> Connection<H, S> {
             if !self.may_handle() {
                 break Stop::Blocked;
             }
-            if *handled >= self.shared.config.messages_per_turn.min(self.allowance) {
+            let most = self.shared.config.messages_per_turn;
+            if handled.messages >= most.min(self.allowance.messages)
+                || handled.bytes >= self.allowance.bytes
+            {
                 break Stop::TurnOver;
             }
             let event = match self.session.next(&mut self.out) {
@@ -328,11 +354,12 @@ impl<H: Handler, S: AsyncRead + AsyncWrite + Unpin> Connection<H, S> {
                     break Stop::Blocked;
                 }
             };
-            *handled += 1;
+            handled.messages += 1;
             match (event, &self.peer) {
                 (Event::Message(message), Some(peer)) => {
                     messages += 1;
                     let peer = Arc::clone(peer);
+                    handled.bytes += message.held_bytes();
                     self.handle(&peer, message, now);
                 }
                 (Event::Heartbeat(ttl), _) => self.clock.ttl = ttl.or(self.clock.ttl),
@@ -348,7 +375,7 @@ impl<H: Handler, S: AsyncRead + AsyncWrite + Unpin> Connection<H, S> {
                     *known = Some(Arc::clone(&peer));
                     self.shared.handler.connected(&peer);
                     // Its first message needs a turn as all others do.
-                    self.allowance = *handled;
+                    self.allowance.messages = handled.messages;
                 }
                 // The session gives `Ready` once and before all messages.
                 (Event::Ready(_), Some(_)) | (Event::Message(_), None) => {}

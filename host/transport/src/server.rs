@@ -27,6 +27,24 @@ const ACCEPT_BACKOFF: (Duration, Duration) = (Duration::from_millis(20), Duratio
 /// Longest time between two turns of an idle accept loop, by which it shows that it runs.
 const ACCEPT_TURN: Duration = Duration::from_millis(250);
 
+/// What a connection may do in one turn, or did in it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Turn {
+    /// Messages and commands.
+    pub messages: usize,
+    /// Bytes: of messages for what it may do, read from the peer for what it did. The message or
+    /// the read that goes over them is the last one.
+    pub bytes: usize,
+}
+
+impl Turn {
+    /// As much as the server's own settings let it.
+    pub const UNLIMITED: Self = Self {
+        messages: usize::MAX,
+        bytes: usize::MAX,
+    };
+}
+
 /// What a server does with messages.
 ///
 /// All calls for one peer come from its connection's task, one after the other:
@@ -41,19 +59,21 @@ pub trait Handler: Send + Sync + 'static {
     /// A message came. Called in the order of arrival.
     fn message(&self, peer: &Arc<Peer>, message: Message) -> Outcome;
 
-    /// Whether the peer's connection may work now, and how many messages it may give at most
-    /// before others are due. Asked at the begin of each of its turns, in which it reads, gives
-    /// messages and writes. While it is pending all of that rests, so that the peer's bytes stay
-    /// with the peer; it must wake `cx` then.
-    fn poll_turn(&self, peer: &Arc<Peer>, cx: &mut Context<'_>) -> Poll<usize> {
+    /// Whether the peer's connection may work now, and how much before others are due. Asked at
+    /// the begin of each of its turns, in which it reads, gives messages and writes. While it is
+    /// pending all of that rests, so that the peer's bytes stay with the peer; it must wake `cx`
+    /// then.
+    fn poll_turn(&self, peer: &Arc<Peer>, cx: &mut Context<'_>) -> Poll<Turn> {
         let _ = (peer, cx);
-        Poll::Ready(usize::MAX)
+        Poll::Ready(Turn::UNLIMITED)
     }
 
-    /// The turn that [`poll_turn`](Self::poll_turn) let begin is over, in which so many messages
-    /// and commands came. Not called for one that a panic of the handler ends.
-    fn turn_over(&self, peer: &Arc<Peer>, messages: usize) {
-        let _ = (peer, messages);
+    /// The turn that [`poll_turn`](Self::poll_turn) let begin is over, and this is what came of
+    /// it. `wants_more`: what it might have took an end, so the next one is asked for at once.
+    /// Also called, with nothing used, when a connection that waits for a turn ends and takes
+    /// none any more. Not called for a turn that a panic of the handler ends.
+    fn turn_over(&self, peer: &Arc<Peer>, used: Turn, wants_more: bool) {
+        let _ = (peer, used, wants_more);
     }
 
     /// The connection is gone, and its last [`Outcome::Later`] has ended or was dropped.
@@ -71,12 +91,12 @@ impl<H: Handler> Handler for Arc<H> {
         (**self).message(peer, message)
     }
 
-    fn poll_turn(&self, peer: &Arc<Peer>, cx: &mut Context<'_>) -> Poll<usize> {
+    fn poll_turn(&self, peer: &Arc<Peer>, cx: &mut Context<'_>) -> Poll<Turn> {
         (**self).poll_turn(peer, cx)
     }
 
-    fn turn_over(&self, peer: &Arc<Peer>, messages: usize) {
-        (**self).turn_over(peer, messages);
+    fn turn_over(&self, peer: &Arc<Peer>, used: Turn, wants_more: bool) {
+        (**self).turn_over(peer, used, wants_more);
     }
 
     fn disconnected(&self, peer: &Arc<Peer>, reason: DisconnectReason) {

@@ -120,13 +120,16 @@ impl StateStore {
         let state = self.open(plugin);
         let _writing = state.writing.lock();
         let gone = std::mem::take(&mut *state.entries.lock());
-        match &state.file {
-            Some(file) => match fs::remove_file(file) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-                _ => Ok(gone.map.len()),
-            },
-            None => Ok(gone.map.len()),
+        if let Some(file) = &state.file {
+            // A crash may have left half a file, and damage a whole one, with the same content.
+            for extension in ["state", "tmp", "damaged"] {
+                match fs::remove_file(file.with_extension(extension)) {
+                    Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                    _ => {}
+                }
+            }
         }
+        Ok(gone.map.len())
     }
 }
 

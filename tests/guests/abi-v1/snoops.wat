@@ -1,0 +1,18 @@
+;; A command that asks for another tenant's keys and wants one of them evicted.
+(module
+  (import "stockade:plugin/v1" "log" (func $log (param i32 i32 i32) (result i32)))
+  (import "stockade:plugin/v1" "cache_keys" (func $cache_keys (param i32 i32) (result i32)))
+  (import "stockade:plugin/v1" "cache_request" (func $cache_request (param i32 i32) (result i32)))
+  (import "stockade:plugin/v1" "answer_length" (func $answer_length (result i32)))
+  (import "stockade:plugin/v1" "answer_read" (func $answer_read (param i32 i32) (result i32)))
+  (memory (export "memory") 1)
+  (data (i32.const 0) "{\"salt\":\"salt-of-b-e07d\"}")
+  (data (i32.const 64) "{\"op\":\"evict\",\"keys\":[\"m@01000100@0@abababababababababababababababababababababababababababababababab@salt-of-b-e07d\"]}")
+  (func $tell (param i32)
+    (local $length i32)
+    (local.set $length (call $answer_length))
+    (drop (call $answer_read (i32.const 4096) (local.get $length)))
+    (drop (call $log (i32.const 2) (i32.const 4096) (local.get $length))))
+  (func (export "_start")
+    (call $tell (call $cache_keys (i32.const 0) (i32.const 25)))
+    (call $tell (call $cache_request (i32.const 64) (i32.const 118)))))
