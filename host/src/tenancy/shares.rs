@@ -260,8 +260,8 @@ struct Table {
     places: HashMap<u64, Place>,
     /// Turns in work, of all tenants.
     running: usize,
-    /// The pass at which the last turn began; who comes back from a rest begins here, so that
-    /// nobody saves up.
+    /// The least pass of those that were there when the last turn began. Who comes back from a
+    /// rest begins here at least, so that nobody saves up.
     virtual_time: Pass,
     /// Turns so far.
     turns: u64,
@@ -464,7 +464,11 @@ impl Shares {
         while table.running < self.turns {
             let mut is_expected = false;
             let mut next: Option<&mut Party> = None;
+            let mut least: Option<Pass> = None;
             for party in table.parties.values_mut() {
+                if party.is_present() {
+                    least = Some(least.map_or(party.pass, |least| least.min(party.pass)));
+                }
                 is_expected |= party.is_thinking(now, self.idle);
                 let is_before = |other: &&mut Party| party.rank() < other.rank();
                 if !party.waiting.is_empty() && next.as_ref().is_none_or(is_before) {
@@ -483,7 +487,7 @@ impl Shares {
             };
             table.turns += 1;
             table.running += 1;
-            table.virtual_time = table.virtual_time.max(party.pass);
+            table.virtual_time = table.virtual_time.max(least.unwrap_or_default());
             party.running += 1;
             party.last_turn = table.turns;
             party.pass.add(MESSAGE_COST, party.share.weight);
