@@ -4,6 +4,7 @@
 //! that belongs to a tenant sees and names that tenant's objects only (`TenantScope`).
 
 mod event_log;
+mod flood;
 mod ranking;
 
 use std::{
@@ -28,6 +29,7 @@ use crate::{
 };
 
 pub(crate) use event_log::EventLog;
+pub(crate) use flood::flood;
 pub(crate) use ranking::shown;
 pub use ranking::{PluginRanker, RankerStatus};
 

@@ -158,13 +158,13 @@ fn limits_are_proven_from_the_command_line() {
         fs::copy(guest("hello"), file).unwrap();
     }
     let manifest = format!(
-        "env = ['GRANTED']\n[directories]\n'/data' = {{ host = '{}', access = 'read-write' }}\n\
+        "env = ['GRANTED']\ncache = ['events']\n[directories]\n'/data' = {{ host = '{}', access = 'read-write' }}\n\
          [[http]]\nhost = 'collector.example.com'\nport = 443\n\
          [limits]\nmemory_mib = 8\ntable_elements = 10000\ncpu_percent = 1\ncpu_burst_ms = 20\n\
          start_seconds = 1\nrun_seconds = 2\nhost_call_seconds = 1\nenvironment_kib = 4\nopen_files = 4\n\
          directory_mib = 1\nlog_lines_per_second = 10\nlog_kib_per_second = 64\n\
          http_timeout_ms = 200\nhttp_body_kib = 64\nhttp_per_second = 5\n\
-         state_kib = 64\ncall_ms = 200\nmetrics = 3\n",
+         state_kib = 64\ncall_ms = 200\nmetrics = 3\nqueued_events = 640\n",
         path(directory.path())
     );
     fs::write(directory.path().join("all.plugin.toml"), manifest).unwrap();

@@ -86,9 +86,11 @@ fn is_asleep(run: &WasmRun) -> bool {
     run.usage().cpu_time > Duration::ZERO && run.usage().memory_bytes > 0
 }
 
-/// Starts sleepers in rising numbers and shows what each costs.
+/// Starts sleepers in rising numbers and shows what each of those costs that came since the last
+/// number; the first has with it what the sandbox itself takes.
 async fn sleepers(runtime: &WasmRuntime, name: &str, module: &WasmModule, counts: &[usize]) {
-    let (rss, pss, base_maps) = (kib("self", "Rss:"), kib("self", "Pss:"), maps());
+    let measured = || (kib("self", "Rss:"), kib("self", "Pss:"), maps());
+    let mut before = (0, measured());
     let mut runs: Vec<WasmRun> = Vec::new();
     for &count in counts {
         let begun = Instant::now();
@@ -115,15 +117,18 @@ async fn sleepers(runtime: &WasmRuntime, name: &str, module: &WasmModule, counts
         let took = begun.elapsed();
         // Let the last of them reach its sleep.
         tokio::time::sleep(Duration::from_millis(500)).await;
-        let each = |now: u64, before: u64| now.saturating_sub(before) as f64 / runs.len() as f64;
+        let (new, now) = (runs.len() - before.0, measured());
+        let each = |now: f64, before: f64| (now - before).max(0.0) / new.max(1) as f64;
         println!(
-            "{name:>24} {:>6}  {:>8.1} KiB RSS each  {:>8.1} KiB PSS each  {:>4.1} maps each  {:>3} threads  {took:.1?}",
+            "{name:>24} {:>6}  {:>8.1} KiB RSS each  {:>8.1} KiB PSS each  {:>4.1} maps each  {:>3} threads  started in {:.3} ms each",
             runs.len(),
-            each(kib("self", "Rss:"), rss),
-            each(kib("self", "Pss:"), pss),
-            (maps() as f64 - base_maps as f64) / runs.len() as f64,
+            each(now.0 as f64, before.1.0 as f64),
+            each(now.1 as f64, before.1.1 as f64),
+            each(now.2 as f64, before.1.2 as f64),
             threads(),
+            took.as_secs_f64() * 1000.0 / new.max(1) as f64,
         );
+        before = (runs.len(), now);
         if let Some(end) = refused {
             println!("{name:>24}         the next one: {end:?}");
             break;

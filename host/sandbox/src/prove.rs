@@ -1,8 +1,7 @@
 //! Attacks the limits of a plugin as it would run here, and measures what comes through.
 //!
 //! Each attack is a guest that takes what it can get, run by the same runtime, the same log and
-//! under the same grants as the plugin, in a process of its own; requests over HTTP are sent by
-//! the attack itself, by the way out that guests have. What was declared and what is
+//! under the same grants as the plugin, in a process of its own. What was declared and what is
 //! applied come in two values, which are one and the same outside tests: a test lifts one limit
 //! of what is applied, and sees that its attack succeeds.
 
@@ -22,7 +21,7 @@ use std::{path::Path, sync::Arc};
 use self::arena::Arena;
 use crate::{
     grants::Access,
-    host_api::Terms,
+    host_api::{CacheGrant, PluginHost, Terms},
     limit::Limit,
     log_stream::LogLimits,
     manifest::Manifest,
@@ -46,13 +45,9 @@ const LINKS: &str = Lift::LINKS.name();
 const ADDRESSES: &str = "http addresses";
 const COMPILE: &str = "compile_ms, compile_memory_bytes";
 
-/// Limits that the sandbox only passes on, so that there is nothing here to attack: how many
-/// events may wait is kept by the server's ring of events.
-pub const KEPT_BY_THE_SERVER: [Limit; 1] = [Limit::QueuedEvents];
-
-/// All attacks, in the order in which they are made: one for each [`Limit`] but those of
-/// [`KEPT_BY_THE_SERVER`], under its name, and those on what is no number. One plugin meets those that its grants give a ground for.
-pub const ATTACKS: [&str; 36] = [
+/// All attacks, in the order in which they are made: one for each [`Limit`], under its name, and
+/// those on what is no number. One plugin meets those that its grants give a ground for.
+pub const ATTACKS: [&str; 37] = [
     Limit::Memory.name(),
     MEMORIES,
     Limit::Memories.name(),
@@ -81,6 +76,7 @@ pub const ATTACKS: [&str; 36] = [
     Limit::CallTime.name(),
     Limit::RankTime.name(),
     Limit::StateBytes.name(),
+    Limit::QueuedEvents.name(),
     Limit::Metrics.name(),
     Limit::LogLines.name(),
     Limit::LogBytes.name(),
@@ -172,6 +168,8 @@ impl Held {
             self.directories.is_some()
         } else if requests.contains(&what) {
             self.http_hosts > 0
+        } else if what == Limit::QueuedEvents.name() {
+            self.terms.cache.contains(&CacheGrant::Events)
         } else if what == Limit::RunTime.name() {
             self.limits.run_time.is_some()
         } else {
@@ -193,6 +191,16 @@ pub struct Proof {
     pub holds: bool,
 }
 
+/// A server whose events come as they are asked for. It is what keeps [`Limit::QueuedEvents`], so
+/// the attack on that needs its own.
+#[derive(Clone)]
+pub struct Flood {
+    /// Where the attacker subscribes.
+    pub host: Arc<dyn PluginHost>,
+    /// Makes so many events happen.
+    pub events: Arc<dyn Fn(u64) + Send + Sync>,
+}
+
 /// Why nothing could be proven.
 #[derive(Debug, thiserror::Error)]
 pub enum ProveError {
@@ -207,7 +215,8 @@ pub enum ProveError {
 /// Attacks every limit of `declared` in a sandbox that applies `applied`, with `scratch` as
 /// the directory to work in, or the one attack that `only` names. Calls `tell` with each proof as
 /// it comes; takes half a minute, and as long as starting, host calls and compiling may take.
-/// `declared` and `applied` are the same outside tests.
+/// `declared` and `applied` are the same outside tests. `flood` is the server's part in the attack
+/// on `queued_events`.
 ///
 /// # Errors
 /// [`ProveError`] when the attacks could not be made.
@@ -217,6 +226,7 @@ pub async fn prove(
     compiler: Compiler,
     scratch: &Path,
     only: Option<&str>,
+    flood: Flood,
     mut tell: impl FnMut(&Proof),
 ) -> Result<Vec<Proof>, ProveError> {
     let runtime = WasmRuntime::start(WasmConfig {
@@ -232,6 +242,7 @@ pub async fn prove(
         declared,
         applied,
         scratch: scratch.to_owned(),
+        flood,
     };
     let mut proofs = Vec::new();
     for what in ATTACKS {
@@ -287,8 +298,8 @@ impl Arena<'_> {
             Limit::CallTime => self.call_time().await,
             Limit::RankTime => self.rank_time().await,
             Limit::StateBytes => self.state_bytes().await,
-            // The last of them is kept by the server, and no attack has its name.
-            Limit::Metrics | Limit::QueuedEvents => self.metrics().await,
+            Limit::QueuedEvents => self.queued_events().await,
+            Limit::Metrics => self.metrics().await,
         }
     }
 }

@@ -521,11 +521,6 @@ impl WasmRuntime {
         Ok(runtime)
     }
 
-    /// What the HTTP requests of all guests share.
-    pub(crate) fn network(&self) -> Arc<Network> {
-        Arc::clone(&self.network)
-    }
-
     /// Counts up while guests are made to take turns.
     #[must_use]
     pub fn ticks(&self) -> Arc<AtomicU64> {

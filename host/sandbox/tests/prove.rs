@@ -6,12 +6,102 @@
     reason = "a test fails by panicking"
 )]
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use stockade_sandbox::{
-    Access, Compiler, Limit, Manifest,
-    prove::{ATTACKS, Held, KEPT_BY_THE_SERVER, Proof, prove},
+    Access, Compiler, Limit, Manifest, PluginHost,
+    host_api::{
+        Backlog, CacheGrant, CacheRequest, CacheStats, CacheWork, Code, EventBatch, EventSource,
+        KeysPage, KeysQuery, Pending, PluginRun, Refusal, Subscription,
+    },
+    prove::{ATTACKS, Flood, Held, Proof, prove},
 };
+use tokio::sync::watch;
+
+/// A server that has nothing but numbered events.
+struct Numbers(watch::Sender<u64>);
+
+fn nothing<T>() -> Result<T, Refusal> {
+    Err(Refusal::new(Code::Unavailable, "there is no cache here"))
+}
+
+impl PluginHost for Numbers {
+    fn tenant_of(&self, _plugin: &str) -> Option<Arc<str>> {
+        None
+    }
+
+    fn stats(&self, _run: &PluginRun) -> Result<CacheStats, Refusal> {
+        nothing()
+    }
+
+    fn keys(&self, _run: &PluginRun, _query: &KeysQuery) -> Result<KeysPage, Refusal> {
+        nothing()
+    }
+
+    fn request(&self, _run: &PluginRun, _request: &CacheRequest) -> Result<CacheWork, Refusal> {
+        nothing()
+    }
+
+    fn subscribe(
+        &self,
+        _run: &PluginRun,
+        subscription: &Subscription,
+        most_behind: u64,
+    ) -> Result<(u64, Box<dyn EventSource>), Refusal> {
+        let newest = self.0.subscribe();
+        let cursor = *newest.borrow();
+        let source = Listening {
+            newest,
+            cursor,
+            most_behind,
+            batch: subscription.max_batch.unwrap() as u64,
+        };
+        Ok((cursor, Box::new(source)))
+    }
+
+    fn ended(&self, _run: &PluginRun) {}
+}
+
+struct Listening {
+    newest: watch::Receiver<u64>,
+    cursor: u64,
+    most_behind: u64,
+    batch: u64,
+}
+
+impl EventSource for Listening {
+    fn backlog(&self) -> Backlog {
+        Backlog::new(|| 0)
+    }
+
+    fn next(&mut self) -> Pending<'_, Option<EventBatch>> {
+        Box::pin(async move {
+            loop {
+                let newest = *self.newest.borrow_and_update();
+                let oldest = newest.saturating_sub(self.most_behind).max(self.cursor);
+                let lost = oldest - self.cursor;
+                self.cursor = newest.min(oldest + self.batch);
+                if self.cursor > oldest {
+                    return Some(EventBatch {
+                        cursor: self.cursor,
+                        lost,
+                        events: Box::new(Vec::new),
+                    });
+                }
+                self.newest.changed().await.ok()?;
+            }
+        })
+    }
+}
+
+fn flood() -> Flood {
+    let numbers = Arc::new(Numbers(watch::channel(0).0));
+    let events = Arc::clone(&numbers);
+    Flood {
+        host: numbers,
+        events: Arc::new(move |count| events.0.send_modify(|newest| *newest += count)),
+    }
+}
 
 /// A plugin with every grant and tight limits, so that attacks are over soon.
 fn held() -> Held {
@@ -19,6 +109,8 @@ fn held() -> Held {
     manifest.limits.state_kib = 64;
     manifest.limits.call_ms = 200;
     manifest.limits.metrics = 3;
+    manifest.limits.queued_events = 640;
+    manifest.cache.insert(CacheGrant::Events);
     let mut held = Held::new(&manifest, Default::default());
     held.limits.memory_bytes = 8 << 20;
     held.limits.table_elements = 10_000;
@@ -52,7 +144,17 @@ async fn proofs(declared: &Held, applied: &Held, only: Option<&str>) -> Vec<Proo
     let compiler = Compiler::Child {
         program: env!("CARGO_BIN_EXE_stockade-keeper").into(),
     };
-    let proven = prove(declared, applied, compiler, scratch.path(), only, |_| {}).await;
+    let directory = scratch.path();
+    let proven = prove(
+        declared,
+        applied,
+        compiler,
+        directory,
+        only,
+        flood(),
+        |_| {},
+    )
+    .await;
     proven.unwrap()
 }
 
@@ -83,9 +185,6 @@ async fn every_limit_holds_where_it_is_applied() {
 #[test]
 fn there_is_an_attack_for_every_limit() {
     for limit in Limit::ALL {
-        if KEPT_BY_THE_SERVER.contains(&limit) {
-            continue;
-        }
         let is_attacked = |it: &&str| it.split(", ").any(|name| name == limit.name());
         assert!(ATTACKS.iter().any(is_attacked), "{limit:?}");
     }

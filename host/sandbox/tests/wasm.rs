@@ -330,6 +330,58 @@ async fn modules_that_do_not_fit_are_refused_by_name_and_reason() {
     assert!(left.is_empty(), "refusals leave files: {left:?}");
 }
 
+/// What compilers of the three languages make is taken, and of later proposals none.
+#[tokio::test]
+async fn proposals_are_allowed_by_name() {
+    let sandbox = Sandbox::new();
+    let prepared = |field: &str| {
+        let text = format!("(module (func (export \"_start\")) {field})");
+        // What the text parser does not know would be refused for that.
+        wat::parse_str(&text).unwrap();
+        sandbox.runtime.prepare("proposal", text.as_bytes())
+    };
+    for allowed in [
+        "(global (export \"g\") (mut i32) (i32.const 0))",
+        "(func (drop (i32.trunc_sat_f64_s (f64.const 1))))",
+        "(func (drop (i32.extend8_s (i32.const 1))))",
+        "(table 1 funcref) (func (table.set (i32.const 0) (ref.null func)))",
+        "(func (result i32 i32) (i32.const 1) (i32.const 2))",
+        "(memory 1) (func (memory.fill (i32.const 0) (i32.const 0) (i32.const 1)))",
+        "(global i32 (i32.add (i32.const 1) (i32.const 2)))",
+    ] {
+        prepared(allowed).unwrap_or_else(|error| panic!("{allowed}: {error}"));
+    }
+    for refused in [
+        "(func (drop (v128.const i64x2 0 0)))",
+        "(func (param v128) (drop (i8x16.relaxed_swizzle (local.get 0) (local.get 0))))",
+        "(memory 1) (func (drop (i32.atomic.load (i32.const 0))))",
+        "(memory 1 1 shared)",
+        "(memory i64 1)",
+        "(memory 1) (memory 1)",
+        "(memory 1 (pagesize 1))",
+        "(table i64 1 funcref)",
+        "(func $f (return_call $f))",
+        "(tag)",
+        "(type $f (func)) (func (param (ref $f)))",
+        "(type (struct (field i32)))",
+        "(func (param externref))",
+        "(func (param i64) (result i64 i64) (i64.add128 (local.get 0) (local.get 0) (local.get 0) (local.get 0)))",
+        "(type $f (func)) (type (cont $f))",
+    ] {
+        let refusal = match prepared(refused) {
+            Ok(_) => panic!("{refused} is taken"),
+            Err(refusal) => refusal,
+        };
+        assert!(
+            matches!(
+                refusal,
+                WasmError::Invalid { .. } | WasmError::Threads { .. }
+            ),
+            "{refused}: {refusal}"
+        );
+    }
+}
+
 #[tokio::test]
 async fn a_compiler_that_fails_is_an_error_and_nothing_is_cached() {
     let directory = tempfile::tempdir().unwrap();

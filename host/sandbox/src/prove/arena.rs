@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{Held, Proof, ProveError};
+use super::{Flood, Held, Proof, ProveError};
 use crate::{
     host_api::Access,
     log_stream::{LogLevel, LogStream},
@@ -28,6 +28,7 @@ pub(super) struct Arena<'a> {
     pub(super) declared: &'a Held,
     pub(super) applied: &'a Held,
     pub(super) scratch: PathBuf,
+    pub(super) flood: Flood,
 }
 
 /// What an attack left.

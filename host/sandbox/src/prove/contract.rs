@@ -1,6 +1,7 @@
 //! Attacks by the calls of `stockade:plugin/v1`, and by not answering them.
 
 use std::{
+    convert::Infallible,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -10,7 +11,7 @@ use super::{
     arena::{Arena, PATIENCE, Silence, at_most},
 };
 use crate::{
-    host_api::{Access, RankFailure, RankRequest, link},
+    host_api::{Access, Counter, MAX_EVENT_BATCH, RankFailure, RankRequest, Services, link},
     limit::Limit,
     wasm::{Launch, WasmLimits},
 };
@@ -102,6 +103,76 @@ impl Arena<'_> {
         let state = Arc::clone(&access.state);
         self.launch_with(&hog, launch, access, PATIENCE).await?;
         Ok(at_most(Limit::StateBytes.name(), declared, state.bytes()))
+    }
+
+    /// Subscribes, hears of nothing while twice as many events happen as may wait, and then of all
+    /// that are left: those that are not lost have waited.
+    pub(super) async fn queued_events(&self) -> Result<Proof, ProveError> {
+        let declared = self.declared.terms.queued_events;
+        let batch = (declared / 64).clamp(1, MAX_EVENT_BATCH as u64);
+        let request = format!(r#"{{"max_batch":{batch}}}"#);
+        let (quoted, length) = (request.replace('"', "\\22"), request.len());
+        let deaf = format!(
+            r#"(module
+            (import "stockade:plugin/v1" "events_subscribe" (func $subscribe (param i32 i32) (result i32)))
+            (import "stockade:plugin/v1" "metric_set" (func $set (param i32 i32 f64) (result i32)))
+            (import "stockade:plugin/v1" "state_get" (func $get (param i32 i32) (result i32)))
+            (import "stockade:plugin/v1" "next_message" (func $next (param i32) (result i32)))
+            (import "wasi_snapshot_preview1" "sched_yield" (func $yield (result i32)))
+            (memory (export "memory") 1)
+            (data (i32.const 0) "{quoted}")
+            (data (i32.const 64) "listens")
+            (func (export "_start")
+              (if (i32.lt_s (call $subscribe (i32.const 0) (i32.const {length})) (i32.const 0))
+                (then unreachable))
+              (drop (call $set (i32.const 64) (i32.const 7) (f64.const 1)))
+              (loop $deaf
+                (drop (call $yield))
+                (br_if $deaf (i32.lt_s (call $get (i32.const 64) (i32.const 7)) (i32.const 0))))
+              (loop $again (br_if $again (call $next (i32.const 500))))))"#
+        );
+        let launch = self.contract_launch();
+        let mut access = Access {
+            counter: Counter::new(
+                Services {
+                    host: Some(Arc::clone(&self.flood.host)),
+                    ..Services::default()
+                },
+                "{}",
+            ),
+            ..self.access(&launch)
+        };
+        access.terms.metrics = 1;
+        access.terms.state_bytes = 64;
+        let (tally, state) = (Arc::clone(&access.tally), Arc::clone(&access.state));
+        let events = declared * 2 + batch * 4;
+        let told = Arc::clone(&tally);
+        let flooding = async {
+            while told.counts().custom.is_empty() {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+            (self.flood.events)(events);
+            // It could only fail for want of room.
+            let _ = state.set("listens", b"", 64);
+            std::future::pending::<Infallible>().await
+        };
+        let attack = tokio::select! {
+            attack = self.launch_with(&deaf, launch, access, PATIENCE) => attack?,
+            never = flooding => match never {},
+        };
+        let waited = events.saturating_sub(tally.counts().events_lost);
+        // One batch is on its way and one stands behind it before any could be lost.
+        let mut proof = at_most(
+            Limit::QueuedEvents.name(),
+            declared.saturating_add(batch * 2),
+            waited,
+        );
+        proof.declared = declared.to_string();
+        if attack.exit_code() != Some(0) {
+            proof.measured = attack.end();
+            proof.holds = false;
+        }
+        Ok(proof)
     }
 
     /// One name more than it may have.

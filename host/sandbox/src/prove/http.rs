@@ -7,7 +7,7 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use tokio::{
@@ -18,13 +18,9 @@ use tokio::{
 
 use super::{
     ADDRESSES, Proof, ProveError,
-    arena::{Arena, WINDOW, at_most},
+    arena::{Arena, Attack, PATIENCE, WINDOW, at_most},
 };
-use crate::{
-    grants::HttpGrant,
-    limit::Limit,
-    outbound::{Outbound, OutboundError, OutboundLimits, OutboundRequest, Resolve},
-};
+use crate::{grants::HttpGrant, host_api::Code, limit::Limit, outbound::Resolve, wasm::WasmLimits};
 
 /// A name that leads to this machine.
 const NAME: &str = "attacker.example";
@@ -86,12 +82,8 @@ impl Host {
         }
     }
 
-    fn request(&self, host: &str) -> OutboundRequest {
-        OutboundRequest {
-            method: "GET".to_owned(),
-            url: format!("http://{host}:{}/", self.port),
-            ..OutboundRequest::default()
-        }
+    fn url(&self, host: &str) -> String {
+        format!("http://{host}:{}/", self.port)
     }
 }
 
@@ -113,14 +105,68 @@ async fn serve(mut stream: TcpStream, answer: Answer) {
 
 const LOCAL: &str = "127.0.0.1";
 
+/// A guest that sends requests to these addresses by the plugin API, once or for ever, and exits with
+/// what became of the last: 0, or the number of the code without its sign.
+fn requester(urls: &[String], is_endless: bool) -> String {
+    let mut data = String::new();
+    let mut calls = String::new();
+    let mut at = 1024;
+    for url in urls {
+        let request = format!(r#"{{"method":"GET","url":"{url}"}}"#);
+        let (quoted, length) = (request.replace('"', "\\22"), request.len());
+        data += &format!("(data (i32.const {at}) \"{quoted}\")\n");
+        calls += &format!(
+            "(local.set $last (call $request (i32.const {at}) (i32.const {length}) (i32.const 0) (i32.const 0)))\n"
+        );
+        at += length;
+    }
+    let repeat = if is_endless { "(br $again)" } else { "" };
+    format!(
+        r#"(module
+        (import "stockade:plugin/v1" "http_request" (func $request (param i32 i32 i32 i32) (result i32)))
+        (import "wasi_snapshot_preview1" "proc_exit" (func $exit (param i32)))
+        (memory (export "memory") 1)
+        {data}
+        (func (export "_start") (local $last i32)
+          (loop $again {calls} {repeat})
+          (if (i32.lt_s (local.get $last) (i32.const 0))
+            (then (call $exit (i32.sub (i32.const 0) (local.get $last)))))))"#
+    )
+}
+
+impl Attack {
+    /// Whether the guest was given a code in place of its last response.
+    fn was_refused(&self, code: Code) -> bool {
+        self.exit_code() == Some(-code.number())
+    }
+
+    /// What became of the guest's last request.
+    fn outcome(&self) -> String {
+        let refused = Code::ALL.into_iter().find(|code| self.was_refused(*code));
+        match (refused, self.exit_code()) {
+            (Some(code), _) => code.name().to_owned(),
+            (None, Some(0)) => "a response".to_owned(),
+            (None, _) => self.end(),
+        }
+    }
+}
+
 impl Arena<'_> {
-    /// The way out as it is applied, to other hosts.
-    fn outbound(&self, grants: Vec<HttpGrant>) -> Outbound {
-        let limits = OutboundLimits {
-            grants,
-            ..self.applied.limits.outbound.clone()
+    /// Runs a guest that may reach `grants` and sends to `urls`.
+    async fn request(
+        &self,
+        grants: Vec<HttpGrant>,
+        urls: &[String],
+        is_endless: bool,
+        time: Duration,
+    ) -> Result<Attack, ProveError> {
+        let mut limits = WasmLimits {
+            run_time: None,
+            ..self.unhurried()
         };
-        Outbound::new(self.runtime.network(), "attacker".into(), limits)
+        limits.outbound.grants = grants;
+        self.attack(&requester(urls, is_endless), limits, time)
+            .await
     }
 
     /// Of two hosts, as many can be reached as are granted.
@@ -130,86 +176,77 @@ impl Arena<'_> {
             Host::start(Answer::Bytes(1)).await?,
         ];
         let granted = hosts.iter().take(self.applied.http_hosts);
-        let outbound = self.outbound(granted.map(|host| host.grant(LOCAL)).collect());
-        for host in &hosts {
-            let _ = outbound.request(host.request(LOCAL)).await;
-        }
+        let grants = granted.map(|host| host.grant(LOCAL)).collect();
+        let urls = hosts.each_ref().map(|host| host.url(LOCAL));
+        self.request(grants, &urls, false, PATIENCE).await?;
         let reached = hosts.iter().filter(|host| host.visitors() > 0).count();
         Ok(Proof {
             what: Limit::HttpHosts.name(),
             declared: format!("{} of 2 hosts", self.declared.http_hosts),
             measured: format!("{reached} reached"),
-            holds: reached <= self.declared.http_hosts,
+            // One that is granted and not reached would prove nothing.
+            holds: reached == self.declared.http_hosts,
         })
     }
 
     /// A name that was granted, and leads to this machine.
     pub(super) async fn http_addresses(&self) -> Result<Proof, ProveError> {
         let host = Host::start(Answer::Bytes(1)).await?;
-        let outbound = self.outbound(vec![host.grant(NAME)]);
-        let outcome = outbound.request(host.request(NAME)).await;
+        let grants = vec![host.grant(NAME)];
+        let attack = self
+            .request(grants, &[host.url(NAME)], false, PATIENCE)
+            .await?;
         Ok(Proof {
             what: ADDRESSES,
             declared: "not reached by a name".to_owned(),
-            measured: match &outcome {
-                Ok(_) => "reached".to_owned(),
-                Err(error) => error.to_string(),
-            },
-            holds: host.visitors() == 0 && matches!(outcome, Err(OutboundError::Denied(_))),
+            measured: attack.outcome(),
+            holds: host.visitors() == 0 && attack.was_refused(Code::Denied),
         })
     }
 
     pub(super) async fn http_rate(&self) -> Result<Proof, ProveError> {
         let host = Host::start(Answer::Bytes(1)).await?;
-        let outbound = self.outbound(vec![host.grant(LOCAL)]);
-        let begun = Instant::now();
-        while begun.elapsed() < WINDOW {
-            let _ = outbound.request(host.request(LOCAL)).await;
-            // One that is refused takes no time, and others want to run.
-            tokio::task::yield_now().await;
-        }
+        let grants = vec![host.grant(LOCAL)];
+        let attack = self
+            .request(grants, &[host.url(LOCAL)], true, WINDOW)
+            .await?;
         let declared = self.declared.limits.outbound.per_second;
         // Two seconds' worth may come at once.
         let beyond = (host.visitors() as f64 - 2.0 * f64::from(declared)).max(0.0);
-        let rate = (beyond / begun.elapsed().as_secs_f64()) as u64;
-        Ok(at_most(Limit::HttpRequests.name(), declared.into(), rate))
+        let rate = (beyond / attack.took.as_secs_f64()) as u64;
+        let mut proof = at_most(Limit::HttpRequests.name(), declared.into(), rate);
+        proof.holds &= host.visitors() > 0;
+        Ok(proof)
     }
 
     pub(super) async fn http_time(&self) -> Result<Proof, ProveError> {
         let host = Host::start(Answer::Nothing).await?;
-        let outbound = self.outbound(vec![host.grant(LOCAL)]);
         let declared = self.declared.limits.outbound.timeout;
         let slack = Duration::from_secs(1);
-        let begun = Instant::now();
-        let request = outbound.request(host.request(LOCAL));
-        let outcome = tokio::time::timeout(declared + slack * 2, request).await;
-        let took = begun.elapsed();
+        let grants = vec![host.grant(LOCAL)];
+        let attack = self
+            .request(grants, &[host.url(LOCAL)], false, declared + slack * 2)
+            .await?;
         Ok(Proof {
             what: Limit::HttpTime.name(),
             declared: declared.as_millis().to_string(),
-            measured: took.as_millis().to_string(),
-            holds: matches!(outcome, Ok(Err(OutboundError::Timeout(_))))
-                && took <= declared + slack,
+            measured: format!("{} ms: {}", attack.took.as_millis(), attack.outcome()),
+            holds: attack.was_refused(Code::Timeout) && attack.took <= declared + slack,
         })
     }
 
     pub(super) async fn http_body(&self) -> Result<Proof, ProveError> {
         let declared = self.declared.limits.outbound.body_bytes;
         let host = Host::start(Answer::Bytes(declared + 1)).await?;
-        let outbound = self.outbound(vec![host.grant(LOCAL)]);
-        let outcome = outbound.request(host.request(LOCAL)).await;
-        let limit = match &outcome {
-            Err(OutboundError::Limit { limit, .. }) => Some(*limit),
-            _ => None,
-        };
+        let grants = vec![host.grant(LOCAL)];
+        let attack = self
+            .request(grants, &[host.url(LOCAL)], false, PATIENCE)
+            .await?;
         Ok(Proof {
             what: Limit::HttpBody.name(),
             declared: declared.to_string(),
-            measured: match outcome {
-                Ok(response) => format!("{} came through", response.body.len()),
-                Err(error) => error.to_string(),
-            },
-            holds: limit == Some(Limit::HttpBody),
+            measured: format!("{} bytes: {}", declared + 1, attack.outcome()),
+            holds: attack.was_refused(Code::Limit) && attack.usage.hits.of(Limit::HttpBody) == 1,
         })
     }
 }

@@ -69,7 +69,7 @@ impl Held {
             Limit::RankTime => held.terms.rank_time = ENDLESS,
             Limit::StateBytes => held.terms.state_bytes = 1 << 30,
             Limit::Metrics => held.terms.metrics = 1000,
-            Limit::QueuedEvents => return Err("the server keeps queued_events".to_owned()),
+            Limit::QueuedEvents => held.terms.queued_events = 1 << 30,
         }
         Ok(held)
     }

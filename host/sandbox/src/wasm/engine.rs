@@ -11,7 +11,9 @@ use std::{
     time::Duration,
 };
 
-use wasmtime::{Config, Engine, EngineWeak, InstanceAllocationStrategy, OptLevel, Strategy};
+use wasmtime::{
+    Config, Engine, EngineWeak, InstanceAllocationStrategy, OptLevel, Strategy, WasmFeatures,
+};
 
 /// How long a guest runs before it lets others run.
 pub(super) const TICK: Duration = Duration::from_millis(5);
@@ -22,11 +24,25 @@ pub const GUEST_STACK: usize = 512 << 10;
 /// What host calls take above a guest's stack, in bytes.
 const HOST_STACK: usize = 512 << 10;
 
+/// The proposals that modules may use beside WebAssembly 1.0: what Rust, C and Go compile to. All
+/// else that wasmtime knows is off, also what a later version of it would turn on.
+const ALLOWED: WasmFeatures = WasmFeatures::MUTABLE_GLOBAL
+    .union(WasmFeatures::SATURATING_FLOAT_TO_INT)
+    .union(WasmFeatures::SIGN_EXTENSION)
+    .union(WasmFeatures::FLOATS)
+    .union(WasmFeatures::REFERENCE_TYPES)
+    .union(WasmFeatures::CALL_INDIRECT_OVERLONG)
+    .union(WasmFeatures::MULTI_VALUE)
+    .union(WasmFeatures::BULK_MEMORY)
+    .union(WasmFeatures::BULK_MEMORY_OPT)
+    .union(WasmFeatures::EXTENDED_CONST)
+    .union(WasmFeatures::COMPONENT_MODEL);
+
 /// The engine that plugins are compiled by and run on, with a stack of `stack` bytes, which
 /// compiling does not depend on.
 ///
 /// Only Cranelift and on-demand allocation: the security advisories of 2026 hit the baseline
-/// compiler and the pooling allocator. Everything the three target languages do without is off.
+/// compiler and the pooling allocator.
 pub(super) fn new_engine(stack: usize) -> wasmtime::Result<Engine> {
     let mut config = Config::new();
     config
@@ -42,13 +58,7 @@ pub(super) fn new_engine(stack: usize) -> wasmtime::Result<Engine> {
         .max_wasm_stack(stack)
         .async_stack_size(stack + HOST_STACK)
         .signals_based_traps(true)
-        .wasm_simd(false)
-        .wasm_relaxed_simd(false)
-        .wasm_memory64(false)
-        .wasm_multi_memory(false)
-        .wasm_tail_call(false)
-        .wasm_exceptions(false)
-        .wasm_function_references(false)
+        .wasm_features(WasmFeatures::all().difference(ALLOWED), false)
         .gc_support(false);
     Engine::new(&config)
 }

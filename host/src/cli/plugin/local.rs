@@ -19,7 +19,7 @@ use stockade_sandbox::{
 };
 
 use super::super::{print, print_json};
-use crate::{config::PluginSettings, server::wasm_config};
+use crate::{config::PluginSettings, plugin_host::flood, server::wasm_config};
 
 /// Settings of the server that the plugin would run in.
 #[derive(Debug, Args)]
@@ -298,7 +298,8 @@ pub(super) fn prove_limits(
             }
         };
         let applied = lift(&held)?;
-        let attacks = prove(&held, &applied, compiler.clone(), &scratch.0, only, tell);
+        let compiler = compiler.clone();
+        let attacks = prove(&held, &applied, compiler, &scratch.0, only, flood(), tell);
         let proofs = runtime.block_on(attacks)?;
         is_broken |= proofs.iter().any(|proof| !proof.holds);
         all.extend(proofs.iter().map(|proof| {
