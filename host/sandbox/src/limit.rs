@@ -186,6 +186,15 @@ mod tests {
     use super::*;
 
     #[test]
+    fn the_use_of_every_limit_is_described() {
+        let page = include_str!("../../../docs/plugins/security.md");
+        for limit in Limit::ALL {
+            let name = format!("`{}`", limit.name());
+            assert!(page.contains(&name), "{name} is not in security.md");
+        }
+    }
+
+    #[test]
     fn every_limit_has_a_place_and_a_name_of_its_own() {
         let mut hits = LimitHits::default();
         for (place, limit) in Limit::ALL.into_iter().enumerate() {

@@ -933,6 +933,8 @@ fn start_guest_thread(
         .event_interval(1)
         .global_queue_interval(1)
         .max_blocking_threads(FILE_THREADS + LOOKUPS_AT_ONCE)
+        // Of threads that start during a kill, too.
+        .on_thread_start(urgency::yield_to_all)
         .build()?;
     let handle = guests.handle().clone();
     let (started, start) = mpsc::channel();

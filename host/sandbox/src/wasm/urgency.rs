@@ -22,6 +22,11 @@ use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 /// The thread of the guests takes what the rest of the machine leaves.
 const GUEST_NICE: i32 = 19;
 
+/// Gives the calling thread the lowest priority, as far as that can be had.
+pub(super) fn yield_to_all() {
+    let _ = setpriority_process(None, GUEST_NICE);
+}
+
 /// The priority of one thread.
 #[derive(Debug)]
 pub(super) struct Urgency {
