@@ -100,6 +100,8 @@ say "spinning plugins"
 python=${PYTHON:-$(dirname "$lmcache")/python}
 if "$python" -c 'import msgspec, zmq' 2> /dev/null; then
   "$python" tests/bench/spinning_plugins.py --server "$program" --rounds "$((turns * 2))" --seconds "$long" | tee -a "$raw"
+  say "bad rankers"
+  "$python" tests/bench/bad_ranker.py --server "$program" --rounds "$((turns * 2))" --seconds "$long" | tee -a "$raw"
 else
   echo "NOT MEASURED: $python has no msgspec and zmq" | tee -a "$raw"
 fi
@@ -111,6 +113,8 @@ if [ -z "$short" ]; then
   plugin-sdk/build.sh examples/mp-heartbeat-go || true
   if [ ! -f "$guest" ]; then guest=''; echo "NOT MEASURED: a guest in Go" | tee -a "$raw"; fi
   cargo run --quiet --release -p stockade-sandbox --example density -- ${guest:+"$guest=500"} 2>&1 | tee -a "$raw"
+  say "calls of plugins"
+  cargo run --quiet --release --workspace --example host_calls 2>&1 | tee -a "$raw"
   say "the transport alone"
   cargo run --quiet --release -p stockade-transport --example echo -- compare 2>&1 | tee -a "$raw"
   say "the cache engine"
