@@ -8,6 +8,7 @@
     clippy::print_stdout,
     clippy::unwrap_used,
     clippy::expect_used,
+    clippy::panic,
     reason = "a measurement is read on a terminal, and fails by panicking"
 )]
 
@@ -22,8 +23,8 @@ use stockade_sandbox::{
     Compiler, Contract, PluginHost, PluginState, RankFailure, RankRequest, Services, Supervisor,
     SupervisorConfig, WasmConfig,
     host_api::{
-        CacheChange, CacheEvent, CacheRequest, CacheStats, CacheWork, EventBatch, EventSource,
-        KeysPage, KeysQuery, Pending, PluginRun, RankCandidate, Refusal, Subscription,
+        Backlog, CacheChange, CacheEvent, CacheRequest, CacheStats, CacheWork, EventBatch,
+        EventSource, KeysPage, KeysQuery, Pending, PluginRun, RankCandidate, Refusal, Subscription,
     },
 };
 
@@ -184,6 +185,10 @@ fn event(number: usize) -> CacheEvent {
 }
 
 impl EventSource for FloodOfEvents {
+    fn backlog(&self) -> Backlog {
+        Backlog::new(|| 0)
+    }
+
     fn next(&mut self) -> Pending<'_, Option<EventBatch>> {
         let mut times = self.times.lock();
         times.0.get_or_insert_with(Instant::now);
