@@ -1,15 +1,20 @@
 #!/usr/bin/env python3
-"""What spinning plugins cost the data path: latency of noops and lookups with fifty guests in endless
+"""What busy plugins cost the data path: latency of noops and lookups with fifty guests in endless
 loops against none, on one server, in windows that take turns (A B A B), which of the two comes first
 in turns too.
 
     python3 tests/bench/spinning_plugins.py [--server PROGRAM] [--plugins 50] [--rounds 10] [--seconds 3]
+        [--guest endless_loop]...
+
+Of several guests of tests/guests that never end each gets its part of the plugins: log_flood,
+endless_loop_in_host_calls and the like.
 
 The server is started here, with a pool of 64 MiB; everything goes over 127.0.0.1. Exits with 1 when a
 p99 is more than --most (1.05) times that without plugins. Needs pyzmq and msgspec.
 """
 
 import argparse
+import itertools
 import pathlib
 import shutil
 import sys
@@ -19,8 +24,6 @@ import time
 import msgspec
 import zmq
 from server import ROOT, Server
-
-GUEST = ROOT / "tests/guests/endless_loop.wat"
 
 
 def steer(server, names, action, state):
@@ -85,11 +88,13 @@ def main():
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--most", type=float, default=1.05)
+    parser.add_argument("--guest", action="append")
     settings = parser.parse_args()
+    guests = itertools.cycle(settings.guest or ["endless_loop"])
     with tempfile.TemporaryDirectory() as directory:
         names = [f"spin-{number}" for number in range(settings.plugins)]
         for name in names:
-            shutil.copy(GUEST, pathlib.Path(directory, f"{name}.wat"))
+            shutil.copy(ROOT / f"tests/guests/{next(guests)}.wat", pathlib.Path(directory, f"{name}.wat"))
             manifest = "stop_grace_seconds = 0\n[limits]\ncpu_percent = 100\n"
             pathlib.Path(directory, f"{name}.plugin.toml").write_text(manifest)
         flags = ["--l1-size-gb", "0.0625", "--runtime-plugin-locations", directory]

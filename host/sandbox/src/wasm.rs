@@ -27,12 +27,13 @@ mod turns;
 mod urgency;
 
 use std::{
+    collections::HashMap,
     fmt,
     future::Future,
     path::PathBuf,
     pin::Pin,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, PoisonError, Weak,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
         mpsc,
     },
@@ -345,6 +346,11 @@ pub fn module_limits(made: Made, compile: CompileLimits, hits: &LimitHits) -> Ve
 pub struct WasmModule {
     name: Arc<str>,
     digest: Arc<str>,
+    loaded: Arc<Loaded>,
+}
+
+/// Code that is mapped, once for all plugins with the same bytes.
+struct Loaded {
     code: Code,
     made: Made,
 }
@@ -352,7 +358,7 @@ pub struct WasmModule {
 impl WasmModule {
     /// What it is made of, and what compiling it took.
     pub fn made(&self) -> Made {
-        self.made
+        self.loaded.made
     }
 
     /// The BLAKE3 digest of the bytes it was prepared from, 64 hexadecimal digits.
@@ -451,6 +457,8 @@ pub struct WasmRuntime {
     compatibility: u64,
     /// One compilation at a time: each may take gigabytes.
     compiling: Mutex<()>,
+    /// What plugins have now, by its name in the cache.
+    loaded: parking_lot::Mutex<HashMap<String, Weak<Loaded>>>,
     guests: runtime::Handle,
     turns: Arc<Turns>,
     urgency: Arc<Urgency>,
@@ -502,6 +510,7 @@ impl WasmRuntime {
             form: config.form,
             network: config.network,
             compiling: Mutex::new(()),
+            loaded: parking_lot::Mutex::default(),
             guests,
             turns,
             urgency: Arc::new(urgency),
@@ -539,6 +548,14 @@ impl WasmRuntime {
         self.check(name, bytes)?;
         let digest = blake3::hash(bytes).to_hex();
         let key = format!("{digest}-{:016x}", self.compatibility);
+        let module = |loaded| WasmModule {
+            loaded,
+            name: name.into(),
+            digest: digest.as_str().into(),
+        };
+        if let Some(loaded) = self.loaded.lock().get(&key).and_then(Weak::upgrade) {
+            return Ok(module(loaded));
+        }
         let (compiled, made) = match self.load(&key) {
             Some(compiled) => compiled,
             None => self.compile(name, &key, bytes)?,
@@ -550,7 +567,7 @@ impl WasmRuntime {
         let required = |count: fn(&wasmtime::ResourcesRequired) -> u32| {
             required.as_ref().map_or(0, count).into()
         };
-        Ok(WasmModule {
+        let loaded = Arc::new(Loaded {
             code: self.link(name, &compiled)?,
             made: Made {
                 bytes: u64::try_from(bytes.len()).unwrap_or(u64::MAX),
@@ -558,9 +575,11 @@ impl WasmRuntime {
                 tables: required(|required| required.num_tables),
                 ..made
             },
-            name: name.into(),
-            digest: digest.as_str().into(),
-        })
+        });
+        let mut all = self.loaded.lock();
+        all.retain(|_, loaded| loaded.strong_count() > 0);
+        all.insert(key, Arc::downgrade(&loaded));
+        Ok(module(loaded))
     }
 
     /// Refuses what is too big in any way to be compiled; text passes unparsed.
@@ -617,7 +636,7 @@ impl WasmRuntime {
             meter: Arc::clone(&meter),
             outbound: Arc::clone(&outbound),
             began,
-            made: module.made,
+            made: module.made(),
             burst: Burst::new(&limits, began),
             _kill: Arc::new(kill.clone().drop_guard()),
         };
@@ -636,7 +655,7 @@ impl WasmRuntime {
         };
         let engine = self.engine.clone();
         let guest = guest::run(
-            module.code.clone(),
+            module.loaded.code.clone(),
             engine.clone(),
             Invocation {
                 arguments,

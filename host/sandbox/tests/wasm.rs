@@ -617,6 +617,40 @@ async fn a_module_is_compiled_once() {
     assert_eq!(inode(), compiled);
 }
 
+/// However many plugins have the same bytes, their code is mapped once, and for as long as one has it.
+#[tokio::test]
+async fn plugins_with_the_same_bytes_share_their_code() {
+    let sandbox = Sandbox::new();
+    let text = source("hello");
+    let mapped = || {
+        let artefact = sandbox.artefact();
+        let maps = fs::read_to_string("/proc/self/maps").unwrap();
+        maps.lines()
+            .filter(|line| line.ends_with(path(&artefact)))
+            .count()
+    };
+    let first = sandbox.runtime.prepare("first", &text).unwrap();
+    let maps = mapped();
+    assert!(maps > 0, "its artefact is not mapped");
+    let others: Vec<_> = (0..20)
+        .map(|number| {
+            let name = format!("other-{number}");
+            sandbox.runtime.prepare(&name, &text).unwrap()
+        })
+        .collect();
+    assert_eq!(mapped(), maps);
+    drop(first);
+    let last = others.last().unwrap();
+    let guest = sandbox.spawn_with(last, &WasmLimits::default(), Sink::new(100));
+    assert_eq!(guest.end().await, WasmEnd::Exited(0));
+    drop((others, guest));
+    assert_eq!(mapped(), 0);
+}
+
+fn path(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
 #[tokio::test]
 async fn damaged_artefacts_are_compiled_anew() {
     let sandbox = Sandbox::new();
