@@ -19,9 +19,6 @@ const EX_USAGE: u8 = 64;
 const EX_UNAVAILABLE: u8 = 69;
 /// Most threads that requests run on; the data path is memory bound beyond it.
 const MAX_WORKER_THREADS: usize = 8;
-/// Turns of connections between two looks at the sockets, on a thread that is never idle. With
-/// tokio's 61, a request that comes while all threads are busy is not seen for milliseconds.
-const TURNS_BETWEEN_LOOKS: u32 = 8;
 /// Threads for large requests and file access.
 const BLOCKING_THREADS: usize = 16;
 
@@ -76,7 +73,6 @@ fn serve(config: Config, warnings: &[String]) -> ExitCode {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(threads)
         .max_blocking_threads(BLOCKING_THREADS)
-        .event_interval(TURNS_BETWEEN_LOOKS)
         .thread_name("stockade")
         .enable_all()
         .build();

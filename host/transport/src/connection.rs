@@ -254,8 +254,7 @@ impl<H: Handler, S: AsyncRead + AsyncWrite + Unpin> Connection<H, S> {
             }
             match stop {
                 Stop::TurnOver => {
-                    self.wants_turn = true;
-                    cx.waker().wake_by_ref();
+                    self.come_back(cx);
                     break;
                 }
                 // Writing or a finished request may just have made room.
@@ -267,8 +266,7 @@ impl<H: Handler, S: AsyncRead + AsyncWrite + Unpin> Connection<H, S> {
                 break;
             }
             if used.bytes >= READ_BYTES_PER_TURN.min(self.allowance.bytes) {
-                self.wants_turn = true;
-                cx.waker().wake_by_ref();
+                self.come_back(cx);
                 break;
             }
             match self.poll_read(cx, now) {
@@ -278,6 +276,21 @@ impl<H: Handler, S: AsyncRead + AsyncWrite + Unpin> Connection<H, S> {
         }
         self.note_pause(now);
         self.poll_timer(cx, now)
+    }
+
+    /// Asks for another turn.
+    fn come_back(&mut self, cx: &mut Context<'_>) {
+        self.wants_turn = true;
+        if self.allowance == Turn::UNLIMITED {
+            cx.waker().wake_by_ref();
+            return;
+        }
+        // Not before the runtime has looked at its sockets: as long as it has something to run it
+        // does so only now and then, and those whose turn this one made room for come from there.
+        let mut yielding = std::pin::pin!(tokio::task::yield_now());
+        if yielding.as_mut().poll(cx).is_ready() {
+            cx.waker().wake_by_ref();
+        }
     }
 
     /// Ends the connection in order: what is in flight or queued still goes out.
