@@ -1,6 +1,6 @@
 //! What every kind of second-tier storage can do.
 
-use std::{fmt, time::SystemTime};
+use std::{fmt, sync::Arc, time::SystemTime};
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -101,6 +101,15 @@ pub struct Form {
     pub layout: u32,
 }
 
+/// Whether the values of a cache salt are meant.
+pub type IsWanted<'w> = dyn Fn(&str) -> bool + Sync + 'w;
+
+/// Is told which values a bounded adapter removed.
+pub trait Evictions: Send + Sync + fmt::Debug {
+    /// These are gone. Called without a lock; must not block.
+    fn evicted(&self, names: &[ObjectName]);
+}
+
 /// One stored value, as a listing shows it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Entry {
@@ -155,6 +164,25 @@ pub trait Adapter: Send + Sync + fmt::Debug {
         cache_salt: Option<&str>,
         found: mpsc::Sender<Entry>,
     ) -> Result<(), AdapterError>;
+
+    /// Removes what lies beside the values whose salts are wanted: damaged ones that were moved
+    /// aside, checksums that lost their value, temporary files. Returns how many there were; what
+    /// cannot be told to be anybody's goes too.
+    ///
+    /// # Errors
+    /// [`AdapterError`]; some may be gone then.
+    async fn discard_aside(&self, is_wanted: &IsWanted<'_>) -> Result<u64, AdapterError>;
+
+    /// Bytes of all values, where somebody keeps count of them.
+    fn used_bytes(&self) -> Option<u64> {
+        None
+    }
+
+    /// Starts to tell `evictions` what goes because there is no room for it; only a bounded
+    /// adapter evicts.
+    fn watch_evictions(&self, evictions: Arc<dyn Evictions>) {
+        drop(evictions);
+    }
 
     /// What `/status` shows of it beyond its type; nothing secret.
     fn status(&self) -> serde_json::Map<String, serde_json::Value>;

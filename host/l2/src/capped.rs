@@ -6,7 +6,7 @@
 use std::{
     collections::{BTreeMap, HashMap},
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicU64, Ordering},
     },
     time::{Duration, Instant, SystemTime},
@@ -19,7 +19,7 @@ use serde_json::json;
 use tokio::sync::{Notify, mpsc};
 
 use crate::{
-    adapter::{Adapter, AdapterError, Entry, Form},
+    adapter::{Adapter, AdapterError, Entry, Evictions, Form, IsWanted},
     name::ObjectName,
     spec::Cap,
 };
@@ -125,6 +125,7 @@ struct Shared {
     cap: Cap,
     index: Mutex<Index>,
     grown: Notify,
+    evictions: OnceLock<Arc<dyn Evictions>>,
     evicted_values: AtomicU64,
     evicted_bytes: AtomicU64,
 }
@@ -150,6 +151,7 @@ impl Capped {
             cap,
             index: Mutex::default(),
             grown: Notify::new(),
+            evictions: OnceLock::new(),
             evicted_values: AtomicU64::new(0),
             evicted_bytes: AtomicU64::new(0),
         });
@@ -251,6 +253,10 @@ impl Shared {
                     self.evicted_bytes.fetch_add(bytes, Ordering::Relaxed);
                 }
             }
+            drop(index);
+            if let Some(evictions) = self.evictions.get() {
+                evictions.evicted(&victims);
+            }
         }
     }
 }
@@ -314,6 +320,19 @@ impl Adapter for Capped {
         found: mpsc::Sender<Entry>,
     ) -> Result<(), AdapterError> {
         self.shared.inner.list(cache_salt, found).await
+    }
+
+    async fn discard_aside(&self, is_wanted: &IsWanted<'_>) -> Result<u64, AdapterError> {
+        self.shared.inner.discard_aside(is_wanted).await
+    }
+
+    fn used_bytes(&self) -> Option<u64> {
+        Some(self.shared.index.lock().used_bytes)
+    }
+
+    fn watch_evictions(&self, evictions: Arc<dyn Evictions>) {
+        // The first one stays; there is one server.
+        let _ = self.shared.evictions.set(evictions);
     }
 
     fn status(&self) -> serde_json::Map<String, serde_json::Value> {

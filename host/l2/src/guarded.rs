@@ -14,7 +14,7 @@ use parking_lot::Mutex;
 use tokio::sync::mpsc;
 
 use crate::{
-    adapter::{Adapter, AdapterError, Entry, Form},
+    adapter::{Adapter, AdapterError, Entry, Evictions, Form, IsWanted},
     name::ObjectName,
 };
 
@@ -266,6 +266,32 @@ impl Guarded {
         found: mpsc::Sender<Entry>,
     ) -> Result<(), AdapterError> {
         self.adapter.list(cache_salt, found).await
+    }
+
+    /// As [`Adapter::discard_aside`], until `deadline`.
+    ///
+    /// # Errors
+    /// [`AdapterError`]
+    pub async fn discard_aside(
+        &self,
+        is_wanted: &IsWanted<'_>,
+        deadline: Instant,
+    ) -> Result<u64, AdapterError> {
+        self.call(&self.writes, "purge", deadline, || {
+            self.adapter.discard_aside(is_wanted)
+        })
+        .await
+    }
+
+    /// As [`Adapter::used_bytes`].
+    #[must_use]
+    pub fn used_bytes(&self) -> Option<u64> {
+        self.adapter.used_bytes()
+    }
+
+    /// As [`Adapter::watch_evictions`].
+    pub fn watch_evictions(&self, evictions: Arc<dyn Evictions>) {
+        self.adapter.watch_evictions(evictions);
     }
 
     /// As [`Adapter::status`].

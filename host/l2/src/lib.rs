@@ -19,7 +19,7 @@ mod integrity;
 mod name;
 mod spec;
 
-pub use adapter::{Adapter, AdapterError, Entry, Form};
+pub use adapter::{Adapter, AdapterError, Entry, Evictions, Form, IsWanted};
 pub use guarded::{Breaker, BreakerState, Guarded};
 pub use name::{NameError, ObjectName};
 pub use spec::{AdapterSpec, Cap};

@@ -9,6 +9,8 @@ pub(crate) const MAX_FILE_NAME: usize = 255;
 /// What stands for `/` of a model name in a file name.
 const SLASH: &str = "-SEP-";
 const EXTENSION: &str = ".data";
+/// How the folders of salts begin, so that a salt like `..` is no way out.
+pub(crate) const FOLDER_OF_SALT: &str = "salt-";
 
 /// The identity of one stored object: `ObjectKey` in LMCache's `v1/distributed/api.py`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -129,6 +131,27 @@ impl ObjectName {
             return Err(NameError::TooLong(file.len()));
         }
         Ok(file)
+    }
+
+    /// As [`key`](Self::key), in a folder of its salt: `salt-<salt>/<key>`. Without a salt it is
+    /// the key. LMCache looks for the key only.
+    #[must_use]
+    pub fn key_in_folder(&self) -> String {
+        match &*self.cache_salt {
+            "" => self.key(),
+            salt => format!("{FOLDER_OF_SALT}{salt}/{}", self.key()),
+        }
+    }
+
+    /// The name behind a [`key_in_folder`](Self::key_in_folder); `None` for anything else.
+    #[must_use]
+    pub fn from_key_in_folder(key: &str) -> Option<Self> {
+        let in_folder = || {
+            let (salt, rest) = key.strip_prefix(FOLDER_OF_SALT)?.split_once('/')?;
+            Self::from_key(rest).filter(|name| *name.cache_salt == *salt && !salt.is_empty())
+        };
+        // What lies outside has no salt, or is not what was written.
+        in_folder().or_else(|| Self::from_key(key).filter(|name| name.cache_salt.is_empty()))
     }
 
     fn push_tail(&self, text: &mut String) {
@@ -257,6 +280,7 @@ mod tests {
         ) {
             let name = ObjectName::new(model.as_str().into(), rank, group, hash, salt.as_str().into()).unwrap();
             prop_assert_eq!(ObjectName::from_key(&name.key()), Some(name.clone()));
+            prop_assert_eq!(ObjectName::from_key_in_folder(&name.key_in_folder()), Some(name.clone()));
             match name.file_name() {
                 Ok(file) => {
                     prop_assert!(!file.contains('/'));
@@ -272,6 +296,9 @@ mod tests {
         fn any_text_is_parsed_without_panic(text in "\\PC{0,120}") {
             if let Some(name) = ObjectName::from_key(&text) {
                 prop_assert_eq!(name.key(), text.clone());
+            }
+            if let Some(name) = ObjectName::from_key_in_folder(&text) {
+                prop_assert_eq!(name.key_in_folder(), text.clone());
             }
             if let Some(name) = ObjectName::from_file_name(&text) {
                 prop_assert_eq!(name.file_name().ok(), Some(text));

@@ -129,6 +129,9 @@ struct RespFields {
     password: String,
     #[serde(default)]
     max_capacity_gb: f64,
+    /// Ours.
+    #[serde(default)]
+    folder_by_salt: bool,
 }
 
 #[derive(Deserialize)]
@@ -152,6 +155,9 @@ struct ValkeyFields {
     #[serde(default)]
     max_capacity_gb: f64,
     ttl_seconds: Option<u64>,
+    /// Ours.
+    #[serde(default)]
+    folder_by_salt: bool,
 }
 
 #[derive(Deserialize)]
@@ -173,6 +179,9 @@ struct S3Fields {
     max_capacity_gb: f64,
     /// Ours: the bucket is named in the path, and `s3_endpoint` is the host alone.
     s3_bucket: Option<String>,
+    /// Ours.
+    #[serde(default)]
+    folder_by_salt: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Deserialize)]
@@ -346,6 +355,7 @@ impl AdapterSpec {
                     request_timeout: REQUEST_TIMEOUT,
                     connection_timeout: CONNECTION_TIMEOUT,
                     ttl_seconds: None,
+                    folder_by_salt: fields.folder_by_salt,
                 };
                 let is_valkey = false;
                 (Kind::Redis { options, is_valkey }, fields.max_capacity_gb)
@@ -357,9 +367,6 @@ impl AdapterSpec {
                 }
                 if fields.ttl_seconds == Some(0) {
                     return Err("ttl_seconds 0: give a number above 0, or leave it out".to_owned());
-                }
-                if fields.cluster_mode && fields.max_capacity_gb > 0.0 {
-                    return Err("max_capacity_gb with cluster_mode: the nodes are not scanned; set maxmemory and maxmemory-policy allkeys-lru on them".to_owned());
                 }
                 let options = RedisOptions {
                     nodes: startup_nodes(&fields.startup_nodes)?,
@@ -381,6 +388,7 @@ impl AdapterSpec {
                         CONNECTION_TIMEOUT,
                     )?,
                     ttl_seconds: fields.ttl_seconds,
+                    folder_by_salt: fields.folder_by_salt,
                 };
                 let is_valkey = true;
                 (Kind::Redis { options, is_valkey }, fields.max_capacity_gb)
@@ -411,6 +419,7 @@ impl AdapterSpec {
                     express: fields.s3_enable_s3express,
                     credentials,
                     workers: positive("s3_num_io_threads", fields.s3_num_io_threads.unwrap_or(64))?,
+                    folder_by_salt: fields.folder_by_salt,
                 };
                 (Kind::S3(options), fields.max_capacity_gb)
             }
@@ -528,6 +537,7 @@ impl AdapterSpec {
                 "tls_enable": options.tls,
                 "database_id": options.database,
                 "ttl_seconds": options.ttl_seconds,
+                "folder_by_salt": options.folder_by_salt,
             }),
             Kind::S3(options) => json!({
                 "s3_endpoint": options.endpoint,
@@ -538,6 +548,7 @@ impl AdapterSpec {
                 "aws_access_key_id": options.credentials.as_ref().map(|_| SECRET),
                 "aws_secret_access_key": options.credentials.as_ref().map(|_| SECRET),
                 "s3_num_io_threads": options.workers,
+                "folder_by_salt": options.folder_by_salt,
             }),
             Kind::Mock(fields) => json!({
                 "max_size_gb": fields.max_size_gb,

@@ -11,7 +11,7 @@ use serde::Deserialize;
 use serde_json::json;
 use tokio::sync::mpsc;
 
-use super::{Adapter, AdapterError, Entry, Form};
+use super::{Adapter, AdapterError, Entry, Evictions, Form, IsWanted};
 use crate::name::ObjectName;
 
 /// A fault that an operation can have.
@@ -128,6 +128,18 @@ impl Adapter for FaultInjectAdapter {
         found: mpsc::Sender<Entry>,
     ) -> Result<(), AdapterError> {
         self.inner.list(cache_salt, found).await
+    }
+
+    async fn discard_aside(&self, is_wanted: &IsWanted<'_>) -> Result<u64, AdapterError> {
+        self.inner.discard_aside(is_wanted).await
+    }
+
+    fn used_bytes(&self) -> Option<u64> {
+        self.inner.used_bytes()
+    }
+
+    fn watch_evictions(&self, evictions: Arc<dyn Evictions>) {
+        self.inner.watch_evictions(evictions);
     }
 
     fn status(&self) -> serde_json::Map<String, serde_json::Value> {

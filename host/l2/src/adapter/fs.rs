@@ -35,10 +35,10 @@ use rustix::{
 use serde_json::json;
 use tokio::sync::{Semaphore, mpsc};
 
-use super::{Adapter, AdapterError, Entry, Form};
+use super::{Adapter, AdapterError, Entry, Form, IsWanted};
 use crate::{
     integrity::{Fault, Seal},
-    name::{NameError, ObjectName},
+    name::{FOLDER_OF_SALT, MAX_FILE_NAME, NameError, ObjectName},
 };
 
 const SEAL: &str = "user.stockade.seal";
@@ -51,7 +51,6 @@ const ABANDONED: Duration = Duration::from_secs(3600);
 /// `O_DIRECT` wants memory, offset and length aligned to this on all usual devices; LMCache's
 /// `fs_native` fills files up to it.
 const DIRECT_ALIGN: usize = 4096;
-const FOLDER_OF_SALT: &str = "salt-";
 
 /// How a directory is used.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -75,6 +74,20 @@ pub(crate) struct FsOptions {
 pub(crate) struct FsAdapter {
     inner: Arc<Inner>,
     workers: Arc<Semaphore>,
+}
+
+/// Something that is no value.
+struct Aside {
+    place: Place,
+    name: String,
+    /// Whose it is, if that can be told.
+    salt: Option<String>,
+}
+
+enum Place {
+    Quarantine,
+    Temporary,
+    FolderOfSalt,
 }
 
 #[derive(Debug)]
@@ -197,9 +210,8 @@ impl Inner {
         if !self.options.folder_by_salt || salt.is_empty() {
             return Ok(base);
         }
-        // The prefix keeps salts like ".." from being a way out.
         let folder = format!("{FOLDER_OF_SALT}{salt}");
-        if folder.len() > crate::name::MAX_FILE_NAME {
+        if folder.len() > MAX_FILE_NAME {
             return Err(NameError::TooLong(folder.len()).into());
         }
         if make {
@@ -226,15 +238,16 @@ impl Inner {
         }
     }
 
-    fn temporary_name(&self) -> String {
+    /// A new one for a value of a salt, which says whose bytes a killed writer left.
+    fn temporary_name(&self, cache_salt: &str) -> String {
         let number = self.next_temporary.fetch_add(1, Ordering::Relaxed);
-        format!("{}{number:016x}{}", TEMPORARY.0, TEMPORARY.1)
+        format!("{}{number:016x}@{cache_salt}{}", TEMPORARY.0, TEMPORARY.1)
     }
 
     /// Whether files of the directory can carry a seal; also whether it can be written to at all.
     fn takes_seals(&self, base: &OwnedFd) -> Result<bool, Errno> {
         let directory = self.temporary_directory(base)?;
-        let name = self.temporary_name();
+        let name = self.temporary_name("");
         let file = create(&directory, &name, OFlags::empty())?;
         let sealed = fsetxattr(&file, SEAL, b"probe", XattrFlags::empty());
         unlinkat(&directory, &name, AtFlags::empty())?;
@@ -344,7 +357,7 @@ impl Inner {
         let base = self.base()?;
         let directory = self.directory(name, true)?;
         let temporary_directory = self.temporary_directory(&base).map_err(error_of)?;
-        let temporary = self.temporary_name();
+        let temporary = self.temporary_name(name.cache_salt());
         let written = self
             .write(&temporary_directory, &temporary, value, layout)
             .and_then(|()| renameat(&temporary_directory, &temporary, &directory, &file_name));
@@ -428,16 +441,11 @@ impl Inner {
             // Another server may have removed it.
             let _ = unlinkat(&quarantine, oldest.as_str(), AtFlags::empty());
         }
-        // Names sort by time, and stay short enough whatever the value was called.
-        let tail: String = name
-            .chars()
-            .rev()
-            .take(60)
-            .collect::<Vec<_>>()
-            .into_iter()
-            .rev()
-            .collect();
-        let aside = format!("{:020}-{tail}", since_epoch.as_nanos());
+        // Names sort by time, and end as the value's does: with its salt.
+        let time = format!("{:020}-", since_epoch.as_nanos());
+        let surplus = (time.len() + name.len()).saturating_sub(MAX_FILE_NAME);
+        let tail = name.get(name.ceil_char_boundary(surplus)..);
+        let aside = time + tail.unwrap_or_default();
         renameat(directory, name, &quarantine, aside)
     }
 
@@ -445,16 +453,85 @@ impl Inner {
         let Ok(file) = name.file_name() else {
             return Ok(false);
         };
-        let directory = match self.directory(name, false) {
-            Ok(directory) => directory,
-            Err(AdapterError::NotFound) => return Ok(false),
-            Err(error) => return Err(error),
+        // Also outside of its folder, where LMCache puts it.
+        let outside = match self.options.folder_by_salt && !name.cache_salt().is_empty() {
+            true => remove(&self.base()?, &file)?,
+            false => false,
         };
-        match unlinkat(&directory, &file, AtFlags::empty()) {
-            Ok(()) => Ok(true),
-            Err(Errno::NOENT) => Ok(false),
-            Err(errno) => Err(error_of(errno)),
+        match self.directory(name, false) {
+            Ok(directory) => Ok(remove(&directory, &file)? || outside),
+            Err(AdapterError::NotFound) => Ok(outside),
+            Err(error) => Err(error),
         }
+    }
+
+    /// What lies beside values: where, and of which salt, if that can be told.
+    fn aside(&self) -> Result<Vec<Aside>, AdapterError> {
+        let base = self.base()?;
+        let mut found = Vec::new();
+        match open_inside(&base, QUARANTINE) {
+            Ok(quarantine) => {
+                found.extend(
+                    entries(&quarantine)
+                        .map_err(error_of)?
+                        .into_iter()
+                        .map(|name| Aside {
+                            salt: name
+                                .split_once('-')
+                                .and_then(|(_, file)| ObjectName::from_file_name(file))
+                                .map(|name| name.cache_salt().to_string()),
+                            place: Place::Quarantine,
+                            name,
+                        }),
+                );
+            }
+            Err(Errno::NOENT) => {}
+            Err(errno) => return Err(error_of(errno)),
+        }
+        let temporary = self.temporary_directory(&base).map_err(error_of)?;
+        for name in entries(&temporary).map_err(error_of)? {
+            let salt = name
+                .strip_prefix(TEMPORARY.0)
+                .and_then(|rest| rest.strip_suffix(TEMPORARY.1))
+                .and_then(|rest| Some(rest.split_once('@')?.1.to_owned()));
+            if salt.is_some() {
+                let place = Place::Temporary;
+                found.push(Aside { place, name, salt });
+            }
+        }
+        if self.options.folder_by_salt {
+            for name in entries(&base).map_err(error_of)? {
+                let salt = name.strip_prefix(FOLDER_OF_SALT).map(ToOwned::to_owned);
+                if salt.is_some() {
+                    let place = Place::FolderOfSalt;
+                    found.push(Aside { place, name, salt });
+                }
+            }
+        }
+        Ok(found)
+    }
+
+    /// Removes these; returns how many values there were.
+    fn discard(&self, aside: &[Aside]) -> Result<u64, AdapterError> {
+        let base = self.base()?;
+        let mut discarded = 0;
+        for Aside { place, name, .. } in aside {
+            let is_gone = match place {
+                Place::Quarantine => {
+                    remove(&open_inside(&base, QUARANTINE).map_err(error_of)?, name)?
+                }
+                Place::Temporary => {
+                    remove(&self.temporary_directory(&base).map_err(error_of)?, name)?
+                }
+                // Its name is the salt's; it stays while somebody writes to it.
+                Place::FolderOfSalt => {
+                    let _ = unlinkat(&base, name.as_str(), AtFlags::REMOVEDIR);
+                    false
+                }
+            };
+            discarded += u64::from(is_gone);
+        }
+        Ok(discarded)
     }
 
     fn list(
@@ -553,6 +630,15 @@ impl Inner {
     }
 }
 
+/// Whether there was a file of the name, which is gone now.
+fn remove(directory: &OwnedFd, name: &str) -> Result<bool, AdapterError> {
+    match unlinkat(directory, name, AtFlags::empty()) {
+        Ok(()) => Ok(true),
+        Err(Errno::NOENT) => Ok(false),
+        Err(errno) => Err(error_of(errno)),
+    }
+}
+
 fn create(directory: &OwnedFd, name: &str, more: OFlags) -> Result<OwnedFd, Errno> {
     let flags =
         OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC | more;
@@ -640,6 +726,12 @@ impl Adapter for FsAdapter {
         let cache_salt = cache_salt.map(ToOwned::to_owned);
         self.run(move |inner| inner.list(cache_salt.as_deref(), &found))
             .await
+    }
+
+    async fn discard_aside(&self, is_wanted: &IsWanted<'_>) -> Result<u64, AdapterError> {
+        let mut aside = self.run(Inner::aside).await?;
+        aside.retain(|it| it.salt.as_deref().is_none_or(is_wanted));
+        self.run(move |inner| inner.discard(&aside)).await
     }
 
     fn status(&self) -> serde_json::Map<String, serde_json::Value> {

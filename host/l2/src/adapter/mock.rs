@@ -8,7 +8,7 @@ use parking_lot::Mutex;
 use serde_json::json;
 use tokio::sync::mpsc;
 
-use super::{Adapter, AdapterError, Entry, Form};
+use super::{Adapter, AdapterError, Entry, Form, IsWanted};
 use crate::{integrity::Fault, integrity::Seal, name::ObjectName};
 
 /// See the module. Follows `mock_l2_adapter.py` of LMCache 0.5.6.
@@ -37,7 +37,7 @@ impl MockAdapter {
         }
     }
 
-    fn used_bytes(&self) -> u64 {
+    fn sum_of_bytes(&self) -> u64 {
         let values = self.values.lock();
         values.values().map(|(value, _)| value.len() as u64).sum()
     }
@@ -65,7 +65,7 @@ impl Adapter for MockAdapter {
         layout: u32,
     ) -> Result<(), AdapterError> {
         self.take_time(value.len()).await;
-        let used = self.used_bytes();
+        let used = self.sum_of_bytes();
         let mut values = self.values.lock();
         let replaced = values.get(name).map_or(0, |(value, _)| value.len()) as u64;
         if used - replaced + value.len() as u64 > self.max_bytes {
@@ -111,10 +111,18 @@ impl Adapter for MockAdapter {
         Ok(())
     }
 
+    async fn discard_aside(&self, _is_wanted: &IsWanted<'_>) -> Result<u64, AdapterError> {
+        Ok(0)
+    }
+
+    fn used_bytes(&self) -> Option<u64> {
+        Some(self.sum_of_bytes())
+    }
+
     fn status(&self) -> serde_json::Map<String, serde_json::Value> {
         let mut status = serde_json::Map::new();
         status.insert("max_bytes".into(), json!(self.max_bytes));
-        status.insert("used_bytes".into(), json!(self.used_bytes()));
+        status.insert("used_bytes".into(), json!(self.sum_of_bytes()));
         status
     }
 }

@@ -6,6 +6,7 @@
 //! damaged once and is stored anew.
 
 use std::{
+    ops::Range,
     sync::atomic::{AtomicUsize, Ordering},
     time::{Duration, SystemTime},
 };
@@ -16,14 +17,15 @@ use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use redis::{
     Client, Cmd, ConnectionAddr, ConnectionInfo, ErrorKind, FromRedisValue,
     IntoConnectionInfo as _, Pipeline, RedisConnectionInfo, RedisError, ServerErrorKind,
-    aio::{ConnectionLike, ConnectionManager, ConnectionManagerConfig},
+    aio::{ConnectionManager, ConnectionManagerConfig},
     cluster::ClusterClient,
     cluster_async::ClusterConnection,
+    cluster_routing::{RoutingInfo, SingleNodeRoutingInfo},
 };
 use serde_json::json;
 use tokio::sync::{Mutex, mpsc};
 
-use super::{Adapter, AdapterError, Entry, Form};
+use super::{Adapter, AdapterError, Entry, Form, IsWanted};
 use crate::{
     integrity::{Fault, Seal},
     name::ObjectName,
@@ -33,6 +35,12 @@ use crate::{
 const QUARANTINE_SECONDS: u64 = 3600;
 /// How the names of our own keys begin.
 const BESIDE: &str = "stockade:";
+const QUARANTINE: &str = "stockade:quarantine:";
+/// Times that a command goes on to where a cluster sends it: the slot has moved (`MOVED`), is moving
+/// (`ASK`), or its node has another address now. The pause between them is far below the deadline of
+/// a lookup; the library's own begins above it.
+const CLUSTER_RETRIES: u32 = 3;
+const CLUSTER_RETRY_MS: Range<u64> = 10..80;
 /// Commands on their way at once within one call.
 const IN_FLIGHT: usize = 64;
 /// Keys per step of a scan.
@@ -56,6 +64,8 @@ pub(crate) struct RedisOptions {
     pub(crate) connection_timeout: Duration,
     /// Life of a value on the server.
     pub(crate) ttl_seconds: Option<u64>,
+    /// Values with a salt have `salt-<salt>/` before their names. LMCache does not find those.
+    pub(crate) folder_by_salt: bool,
 }
 
 impl std::fmt::Debug for RedisOptions {
@@ -155,7 +165,9 @@ impl RedisAdapter {
                     let client = ClusterClient::builder(nodes.clone())
                         .connection_timeout(options.connection_timeout)
                         .response_timeout(options.request_timeout)
-                        .retries(1)
+                        .retries(CLUSTER_RETRIES)
+                        .min_retry_wait(CLUSTER_RETRY_MS.start)
+                        .max_retry_wait(CLUSTER_RETRY_MS.end)
                         .build()
                         .map_err(unusable)?;
                     Ok(Link::Cluster {
@@ -226,10 +238,120 @@ impl RedisAdapter {
     }
 
     fn key(&self, name: &ObjectName) -> String {
+        self.prefixed(match self.options.folder_by_salt {
+            true => name.key_in_folder(),
+            false => name.key(),
+        })
+    }
+
+    fn prefixed(&self, key: String) -> String {
         match &*self.options.key_prefix {
-            "" => name.key(),
-            prefix => format!("{prefix}@{}", name.key()),
+            "" => key,
+            prefix => format!("{prefix}@{key}"),
         }
+    }
+
+    /// Every key under which the value may lie: also outside of its folder, where LMCache puts it.
+    fn places(&self, name: &ObjectName) -> Vec<String> {
+        let mut places = vec![self.key(name)];
+        if self.options.folder_by_salt && !name.cache_salt().is_empty() {
+            places.push(self.prefixed(name.key()));
+        }
+        places
+    }
+
+    /// The name behind a key of ours or LMCache's.
+    fn name_of(&self, key: &[u8]) -> Option<ObjectName> {
+        let key = std::str::from_utf8(key)
+            .ok()
+            // What lies beside values has names that may look like values'.
+            .filter(|key| !key.starts_with(BESIDE))?;
+        let key = match &*self.options.key_prefix {
+            "" => key,
+            prefix => key.strip_prefix(prefix)?.strip_prefix('@')?,
+        };
+        let in_folder = || ObjectName::from_key_in_folder(key);
+        let in_folder = self.options.folder_by_salt.then(in_folder).flatten();
+        in_folder.or_else(|| ObjectName::from_key(key))
+    }
+
+    async fn entry(&self, name: ObjectName, key: &Bytes) -> Result<Entry, AdapterError> {
+        let mut facts = redis::pipe();
+        facts.cmd("STRLEN").arg(&key[..]);
+        facts.cmd("OBJECT").arg("IDLETIME").arg(&key[..]);
+        let (bytes, idle): (u64, Option<u64>) = match self.ask_all(&facts).await {
+            Ok(facts) => facts,
+            // Under an LFU policy there is no idle time, and a key may be gone by now.
+            Err(_) => (self.ask(redis::cmd("STRLEN").arg(&key[..])).await?, None),
+        };
+        let last_used =
+            idle.and_then(|idle| SystemTime::now().checked_sub(Duration::from_secs(idle)));
+        Ok(Entry {
+            name,
+            bytes,
+            last_used,
+        })
+    }
+
+    /// Whom to ask for a scan of everything: the server, or each node that holds slots.
+    async fn nodes(&self) -> Result<Vec<Option<(String, u16)>>, AdapterError> {
+        if !self.options.is_cluster {
+            return Ok(vec![None]);
+        }
+        type Range = (u64, u64, (Option<String>, u16));
+        let slots: Vec<redis::Value> = self.ask(redis::cmd("CLUSTER").arg("SLOTS")).await?;
+        let mut nodes = Vec::new();
+        for slots in slots {
+            let redis::Value::Array(mut range) = slots else {
+                return Err(AdapterError::Unavailable(
+                    "CLUSTER SLOTS is no list".to_owned(),
+                ));
+            };
+            // What follows are replicas; and of the node, what follows are its id and more.
+            range.truncate(3);
+            if let Some(redis::Value::Array(node)) = range.get_mut(2) {
+                node.truncate(2);
+            }
+            let (_, _, (host, port)): Range =
+                redis::from_redis_value(redis::Value::Array(range))
+                    .map_err(|error| AdapterError::Unavailable(error.to_string()))?;
+            let host = host.filter(|host| !host.is_empty() && host != "?");
+            let host = host.ok_or(AdapterError::Unsupported(
+                "the cluster's nodes do not tell their addresses",
+            ))?;
+            if !nodes.contains(&Some((host.clone(), port))) {
+                nodes.push(Some((host, port)));
+            }
+        }
+        Ok(nodes)
+    }
+
+    /// The next keys of a scan; `None` once it is over.
+    async fn step(&self, scan: &mut Scan) -> Result<Option<Vec<Bytes>>, AdapterError> {
+        let Some(cursor) = scan.cursor else {
+            return Ok(None);
+        };
+        let mut command = redis::cmd("SCAN");
+        command.arg(cursor).arg("MATCH").arg(&scan.pattern);
+        command.arg("COUNT").arg(SCAN_COUNT);
+        let (next, keys): (u64, Vec<Bytes>) = match (&scan.node, self.link()?) {
+            (Some((host, port)), Link::Cluster { client, connection }) => {
+                let mut connection = cluster_connection(client, connection).await?;
+                let node = SingleNodeRoutingInfo::ByAddress {
+                    host: host.clone(),
+                    port: *port,
+                };
+                let answer = connection
+                    .route_command(command, RoutingInfo::SingleNode(node))
+                    .await
+                    .map_err(|error| error_of(&error))?;
+                redis::from_redis_value(answer)
+                    .map_err(|error| AdapterError::Unavailable(error.to_string()))?
+            }
+            _ => self.ask(&command).await?,
+        };
+        scan.cursor = (next != 0).then_some(next);
+        Ok(Some(keys))
     }
 
     /// Where the seal of a key lies; `None` if that could not be in the key's hash slot.
@@ -260,10 +382,39 @@ impl RedisAdapter {
     }
 }
 
+/// A walk over all keys of one node that match.
+struct Scan {
+    node: Option<(String, u16)>,
+    pattern: String,
+    cursor: Option<u64>,
+}
+
+impl Scan {
+    fn new(node: Option<(String, u16)>, pattern: String) -> Self {
+        Self {
+            node,
+            pattern,
+            cursor: Some(0),
+        }
+    }
+}
+
+/// Text that a pattern matches as it is.
+fn glob_quoted(text: &str) -> String {
+    let mut quoted = String::with_capacity(text.len());
+    for character in text.chars() {
+        if matches!(character, '*' | '?' | '[' | ']' | '^' | '\\') {
+            quoted.push('\\');
+        }
+        quoted.push(character);
+    }
+    quoted
+}
+
 async fn cluster_connection(
     client: &ClusterClient,
     connection: &Mutex<Option<ClusterConnection>>,
-) -> Result<impl ConnectionLike + use<>, AdapterError> {
+) -> Result<ClusterConnection, AdapterError> {
     // Held while connecting, so that a cluster that is down is asked once at a time.
     let mut connection = connection.lock().await;
     if let Some(connection) = &*connection {
@@ -283,10 +434,19 @@ impl Adapter for RedisAdapter {
             command.arg(self.key(name));
             async move { self.ask::<bool>(&command).await }
         };
-        stream::iter(names.iter().map(ask).collect::<Vec<_>>())
-            .buffered(IN_FLIGHT)
-            .try_collect()
-            .await
+        let answers: Vec<Result<bool, AdapterError>> =
+            stream::iter(names.iter().map(ask).collect::<Vec<_>>())
+                .buffered(IN_FLIGHT)
+                .collect()
+                .await;
+        // A node that is down takes its own slots with it, and not those of the others.
+        if self.options.is_cluster && answers.iter().any(Result::is_ok) {
+            return Ok(answers
+                .into_iter()
+                .map(|answer| answer.unwrap_or(false))
+                .collect());
+        }
+        answers.into_iter().collect()
     }
 
     async fn load(&self, name: &ObjectName, wanted: Form) -> Result<Bytes, AdapterError> {
@@ -334,14 +494,17 @@ impl Adapter for RedisAdapter {
     }
 
     async fn delete(&self, names: &[ObjectName]) -> Result<Vec<bool>, AdapterError> {
-        let delete = |name: &ObjectName| {
-            let key = self.key(name);
-            let mut pipeline = redis::pipe();
-            pipeline.atomic().cmd("DEL").arg(&key);
-            if let Some(seal) = self.sibling("seal", &key) {
-                pipeline.cmd("DEL").arg(seal).ignore();
+        let delete = async |name: &ObjectName| {
+            let mut was_there = false;
+            for key in self.places(name) {
+                let mut pipeline = redis::pipe();
+                pipeline.atomic().cmd("DEL").arg(&key);
+                if let Some(seal) = self.sibling("seal", &key) {
+                    pipeline.cmd("DEL").arg(seal).ignore();
+                }
+                was_there |= self.ask_all::<(bool,)>(&pipeline).await?.0;
             }
-            async move { self.ask_all::<(bool,)>(&pipeline).await.map(|(was,)| was) }
+            Ok(was_there)
         };
         stream::iter(names.iter().map(delete).collect::<Vec<_>>())
             .buffered(IN_FLIGHT)
@@ -354,57 +517,52 @@ impl Adapter for RedisAdapter {
         cache_salt: Option<&str>,
         found: mpsc::Sender<Entry>,
     ) -> Result<(), AdapterError> {
-        if self.options.is_cluster {
-            return Err(AdapterError::Unsupported(
-                "the nodes of a cluster are not scanned",
-            ));
-        }
-        let prefix = match &*self.options.key_prefix {
-            "" => String::new(),
-            prefix => format!("{prefix}@"),
+        let pattern = match cache_salt {
+            Some(salt) if !salt.is_empty() => format!("*@{}", glob_quoted(salt)),
+            _ => "*".to_owned(),
         };
-        let mut cursor = 0_u64;
-        loop {
-            let mut command = redis::cmd("SCAN");
-            command.arg(cursor).arg("COUNT").arg(SCAN_COUNT);
-            let (next, keys): (u64, Vec<Bytes>) = self.ask(&command).await?;
-            for key in keys {
-                let Some(name) = std::str::from_utf8(&key)
-                    .ok()
-                    // What lies beside values has names that may look like values'.
-                    .filter(|key| !key.starts_with(BESIDE))
-                    .and_then(|key| key.strip_prefix(&*prefix))
-                    .and_then(ObjectName::from_key)
-                else {
-                    continue;
-                };
-                if cache_salt.is_some_and(|salt| **name.cache_salt() != *salt) {
-                    continue;
-                }
-                let mut facts = redis::pipe();
-                facts.cmd("STRLEN").arg(&key[..]);
-                facts.cmd("OBJECT").arg("IDLETIME").arg(&key[..]);
-                let (bytes, idle): (u64, Option<u64>) = match self.ask_all(&facts).await {
-                    Ok(facts) => facts,
-                    // Under an LFU policy there is no idle time, and a key may be gone by now.
-                    Err(_) => (self.ask(redis::cmd("STRLEN").arg(&key[..])).await?, None),
-                };
-                let last_used =
-                    idle.and_then(|idle| SystemTime::now().checked_sub(Duration::from_secs(idle)));
-                let entry = Entry {
-                    name,
-                    bytes,
-                    last_used,
-                };
-                if found.send(entry).await.is_err() {
-                    return Ok(());
+        for node in self.nodes().await? {
+            let mut scan = Scan::new(node, pattern.clone());
+            while let Some(keys) = self.step(&mut scan).await? {
+                let named = keys
+                    .iter()
+                    .filter_map(|key| Some((self.name_of(key)?, key)));
+                let named = named
+                    .filter(|(name, _)| cache_salt.is_none_or(|salt| **name.cache_salt() == *salt));
+                let entries = named.map(|(name, key)| self.entry(name, key));
+                let mut entries = stream::iter(entries.collect::<Vec<_>>()).buffered(IN_FLIGHT);
+                while let Some(entry) = entries.next().await {
+                    if found.send(entry?).await.is_err() {
+                        return Ok(());
+                    }
                 }
             }
-            if next == 0 {
-                return Ok(());
-            }
-            cursor = next;
         }
+        Ok(())
+    }
+
+    async fn discard_aside(&self, is_wanted: &IsWanted<'_>) -> Result<u64, AdapterError> {
+        let mut discarded = 0;
+        for node in self.nodes().await? {
+            let mut scan = Scan::new(node, format!("{BESIDE}*"));
+            while let Some(keys) = self.step(&mut scan).await? {
+                for key in keys {
+                    let text = String::from_utf8_lossy(&key);
+                    let (_, inner) = text.split_once('{').unwrap_or_default();
+                    let name = inner
+                        .strip_suffix('}')
+                        .and_then(|inner| self.name_of(inner.as_bytes()));
+                    // One that reads as nobody's may be of another prefix.
+                    if !name.is_some_and(|name| is_wanted(name.cache_salt())) {
+                        continue;
+                    }
+                    let is_value = text.starts_with(QUARANTINE);
+                    let was_there: bool = self.ask(redis::cmd("DEL").arg(&key[..])).await?;
+                    discarded += u64::from(is_value && was_there);
+                }
+            }
+        }
+        Ok(discarded)
     }
 
     fn status(&self) -> serde_json::Map<String, serde_json::Value> {

@@ -17,7 +17,7 @@ use object_store::{
 use serde_json::json;
 use tokio::sync::mpsc;
 
-use super::{Adapter, AdapterError, Entry, Form};
+use super::{Adapter, AdapterError, Entry, Form, IsWanted};
 use crate::{
     integrity::{Fault, Seal},
     name::{NameError, ObjectName},
@@ -43,6 +43,8 @@ pub(crate) struct S3Options {
     /// otherwise.
     pub(crate) credentials: Option<(String, String)>,
     pub(crate) workers: usize,
+    /// Objects with a salt have `salt-<salt>/` before their names. LMCache does not find those.
+    pub(crate) folder_by_salt: bool,
 }
 
 impl std::fmt::Debug for S3Options {
@@ -109,6 +111,8 @@ impl S3Adapter {
             .with_endpoint(format!("{scheme}://{}", options.endpoint))
             .with_virtual_hosted_style_request(options.bucket.is_none())
             .with_s3_express(options.express)
+            // What TLS protects needs no second hash over every byte; a seal is checked at each load.
+            .with_unsigned_payload(options.tls)
             .with_client_options(client)
             // Retries and pauses are the breaker's.
             .with_retry(RetryConfig {
@@ -123,8 +127,15 @@ impl S3Adapter {
 
     /// Where a value lies. Names with empty segments, or segments that mean a folder, cannot be
     /// told from others there.
-    fn path(name: &ObjectName) -> Result<Path, AdapterError> {
-        let key = name.key();
+    fn path(&self, name: &ObjectName) -> Result<Path, AdapterError> {
+        Self::path_of(name, self.options.folder_by_salt)
+    }
+
+    fn path_of(name: &ObjectName, in_folder: bool) -> Result<Path, AdapterError> {
+        let key = match in_folder {
+            true => name.key_in_folder(),
+            false => name.key(),
+        };
         match Path::parse(&key) {
             Ok(path) if path.as_ref() == key => Ok(path),
             _ => Err(NameError::Model(name.model_name().to_string()).into()),
@@ -139,10 +150,30 @@ impl S3Adapter {
     }
 
     async fn is_there(&self, name: &ObjectName) -> Result<bool, AdapterError> {
-        let Ok(path) = Self::path(name) else {
-            return Ok(false);
-        };
-        match self.store.head(&path).await {
+        match self.path(name) {
+            Ok(path) => self.holds(&path).await,
+            Err(_) => Ok(false),
+        }
+    }
+
+    /// Every place where the object may lie: also outside of its folder, where LMCache puts it.
+    fn places(&self, name: &ObjectName) -> impl Iterator<Item = Path> + use<> {
+        let outside = self.options.folder_by_salt && !name.cache_salt().is_empty();
+        let outside = outside.then(|| Self::path_of(name, false));
+        [Some(self.path(name)), outside]
+            .into_iter()
+            .flatten()
+            .flatten()
+    }
+
+    fn name_of(&self, path: &str) -> Option<ObjectName> {
+        let in_folder = || ObjectName::from_key_in_folder(path);
+        let in_folder = self.options.folder_by_salt.then(in_folder).flatten();
+        in_folder.or_else(|| ObjectName::from_key(path))
+    }
+
+    async fn holds(&self, path: &Path) -> Result<bool, AdapterError> {
+        match self.store.head(path).await {
             Ok(_) => Ok(true),
             Err(object_store::Error::NotFound { .. }) => Ok(false),
             Err(error) => Err(error_of(error)),
@@ -165,7 +196,7 @@ impl Adapter for S3Adapter {
     }
 
     async fn load(&self, name: &ObjectName, wanted: Form) -> Result<Bytes, AdapterError> {
-        let path = Self::path(name)?;
+        let path = self.path(name)?;
         let found = self.store.get(&path).await.map_err(error_of)?;
         let (size, length) = (found.meta.size, wanted.length);
         let seal = found.attributes.get(&SEAL);
@@ -193,7 +224,7 @@ impl Adapter for S3Adapter {
         value: Bytes,
         layout: u32,
     ) -> Result<(), AdapterError> {
-        let path = Self::path(name)?;
+        let path = self.path(name)?;
         let mut attributes = Attributes::new();
         attributes.insert(SEAL, Seal::of(&value, layout).to_string().into());
         let options = PutOptions {
@@ -209,13 +240,16 @@ impl Adapter for S3Adapter {
 
     async fn delete(&self, names: &[ObjectName]) -> Result<Vec<bool>, AdapterError> {
         let delete = |name: &ObjectName| {
-            let name = name.clone();
+            let places = self.places(name);
             async move {
-                if !self.is_there(&name).await? {
-                    return Ok(false);
+                let mut was_there = false;
+                for path in places {
+                    if self.holds(&path).await? {
+                        self.store.delete(&path).await.map_err(error_of)?;
+                        was_there = true;
+                    }
                 }
-                let deleted = self.store.delete(&Self::path(&name)?).await;
-                deleted.map(|()| true).map_err(error_of)
+                Ok(was_there)
             }
         };
         stream::iter(names.iter().map(delete).collect::<Vec<_>>())
@@ -229,10 +263,11 @@ impl Adapter for S3Adapter {
         cache_salt: Option<&str>,
         found: mpsc::Sender<Entry>,
     ) -> Result<(), AdapterError> {
+        // Those that LMCache put outside of the folder are found by listing everything.
         let mut objects = self.store.list(None);
         while let Some(object) = objects.next().await {
             let object = object.map_err(error_of)?;
-            let Some(name) = ObjectName::from_key(object.location.as_ref()) else {
+            let Some(name) = self.name_of(object.location.as_ref()) else {
                 continue;
             };
             let is_aside = object.location.as_ref().starts_with(QUARANTINE);
@@ -249,6 +284,25 @@ impl Adapter for S3Adapter {
             }
         }
         Ok(())
+    }
+
+    async fn discard_aside(&self, is_wanted: &IsWanted<'_>) -> Result<u64, AdapterError> {
+        let aside = Path::from(QUARANTINE);
+        let mut objects = self.store.list(Some(&aside));
+        let mut discarded = 0;
+        while let Some(object) = objects.next().await {
+            let location = object.map_err(error_of)?.location;
+            let inner = location.as_ref().strip_prefix(QUARANTINE);
+            let name = inner
+                .and_then(|inner| inner.strip_prefix('/'))
+                .and_then(|inner| self.name_of(inner));
+            // A name that reads as nobody's is nobody's loss.
+            if name.is_none_or(|name| is_wanted(name.cache_salt())) {
+                self.store.delete(&location).await.map_err(error_of)?;
+                discarded += 1;
+            }
+        }
+        Ok(discarded)
     }
 
     fn status(&self) -> serde_json::Map<String, serde_json::Value> {
