@@ -99,17 +99,44 @@ pub struct CoordinatorCounts {
     pub is_registered: AtomicBool,
 }
 
-enum Change {
-    Stored(Vec<ObjectKey>, u64),
-    Deleted(Vec<ObjectKey>),
-    Used(Vec<ObjectKey>),
+/// Where something is: a tier, and what keeps it there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Place {
+    tier: &'static str,
+    backend: &'static str,
+    /// Whether the coordinator's other members may have it too.
+    shared: bool,
 }
 
-impl Change {
-    fn count(&self) -> usize {
-        let (Self::Stored(keys, _) | Self::Deleted(keys) | Self::Used(keys)) = self;
-        keys.len()
+impl Place {
+    const MEMORY: Self = Self {
+        tier: "l1",
+        backend: "dram",
+        shared: false,
+    };
+
+    /// The second tier's storage of a type.
+    pub(crate) fn storage(type_name: &'static str, shared: bool) -> Self {
+        Self {
+            tier: "l2",
+            backend: type_name,
+            shared,
+        }
     }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum What {
+    /// Objects of so many bytes each.
+    Stored(u64),
+    Deleted,
+    Used,
+}
+
+struct Change {
+    what: What,
+    place: Place,
+    keys: Vec<ObjectKey>,
 }
 
 /// Where changes are handed in; the default one is off.
@@ -150,18 +177,45 @@ impl CoordinatorEvents {
 
     /// A lookup found these.
     pub fn used(&self, keys: Vec<ObjectKey>) {
-        self.hand_in(Change::Used(keys));
+        // An access says nothing about the place, as in LMCache.
+        let place = Place {
+            backend: "",
+            ..Place::MEMORY
+        };
+        self.hand_in(What::Used, place, keys);
     }
 
-    fn hand_in(&self, change: Change) {
+    /// These were written to storage, objects of so many bytes each.
+    pub(crate) fn written_down(&self, place: Place, keys: Vec<ObjectKey>, object_bytes: u64) {
+        if self.is_on() {
+            self.hand_in(What::Stored(object_bytes), place, keys);
+        }
+    }
+
+    /// These were loaded from storage.
+    pub(crate) fn loaded(&self, place: Place, keys: Vec<ObjectKey>) {
+        if self.is_on() {
+            self.hand_in(What::Used, place, keys);
+        }
+    }
+
+    /// These are in storage no more.
+    pub(crate) fn gone_from(&self, place: Place, keys: Vec<ObjectKey>) {
+        if self.is_on() {
+            self.hand_in(What::Deleted, place, keys);
+        }
+    }
+
+    fn hand_in(&self, what: What, place: Place, keys: Vec<ObjectKey>) {
         let Some(queue) = &self.0 else { return };
-        if change.count() == 0 {
+        if keys.is_empty() {
             return;
         }
+        let change = Change { what, place, keys };
         if let Err(TrySendError::Full(change) | TrySendError::Disconnected(change)) =
             queue.changes.try_send(change)
         {
-            let lost = change.count() as u64;
+            let lost = change.keys.len() as u64;
             queue.counts.lost.fetch_add(lost, Ordering::Relaxed);
             queue.has_gap.store(true, Ordering::Relaxed);
         }
@@ -177,13 +231,13 @@ fn public(keys: &[ObjectKey]) -> Vec<ObjectKey> {
 impl CacheObserver for CoordinatorEvents {
     fn stored_for(&self, keys: &[ObjectKey], object_bytes: u64, _request: Option<&Arc<str>>) {
         if self.is_on() {
-            self.hand_in(Change::Stored(public(keys), object_bytes));
+            self.hand_in(What::Stored(object_bytes), Place::MEMORY, public(keys));
         }
     }
 
     fn removed(&self, keys: &[ObjectKey], _reason: RemoveReason) {
         if self.is_on() {
-            self.hand_in(Change::Deleted(public(keys)));
+            self.hand_in(What::Deleted, Place::MEMORY, public(keys));
         }
     }
 }
@@ -265,8 +319,7 @@ struct Outbox {
 struct Batch {
     seq: u64,
     kind: &'static str,
-    /// `dram` where it is a part of what is said.
-    backend: &'static str,
+    place: Place,
     entries: Vec<Value>,
     capacity: Option<(u64, u64)>,
     ts: f64,
@@ -275,13 +328,20 @@ struct Batch {
 }
 
 impl Outbox {
-    fn put(&mut self, kind: &'static str, entries: Vec<Value>, capacity: Option<(u64, u64)>) {
+    fn put(
+        &mut self,
+        kind: &'static str,
+        place: Place,
+        entries: Vec<Value>,
+        capacity: Option<(u64, u64)>,
+    ) {
         self.keys += entries.len();
         // Changes of one kind make one batch, unless the coordinator may have it already.
         if let Some(last) = self.batches.back_mut()
             && self.next_seq == last.seq
             && !last.is_tried
             && last.kind == kind
+            && last.place == place
             && last.capacity.is_none()
             && last.entries.len() + entries.len() <= MESSAGE_KEYS
         {
@@ -293,7 +353,7 @@ impl Outbox {
         self.batches.push_back(Batch {
             seq: self.next_seq,
             kind,
-            backend: if kind == "access" { "" } else { "dram" },
+            place,
             entries,
             capacity,
             ts: since.unwrap_or_default().as_secs_f64(),
@@ -380,7 +440,8 @@ impl Talk {
                 if self.beat() && self.settings.reports_events {
                     revision += 1;
                     let capacity = Some((self.member.capacity_bytes, revision));
-                    self.outbox.put("config", Vec::new(), capacity);
+                    self.outbox
+                        .put("config", Place::MEMORY, Vec::new(), capacity);
                 }
             }
             self.gather(changes, Instant::now() + Duration::from_millis(100));
@@ -432,13 +493,14 @@ impl Talk {
             let entries = |keys: &[ObjectKey], bytes: u64| -> Vec<Value> {
                 keys.iter().map(|key| entry(key, bytes)).collect()
             };
-            let (kind, keys, bytes) = match &change {
-                Change::Stored(keys, bytes) => ("store", keys, *bytes),
-                Change::Deleted(keys) => ("delete", keys, 0),
-                Change::Used(keys) => ("access", keys, 0),
+            let (kind, bytes) = match change.what {
+                What::Stored(bytes) => ("store", bytes),
+                What::Deleted => ("delete", 0),
+                What::Used => ("access", 0),
             };
-            for keys in keys.chunks(MESSAGE_KEYS) {
-                self.outbox.put(kind, entries(keys, bytes), None);
+            for keys in change.keys.chunks(MESSAGE_KEYS) {
+                self.outbox
+                    .put(kind, change.place, entries(keys, bytes), None);
             }
         }
     }
@@ -508,10 +570,10 @@ impl Talk {
                     "incarnation": incarnation,
                     "seq": batch.seq,
                     "event_type": batch.kind,
-                    "tier": "l1",
-                    "backend": batch.backend,
+                    "tier": batch.place.tier,
+                    "backend": batch.place.backend,
                     "entries": batch.entries,
-                    "shared": false,
+                    "shared": batch.place.shared,
                     "ts": batch.ts,
                     "capacity_bytes": capacity,
                     "capacity_revision": revision,

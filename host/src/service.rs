@@ -20,6 +20,7 @@ mod sessions;
 mod store;
 #[cfg(test)]
 mod tests;
+mod warm;
 mod workers;
 
 use std::{
@@ -78,6 +79,7 @@ pub use metrics::Activity;
 pub(crate) use metrics::{Names, SaltCounts, SaltLabels, observe_throughput, throughput};
 pub use probe::{PROBE_TENANT, ProbeReport};
 pub use purge::{Leaving, PurgeError, digest_of, seal};
+pub use warm::{WarmError, WarmKeys};
 
 /// Requests up to this size are handled where they were read; larger ones take milliseconds,
 /// and go to a thread of their own so that the connections beside them do not wait.
@@ -199,6 +201,7 @@ impl Service {
         let metrics = ServiceMetrics::register(registry);
         if let Some(tier) = &tier {
             tier.register(registry);
+            tier.report_to(&settings.coordinator);
         }
         let counts = hash_log::Counts::register(registry);
         let hash_log = match &settings.lookup_hash_log {

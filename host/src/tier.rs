@@ -6,25 +6,32 @@
 //! never comes here. Follows `v1/distributed/storage_controllers/` of LMCache 0.5.6.
 
 mod metrics;
+mod objects;
 mod prefetch;
 mod store;
 
 use std::{
     collections::HashSet,
-    sync::Arc,
+    sync::{Arc, OnceLock},
     time::{Duration, Instant},
 };
 
 use parking_lot::Mutex;
 use prometheus_client::registry::Registry;
 use serde_json::{Map, Value, json};
-use stockade_cache::{CacheEngine, CacheSalt, ObjectKey, OwnerId};
-use stockade_l2::{AdapterError, AdapterSpec, BreakerState, Entry, Guarded, NameError, ObjectName};
+use stockade_cache::{CacheEngine, CacheSalt, ChunkHash, KeyScope, ObjectKey, OwnerId};
+use stockade_l2::{
+    AdapterError, AdapterSpec, BreakerState, Entry, Evictions, Guarded, NameError, ObjectName,
+};
 use tokio::sync::{Notify, Semaphore, mpsc};
 
+use crate::coordinator::{CoordinatorEvents, Place};
+
 use metrics::TierMetrics;
+use objects::WarmJobs;
 use store::Lane;
 
+pub use objects::{ObjectPage, ObjectsError, WarmStatus};
 pub use store::StorePolicy;
 
 /// KiB of values that may be on their way up at once, over all requests.
@@ -71,6 +78,8 @@ pub(crate) struct Backend {
     spec: AdapterSpec,
     guarded: Guarded,
     lane: Lane,
+    /// What the coordinator calls it.
+    place: Place,
 }
 
 /// The second tier of one server.
@@ -88,7 +97,33 @@ pub struct Tier {
     loading: Mutex<HashSet<ObjectKey>>,
     /// Rings when some of `loading` are done.
     settled: Notify,
-    metrics: TierMetrics,
+    metrics: Arc<TierMetrics>,
+    /// Who tells the fleet's coordinator what is in storage.
+    coordinator: OnceLock<CoordinatorEvents>,
+    warm_jobs: WarmJobs,
+}
+
+/// What a bounded adapter removed, on its way to the metrics and the coordinator.
+struct Evicted {
+    metrics: Arc<TierMetrics>,
+    coordinator: CoordinatorEvents,
+    place: Place,
+}
+
+impl std::fmt::Debug for Evicted {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Evicted")
+            .field("place", &self.place)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Evictions for Evicted {
+    fn evicted(&self, names: &[ObjectName]) {
+        let keys: Vec<_> = names.iter().filter_map(key_of).collect();
+        self.metrics.evicted(&keys);
+        self.coordinator.gone_from(self.place, keys);
+    }
 }
 
 /// What an object is called in storage. LMCache's engine-driven workers store one group of layers,
@@ -102,6 +137,20 @@ fn name_of(key: &ObjectKey) -> Result<ObjectName, NameError> {
         key.chunk_hash.0,
         Arc::from(scope.cache_salt.as_str()),
     )
+}
+
+/// The key behind a name; `None` for a salt that no request can have.
+fn key_of(name: &ObjectName) -> Option<ObjectKey> {
+    let scope = KeyScope {
+        model_name: Arc::clone(name.model_name()),
+        kv_rank: name.kv_rank(),
+        object_group_id: name.object_group_id(),
+        cache_salt: CacheSalt::parse(name.cache_salt()).ok()?,
+    };
+    Some(ObjectKey::new(
+        Arc::new(scope),
+        ChunkHash(*name.chunk_hash()),
+    ))
 }
 
 impl Tier {
@@ -122,6 +171,7 @@ impl Tier {
                     spec: spec.clone(),
                     guarded: Guarded::new(adapter),
                     lane: Lane::default(),
+                    place: Place::storage(spec.type_name(), spec.is_shared()),
                 })
             })
             .collect::<Result<Vec<_>, String>>()?;
@@ -133,7 +183,9 @@ impl Tier {
             loading_kib: Semaphore::new(LOADING_KIB as usize),
             loading: Mutex::default(),
             settled: Notify::new(),
-            metrics: TierMetrics::new(&config.adapters),
+            metrics: Arc::new(TierMetrics::new(&config.adapters)),
+            coordinator: OnceLock::new(),
+            warm_jobs: WarmJobs::default(),
             backends,
             config,
         }))
@@ -142,6 +194,36 @@ impl Tier {
     /// Registers its metrics; the registry comes without a prefix.
     pub fn register(&self, registry: &mut Registry) {
         self.metrics.register(registry);
+    }
+
+    /// From now on tells a coordinator what is written, loaded and removed here. The first one
+    /// stays.
+    pub fn report_to(&self, coordinator: &CoordinatorEvents) {
+        if self.coordinator.set(coordinator.clone()).is_err() {
+            return;
+        }
+        for backend in &self.backends {
+            backend.guarded.watch_evictions(Arc::new(Evicted {
+                metrics: Arc::clone(&self.metrics),
+                coordinator: coordinator.clone(),
+                place: backend.place,
+            }));
+        }
+    }
+
+    fn report(&self, tell: impl FnOnce(&CoordinatorEvents)) {
+        if let Some(coordinator) = self.coordinator.get() {
+            tell(coordinator);
+        }
+    }
+
+    /// Brings the gauges up to date that are asked of the adapters.
+    pub fn refresh_metrics(&self) {
+        for (index, backend) in self.backends.iter().enumerate() {
+            if let Some(bytes) = backend.guarded.used_bytes() {
+                self.metrics.used(index, bytes);
+            }
+        }
     }
 
     /// Starts to write down what [`stored`](Self::stored) is told. Must be called within a Tokio
@@ -189,13 +271,21 @@ impl Tier {
         result
     }
 
-    /// Removes all values of the salts that are wanted from all adapters, and what waits to be
-    /// written of them; returns how many values there were. What is in memory is the caller's to
-    /// remove first. Damaged values that were moved aside are not looked through.
+    /// Removes all values of the salts that are wanted from all adapters, what waits to be
+    /// written of them, and what lies beside them: damaged values that were moved aside,
+    /// checksums and the temporary files of killed writers. Returns how many values there were.
+    /// What is in memory is the caller's to remove first.
+    ///
+    /// `salts` are the wanted ones by name, so that only theirs are listed; none if they are
+    /// those that remain.
     ///
     /// # Errors
     /// A sentence that names the adapters where values may be left.
-    pub async fn purge(&self, wanted: &(dyn Fn(&CacheSalt) -> bool + Sync)) -> Result<u64, String> {
+    pub async fn purge(
+        &self,
+        salts: &[CacheSalt],
+        wanted: &(dyn Fn(&CacheSalt) -> bool + Sync),
+    ) -> Result<u64, String> {
         for backend in &self.backends {
             for descent in backend.lane.forget(wanted) {
                 self.settle(&descent, false);
@@ -206,7 +296,7 @@ impl Tier {
         let mut purged = 0;
         let mut left = Vec::new();
         for backend in &self.backends {
-            match self.purge_from(backend, wanted).await {
+            match self.purge_from(backend, salts, wanted).await {
                 Ok(count) => purged += count,
                 Err(error) => left.push(format!("{}: {error}", backend.spec.type_name())),
             }
@@ -220,6 +310,29 @@ impl Tier {
     async fn purge_from(
         &self,
         backend: &Backend,
+        salts: &[CacheSalt],
+        wanted: &(dyn Fn(&CacheSalt) -> bool + Sync),
+    ) -> Result<u64, AdapterError> {
+        let mut purged = 0;
+        match salts {
+            [] => purged += self.purge_listed(backend, None, wanted).await?,
+            salts => {
+                for salt in salts {
+                    let salt = Some(salt.as_str());
+                    purged += self.purge_listed(backend, salt, wanted).await?;
+                }
+            }
+        }
+        let is_wanted = |salt: &str| CacheSalt::parse(salt).is_ok_and(|salt| wanted(&salt));
+        let deadline = Instant::now() + DELETE_DEADLINE;
+        purged += backend.guarded.discard_aside(&is_wanted, deadline).await?;
+        Ok(purged)
+    }
+
+    async fn purge_listed(
+        &self,
+        backend: &Backend,
+        salt: Option<&str>,
         wanted: &(dyn Fn(&CacheSalt) -> bool + Sync),
     ) -> Result<u64, AdapterError> {
         let is_wanted =
@@ -236,14 +349,15 @@ impl Tier {
                     let deadline = Instant::now() + DELETE_DEADLINE;
                     let deleted = backend.guarded.delete(&names, deadline).await?;
                     purged += deleted.into_iter().filter(|&was_there| was_there).count() as u64;
-                    names.clear();
+                    let keys = names.drain(..).filter_map(|name| key_of(&name)).collect();
+                    self.report(|it| it.gone_from(backend.place, keys));
                 }
                 if is_end {
                     return Ok(purged);
                 }
             }
         };
-        let (purged, ()) = tokio::try_join!(delete, backend.guarded.list(None, sender))?;
+        let (purged, ()) = tokio::try_join!(delete, backend.guarded.list(salt, sender))?;
         Ok(purged)
     }
 

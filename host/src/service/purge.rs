@@ -136,7 +136,7 @@ impl Service {
             }
             // This is a thread of its own, that may wait.
             match Handle::try_current() {
-                Ok(runtime) => runtime.block_on(tier.purge(&owns)),
+                Ok(runtime) => runtime.block_on(tier.purge(&leaving.salts, &owns)),
                 Err(_) => Err("the server is stopping".to_owned()),
             }
         });

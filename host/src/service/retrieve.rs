@@ -196,12 +196,12 @@ impl Service {
             chunks_in_memory: hit,
         });
         runtime.spawn(async move {
-            tokio::select! {
+            let loaded = tokio::select! {
                 // A session that has ended is not worth loading for.
                 biased;
                 () = cancelled.cancelled() => return,
-                () = tier.load_prefix(&rows, hit, object_bytes) => {}
-            }
+                loaded = tier.load_prefix(&rows, hit, object_bytes) => loaded,
+            };
             let Some(shared) = shared.upgrade() else {
                 return;
             };
@@ -218,6 +218,7 @@ impl Service {
                 session.result = Some(found.hit_chunks);
             }
             drop(session);
+            drop(loaded);
             done.send_replace(true);
         });
         true

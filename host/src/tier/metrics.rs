@@ -53,6 +53,7 @@ pub(super) struct TierMetrics {
     types: Vec<&'static str>,
     salts: Names,
     store_submitted: BySalt,
+    store_submitted_requests: ByAdapter,
     store_completed: BySalt,
     store_completed_requests: ByAdapter,
     store_present: ByAdapter,
@@ -64,6 +65,10 @@ pub(super) struct TierMetrics {
     load_completed: BySalt,
     load_completed_requests: ByAdapter,
     inflight_loads: Family<AdapterLabels, Gauge>,
+    inflight_load_bytes: Family<AdapterLabels, Gauge>,
+    inflight_stores: Family<AdapterLabels, Gauge>,
+    usage: Family<AdapterLabels, Gauge>,
+    evicted: BySalt,
     quarantined: Family<QuarantineLabels, Counter>,
     allocation_failures: Counter,
     ended_early: Family<EndLabels, Counter>,
@@ -88,6 +93,7 @@ impl TierMetrics {
             types: adapters.iter().map(AdapterSpec::type_name).collect(),
             salts: Names::default(),
             store_submitted: Family::default(),
+            store_submitted_requests: Family::default(),
             store_completed: Family::default(),
             store_completed_requests: Family::default(),
             store_present: Family::default(),
@@ -99,6 +105,10 @@ impl TierMetrics {
             load_completed: Family::default(),
             load_completed_requests: Family::default(),
             inflight_loads: Family::default(),
+            inflight_load_bytes: Family::default(),
+            inflight_stores: Family::default(),
+            usage: Family::default(),
+            evicted: Family::default(),
             quarantined: Family::default(),
             allocation_failures: Counter::default(),
             ended_early: Family::default(),
@@ -111,9 +121,12 @@ impl TierMetrics {
         };
         // Series of what may not happen for long are there from the start, so that a rate over
         // them is right from the first time on.
+        let everybody = metrics.salts.labels("");
+        drop(metrics.evicted.get_or_create(&everybody));
         for index in 0..adapters.len() {
             let labels = metrics.adapter(index);
             for counters in [
+                &metrics.store_submitted_requests,
                 &metrics.store_completed_requests,
                 &metrics.store_present,
                 &metrics.load_submitted_requests,
@@ -121,7 +134,13 @@ impl TierMetrics {
             ] {
                 drop(counters.get_or_create(&labels));
             }
-            drop(metrics.inflight_loads.get_or_create(&labels));
+            for gauges in [
+                &metrics.inflight_loads,
+                &metrics.inflight_load_bytes,
+                &metrics.inflight_stores,
+            ] {
+                drop(gauges.get_or_create(&labels));
+            }
             for moved in [true, false] {
                 metrics.quarantine(index, moved);
             }
@@ -135,6 +154,11 @@ impl TierMetrics {
             "l2_store_submitted_objects_chunks",
             "Objects queued for an L2 adapter",
             self.store_submitted.clone(),
+        );
+        lmcache.register(
+            "l2_store_submitted_requests",
+            "Writes to an L2 adapter that began",
+            self.store_submitted_requests.clone(),
         );
         lmcache.register(
             "l2_store_completed_objects_chunks",
@@ -180,6 +204,26 @@ impl TierMetrics {
             "num_inflight_l2_loads",
             "Loads on their way",
             self.inflight_loads.clone(),
+        );
+        lmcache.register(
+            "inflight_load_memory_usage_bytes",
+            "Memory reserved for loads on their way",
+            self.inflight_load_bytes.clone(),
+        );
+        lmcache.register(
+            "num_inflight_l2_stores",
+            "Writes on their way",
+            self.inflight_stores.clone(),
+        );
+        lmcache.register(
+            "l2_usage_bytes",
+            "Bytes in an L2 adapter that keeps count: one with max_capacity_gb, or mock",
+            self.usage.clone(),
+        );
+        lmcache.register(
+            "l2_evicted_chunks",
+            "Objects that a bounded L2 adapter removed to make room",
+            self.evicted.clone(),
         );
         lmcache.register(
             "l2_store_throughput_GBs",
@@ -235,6 +279,7 @@ impl TierMetrics {
             &self.lookup_chunks,
             &self.load_submitted,
             &self.load_completed,
+            &self.evicted,
         ];
         families.iter().filter(|it| it.remove(&labels)).count()
     }
@@ -308,13 +353,33 @@ impl TierMetrics {
             .inc();
     }
 
-    /// Counts a load as on its way until what it returns is dropped.
-    pub(super) fn loading(&self, index: usize) -> Loading {
-        let gauge = self
-            .inflight_loads
-            .get_or_create_owned(&self.adapter(index));
-        gauge.inc();
-        Loading(gauge)
+    /// Counts a load of `bytes` as on its way until what it returns is dropped.
+    pub(super) fn loading(&self, index: usize, bytes: u64) -> (OnItsWay, OnItsWay) {
+        let labels = self.adapter(index);
+        let bytes = i64::try_from(bytes).unwrap_or(i64::MAX);
+        (
+            OnItsWay::count(&self.inflight_loads, &labels, 1),
+            OnItsWay::count(&self.inflight_load_bytes, &labels, bytes),
+        )
+    }
+
+    /// Counts a write as begun, and as on its way until what it returns is dropped.
+    pub(super) fn storing(&self, index: usize) -> OnItsWay {
+        let labels = self.adapter(index);
+        self.store_submitted_requests.get_or_create(&labels).inc();
+        OnItsWay::count(&self.inflight_stores, &labels, 1)
+    }
+
+    /// Sets what an adapter holds.
+    pub(super) fn used(&self, index: usize, bytes: u64) {
+        let bytes = i64::try_from(bytes).unwrap_or(i64::MAX);
+        self.usage.get_or_create(&self.adapter(index)).set(bytes);
+    }
+
+    pub(super) fn evicted(&self, keys: &[ObjectKey]) {
+        for key in keys {
+            self.evicted.get_or_create(&self.salt(key)).inc();
+        }
     }
 
     pub(super) fn load_completed(&self, index: usize, key: &ObjectKey, bytes: u64, time: Duration) {
@@ -366,11 +431,19 @@ impl TierMetrics {
     }
 }
 
-/// A load on its way.
-pub(super) struct Loading(Gauge);
+/// A transfer on its way, or its bytes.
+pub(super) struct OnItsWay(Gauge, i64);
 
-impl Drop for Loading {
+impl OnItsWay {
+    fn count(gauges: &Family<AdapterLabels, Gauge>, labels: &AdapterLabels, amount: i64) -> Self {
+        let gauge = gauges.get_or_create_owned(labels);
+        gauge.inc_by(amount);
+        Self(gauge, amount)
+    }
+}
+
+impl Drop for OnItsWay {
     fn drop(&mut self) {
-        self.0.dec();
+        self.0.dec_by(self.1);
     }
 }

@@ -61,6 +61,32 @@ struct Manner {
     is_prefix: bool,
 }
 
+/// What a load has brought so far, locked, so that loading the rest does not push it out again.
+/// Dropped, the locks go; the request that it was loaded for has its own by then.
+pub struct Held<'t> {
+    tier: &'t Tier,
+    leases: Vec<LeaseId>,
+}
+
+impl Held<'_> {
+    /// Locks `keys`, from the first on; returns how many of them are readable.
+    fn lock(&mut self, keys: Vec<ObjectKey>) -> usize {
+        let engine = &self.tier.engine;
+        let found = engine.lock_prefix(self.tier.owner, &[keys], 1);
+        self.leases.extend(found.lease);
+        found.hit_chunks
+    }
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        for lease in self.leases.drain(..) {
+            let engine = &self.tier.engine;
+            engine.release_prefix(self.tier.owner, lease, 0..usize::MAX, u32::MAX);
+        }
+    }
+}
+
 /// What a reservation came to.
 enum Reserved<'t> {
     /// Slots for these indexes of the keys.
@@ -88,14 +114,16 @@ impl Tier {
     /// `rows` finds more than before. Ends within the deadline of prefetches; dropped, it gives
     /// everything back.
     ///
-    /// `rows` are the keys of each rank in chunk order, objects have `bytes` each.
-    pub async fn load_prefix(&self, rows: &[Vec<ObjectKey>], hit: usize, bytes: u64) {
+    /// `rows` are the keys of each rank in chunk order, objects have `bytes` each. What was loaded
+    /// is to be locked before the result is dropped.
+    #[must_use]
+    pub async fn load_prefix(&self, rows: &[Vec<ObjectKey>], hit: usize, bytes: u64) -> Held<'_> {
         let deadline = Instant::now() + self.config.prefetch_deadline;
         let manner = Manner {
             retain: self.config.prefetch_policy == PrefetchPolicy::Retain,
             is_prefix: true,
         };
-        self.load(rows, hit, bytes, manner, deadline).await;
+        self.load(rows, hit, bytes, manner, deadline).await
     }
 
     /// Loads objects that nobody has asked for yet, to stay in memory: for plugins that know what
@@ -116,8 +144,10 @@ impl Tier {
                 self.metrics.prefetch_ended("deadline");
                 break;
             };
-            self.load(&[part.to_vec()], 0, bytes, manner, deadline)
-                .await;
+            let rows = [part.to_vec()];
+            let loaded = self.load(&rows, 0, bytes, manner, deadline).await;
+            // Nobody waits for it, so it holds no room that somebody may need.
+            drop(loaded);
         }
         let readable = self.engine.readable(keys);
         readable.iter().filter(|&&it| it).count()
@@ -130,27 +160,39 @@ impl Tier {
         bytes: u64,
         manner: Manner,
         deadline: Instant,
-    ) {
+    ) -> Held<'_> {
+        let mut held = Held {
+            tier: self,
+            leases: Vec::new(),
+        };
         let Some(_waiting) = self.metrics.wait(MAX_WAITING) else {
             self.metrics.prefetch_ended("too_many");
-            return;
+            return held;
         };
         let turn = tokio::time::timeout_at(deadline.into(), self.in_flight.acquire());
         let Ok(Ok(_turn)) = turn.await else {
             self.metrics.prefetch_ended("deadline");
-            return;
+            return held;
         };
         let began = Instant::now();
         let plan = self.plan(rows, hit, manner, deadline).await;
         if plan.is_empty() {
-            return;
+            return held;
         }
         let mut loaded = 0;
         while loaded < plan.len() {
             let window = &plan[loaded..plan.len().min(loaded + WINDOW)];
             let outcome = self.load_window(window, bytes, manner.retain, deadline);
             match outcome.await {
-                Ok(count) => loaded += count,
+                Ok(count) => {
+                    let keys = window.iter().take(count).map(|it| it.key.clone());
+                    if held.lock(keys.collect()) < count {
+                        // Somebody else's store took its room at once.
+                        self.metrics.prefetch_ended("l1_contended");
+                        break;
+                    }
+                    loaded += count;
+                }
                 Err(reason) => {
                     self.metrics.prefetch_ended(reason);
                     let is_hopeless = ["deadline", "l1_oom", "stopping"].contains(&reason);
@@ -165,6 +207,7 @@ impl Tier {
             }
         }
         self.metrics.prefetched(began.elapsed());
+        held
     }
 
     /// What storage has of the prefix, in its order.
@@ -378,11 +421,13 @@ impl Tier {
             };
             let began = Instant::now();
             self.metrics.load_submitted(source, &planned.key);
-            let _loading = self.metrics.loading(source);
+            let _loading = self.metrics.loading(source, bytes);
             match backend.guarded.load(&planned.name, form, deadline).await {
                 Ok(value) => {
                     self.metrics
                         .load_completed(source, &planned.key, bytes, began.elapsed());
+                    let keys = vec![planned.key.clone()];
+                    self.report(|it| it.loaded(backend.place, keys));
                     return self.put(lease, slot, value).await;
                 }
                 Err(error) => {

@@ -211,15 +211,19 @@ impl Tier {
             };
             let began = Instant::now();
             let layout = descent.key.scope.object_group_id;
+            let storing = self.metrics.storing(index);
             let stored = backend
                 .guarded
                 .store(&name, &value, layout, began + self.config.store_deadline)
                 .await;
+            drop(storing);
             match &stored {
                 Ok(()) => {
                     let bytes = value.len() as u64;
                     self.metrics
                         .store_completed(index, &descent.key, bytes, began.elapsed());
+                    let keys = vec![descent.key.clone()];
+                    self.report(|it| it.written_down(backend.place, keys, bytes));
                 }
                 Err(error) => {
                     self.metrics.store_dropped(index, error.reason());
