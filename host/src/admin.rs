@@ -7,6 +7,7 @@ mod health;
 mod history;
 mod listen;
 mod metrics;
+mod objects;
 mod plugin_view;
 mod plugins;
 mod problem;
@@ -51,6 +52,8 @@ pub(crate) use listen::{Socket, Tls, bind_socket, serve};
 
 /// Largest request body in bytes.
 const MAX_BODY_BYTES: usize = 64 << 10;
+/// Of those that name many objects or tokens: what ten thousand keys or a million tokens take.
+const MAX_LARGE_BODY_BYTES: usize = 16 << 20;
 
 /// What the handlers read.
 pub struct Admin {
@@ -244,6 +247,90 @@ pub fn router(admin: &Arc<Admin>) -> Router {
                 ..Describe::default()
             },
             cache::clear,
+        )
+        .add(
+            (Get, "/cache/objects"),
+            Read,
+            "Objects of one adapter of the second tier, page by page",
+            Describe {
+                query: &[
+                    ("tier", "string", "l2"),
+                    (
+                        "adapter",
+                        "string",
+                        "an adapter's type; the first one if left out",
+                    ),
+                    ("model_name", "string", "only this model's"),
+                    ("page_size", "integer", "1 to 5000, 500 if left out"),
+                    ("page_token", "string", "next_page_token of the page before"),
+                ],
+                problems: &[
+                    (400, "bad-page-token"),
+                    (404, "adapter-not-found"),
+                    (503, "storage-failed"),
+                ],
+                ..Describe::default()
+            },
+            objects::list,
+        )
+        .add(
+            (Delete, "/cache/objects"),
+            Operate,
+            "Deletes objects by key from memory, storage or both",
+            Describe {
+                body: &[
+                    ("keys*", "array", "up to 10000, as GET shows them"),
+                    ("tier", "string", "l1, l2 (if left out) or all"),
+                    ("force", "boolean", "also what is in use in memory"),
+                    (
+                        "adapter",
+                        "string",
+                        "an adapter's type; the first one if left out",
+                    ),
+                ],
+                problems: &[
+                    (400, "bad-key"),
+                    (404, "adapter-not-found"),
+                    (503, "no-second-tier"),
+                ],
+                max_body: Some(MAX_LARGE_BODY_BYTES),
+                ..Describe::default()
+            },
+            objects::delete,
+        )
+        .add(
+            (Post, "/cache/prefetches"),
+            Operate,
+            "Starts to load what the second tier has of a prompt into memory",
+            Describe {
+                body: &[
+                    ("model_name*", "string", "the engine's name of the model"),
+                    ("world_size*", "integer", "its ranks"),
+                    ("token_ids*", "array", "up to 1000000 tokens"),
+                    ("cache_salt", "string", "whose objects"),
+                    ("source_tier", "string", "l2"),
+                    ("target_tier", "string", "l1"),
+                ],
+                status: 202,
+                problems: &[
+                    (400, "bad-prefetch"),
+                    (503, "no-layout"),
+                    (503, "too-many-prefetches"),
+                ],
+                max_body: Some(MAX_LARGE_BODY_BYTES),
+                ..Describe::default()
+            },
+            objects::prefetch,
+        )
+        .add(
+            (Get, "/cache/prefetches/{request_id}"),
+            Read,
+            "Whether a prefetch is over, and what it found; told once",
+            Describe {
+                problems: &[(404, "prefetch-not-found")],
+                ..Describe::default()
+            },
+            objects::prefetched,
         )
         .add(
             (Get, "/metrics"),

@@ -187,7 +187,9 @@ async fn metrics_have_the_golden_names_and_the_documented_ones() {
 /// What a server with a directory shows after a store, a load, and a value that was damaged.
 async fn metrics_of_a_second_tier() -> String {
     let directory = tempfile::tempdir().unwrap();
-    let adapter = serde_json::json!({"type": "fs", "base_path": directory.path()}).to_string();
+    let adapter = serde_json::json!({"type": "fs", "base_path": directory.path(),
+        "max_capacity_gb": 1})
+    .to_string();
     let server = Server::start(&["--l2-adapter", &adapter]);
     let mut worker = Worker::register(&server, 7, "m").await;
     let key = Key::new("m", &tokens(32, 1), Some(0), "w");

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use axum::{
     Router,
+    extract::DefaultBodyLimit,
     handler::Handler,
     middleware,
     routing::{MethodFilter, on},
@@ -59,6 +60,8 @@ pub(crate) struct Describe {
     pub(crate) produces: &'static str,
     /// Problem codes besides those of every endpoint: status and code.
     pub(crate) problems: &'static [(u16, &'static str)],
+    /// Most bytes of its body, where that is more than usual.
+    pub(crate) max_body: Option<usize>,
 }
 
 /// Collects endpoints into a router and a document.
@@ -92,7 +95,11 @@ impl Api {
     {
         let guard =
             middleware::from_fn_with_state((Arc::clone(&self.admin), access), access::guard);
-        let route = on(method.filter(), handler).route_layer(guard);
+        let mut route = on(method.filter(), handler);
+        if let Some(bytes) = describe.max_body {
+            route = route.route_layer(DefaultBodyLimit::max(bytes));
+        }
+        let route = route.route_layer(guard);
         self.router = self.router.route(path, route);
         let operations = self
             .paths

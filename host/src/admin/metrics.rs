@@ -117,6 +117,9 @@ type FloatCounter = Counter<f64, AtomicU64>;
 /// The OpenMetrics text. LMCache's names carry LMCache's meaning.
 pub(super) fn render(admin: &Admin) -> Result<String, fmt::Error> {
     let mut text = String::new();
+    if let Some(tier) = admin.service.tier() {
+        tier.refresh_metrics();
+    }
     encode_registry(&mut text, &admin.registry.lock())?;
     let mut now = Registry::default();
     let engine = admin.service.engine().status();

@@ -17,7 +17,7 @@ const BODY_TIMEOUT: Duration = Duration::from_secs(10);
 /// A JSON body, whatever media type the client claims; an empty one stands for `{}`.
 pub(super) struct Json<T>(pub(super) T);
 
-impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Json<T> {
+impl<T: DeserializeOwned + Send + 'static, S: Send + Sync> FromRequest<S> for Json<T> {
     type Rejection = Problem;
 
     async fn from_request(request: Request, state: &S) -> Result<Self, Problem> {
@@ -38,20 +38,25 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Json<T> {
                 Problem::new(
                     rejection.status(),
                     code,
-                    format!(
-                        "{}: bodies have at most {} bytes",
-                        rejection.body_text(),
-                        super::MAX_BODY_BYTES
-                    ),
+                    format!("{}: send less at once", rejection.body_text()),
                 )
             })?;
-        let text: &[u8] = if body.is_empty() { b"{}" } else { &body };
-        serde_json::from_slice(text).map(Self).map_err(|error| {
-            Problem::bad_request(
-                "bad-json",
-                format!("the body is not what this takes: {error}"),
-            )
-        })
+        let is_large = body.len() > super::MAX_BODY_BYTES;
+        let parse = move || {
+            let text: &[u8] = if body.is_empty() { b"{}" } else { &body };
+            serde_json::from_slice(text).map(Self).map_err(|error| {
+                Problem::bad_request(
+                    "bad-json",
+                    format!("the body is not what this takes: {error}"),
+                )
+            })
+        };
+        // A million numbers take a while.
+        if is_large {
+            let parsed = tokio::task::spawn_blocking(parse).await;
+            return parsed.map_err(|error| Problem::internal("bad-body", error.to_string()))?;
+        }
+        parse()
     }
 }
 
