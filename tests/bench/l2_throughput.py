@@ -3,20 +3,23 @@
 
     l2_throughput.py STOCKADE [--mib 1024] [--chunk-mib 4] [--rounds 3] [fs] [resp] [s3] [hang]
 
-Needs an interpreter with `pyzmq` and `msgspec`. `resp` needs redis-server and redis-benchmark, `s3` needs
-STOCKADE_TEST_MOTO (moto_server) and is compared to plain HTTP requests to the same server. Take
-it on a quiet machine and with a release build; figures are ratios of medians, the first round is
-left out.
+Needs an interpreter with `pyzmq` and `msgspec`. `resp` needs redis-server and redis-benchmark. `s3` needs
+curl and an S3 server: STOCKADE_TEST_VERSITYGW (`go install
+github.com/versity/versitygw/cmd/versitygw@v1.8.0`), or STOCKADE_TEST_MOTO (moto_server), which is one
+Python process and says more about itself than about us. Take it on a quiet machine and with a
+release build; figures are ratios of medians, and the first round is left out. STOCKADE_BENCH_DIR is where
+files go.
 
-- write-down: stores through shared memory until everything is counted as written, beside `dd
-  conv=fsync` of files of the same size, `redis-benchmark SET`, or raw PUTs;
-- load: a server with empty memory, a lookup per chunk row, until its status is there, beside `dd` reading the
-  same files past the page cache, `redis-benchmark GET`, or raw GETs;
+- write: stores of prompts through shared memory until everything is counted as written. Beside
+  it `dd conv=fsync` of the same number of files, four at once; `redis-benchmark SET` with as many
+  clients as the adapter has connections; `curl --parallel` PUTs of the same size.
+- load: a server with empty memory looks prompts of 16 chunks up, one after the other, until each is locked in
+  memory. Beside it `dd`, four at once, of files that were dropped from the page cache, as ours are;
+  `redis-benchmark GET`; `curl --parallel` GETs.
 - hang: p50 and p99 of lookups that memory answers, with an adapter that never answers beside none.
 """
 
 import argparse
-import http.client
 import json
 import os
 import pathlib
@@ -34,6 +37,8 @@ import msgspec
 import zmq
 
 CHUNK = 256
+ROW = 16
+AT_ONCE = 4
 MODEL = "bench/l2"
 
 
@@ -58,7 +63,7 @@ def listens(port):
 
 class Server:
     def __init__(self, binary, adapter, pool_mib, extra=()):
-        self.port, self.http = free_port(), free_port()
+        self.port, self.http, self.pool_bytes = free_port(), free_port(), pool_mib << 20
         command = [
             binary, "serve", "--host", "127.0.0.1", "--port", str(self.port), "--http-port", str(self.http),
             "--l1-size-gb", str(pool_mib / 1024), "--eviction-trigger-watermark", "1.0", *extra,
@@ -115,6 +120,13 @@ class Server:
             lines = answer.read().decode().splitlines()
         return sum(float(it.rsplit(" ", 1)[1]) for it in lines if re.match(rf"{name}[ {{]", it))
 
+    def prepare(self):
+        """Waits until all memory of the pool has been touched, which competes with everything else."""
+        def touched():
+            status = pathlib.Path(f"/proc/{self.child.pid}/status").read_text()
+            return int(re.search(r"^RssShmem:\s+(\d+) kB$", status, re.M)[1]) << 10
+        until("the pool's memory", lambda: touched() >= self.pool_bytes * 0.99)
+
     def stop(self):
         self.socket.close()
         self.child.send_signal(signal.SIGTERM)
@@ -129,24 +141,32 @@ class Fs:
         self.folder.mkdir()
         self.adapter = {"type": "fs", "base_path": str(self.folder)}
 
-    def own_write(self, chunk, count):
-        target = self.folder / "own"
+    def dd(self, count, *operands):
+        names = "\n".join(str(self.folder / f"own-{number}") for number in range(count))
         began = time.monotonic()
-        for number in range(count):
-            subprocess.run(
-                ["dd", "if=/dev/zero", f"of={target}-{number}", f"bs={chunk}", "count=1", "conv=fsync"],
-                check=True, stderr=subprocess.DEVNULL,
-            )
+        subprocess.run(
+            ["xargs", "-P", str(AT_ONCE), "-I", "{}", "dd", "status=none", *operands],
+            input=names, text=True, check=True,
+        )
         return time.monotonic() - began
 
-    def own_read(self, chunk, count):
-        began = time.monotonic()
-        for number in range(count):
-            subprocess.run(
-                ["dd", f"if={self.folder}/own-{number}", "of=/dev/null", f"bs={chunk}", "iflag=nocache"],
-                check=True, stderr=subprocess.DEVNULL,
-            )
-        return time.monotonic() - began
+    def own_write(self, data, count):
+        with tempfile.NamedTemporaryFile(dir="/dev/shm") as source:
+            source.write(data)
+            source.flush()
+            return self.dd(count, f"if={source.name}", "of={}", f"bs={len(data)}", "conv=fsync")
+
+    def own_read(self, data, count):
+        self.forget()
+        return self.dd(count, "if={}", "of=/dev/null", f"bs={len(data)}")
+
+    def forget(self):
+        """Drops what is on the disk from the page cache."""
+        for file in self.folder.iterdir():
+            if file.is_file():
+                descriptor = os.open(file, os.O_RDONLY)
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+                os.close(descriptor)
 
     def clear(self):
         for file in self.folder.iterdir():
@@ -177,11 +197,14 @@ class Resp:
         )
         return time.monotonic() - began
 
-    def own_write(self, chunk, count):
-        return self.own("set", chunk, count)
+    def own_write(self, data, count):
+        return self.own("set", len(data), count)
 
-    def own_read(self, chunk, count):
-        return self.own("get", chunk, count)
+    def own_read(self, data, count):
+        return self.own("get", len(data), count)
+
+    def forget(self):
+        pass
 
     def clear(self):
         subprocess.run(["redis-cli", "-p", str(self.port), "FLUSHALL"], check=True, stdout=subprocess.DEVNULL)
@@ -193,44 +216,71 @@ class Resp:
 
 class S3:
     name = "s3"
+    ID, SECRET = "bench-id", "bench-secret"
 
     def __init__(self, folder):
-        self.port = free_port()
-        program = os.environ.get("STOCKADE_TEST_MOTO", "moto_server")
-        self.child = subprocess.Popen(
-            [program, "-H", "127.0.0.1", "-p", str(self.port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        self.port, self.folder = free_port(), pathlib.Path(folder)
+        gateway = os.environ.get("STOCKADE_TEST_VERSITYGW")
+        if gateway:
+            objects = self.folder / "objects"
+            objects.mkdir()
+            command = [
+                gateway, "--access", self.ID, "--secret", self.SECRET, "--keep-alive", "--quiet",
+                "--port", f"127.0.0.1:{self.port}", "posix", str(objects),
+            ]
+        else:
+            program = os.environ.get("STOCKADE_TEST_MOTO", "moto_server")
+            command = [program, "-H", "127.0.0.1", "-p", str(self.port)]
+        self.child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        until("the S3 server", lambda: listens(self.port))
+        self.number = 0
+        self.clear()
+
+    def curl(self, transfers):
+        """Does all of them with one curl, as many at once as the adapter does."""
+        common = (
+            f'aws-sigv4 = "aws:amz:us-east-1:s3"\nuser = "{self.ID}:{self.SECRET}"\nsilent\nfail\n'
         )
-        until("moto", lambda: listens(self.port))
-        self.request("PUT", "/bucket")
-        self.adapter = {
-            "type": "s3", "s3_endpoint": f"127.0.0.1:{self.port}", "s3_bucket": "bucket", "s3_region": "us-east-1",
-            "disable_tls": True, "aws_access_key_id": "id", "aws_secret_access_key": "secret",
-        }
-
-    def request(self, method, path, body=None):
-        connection = http.client.HTTPConnection("127.0.0.1", self.port)
-        connection.request(method, path, body)
-        answer = connection.getresponse()
-        data = answer.read()
-        assert answer.status in (200, 204), (method, path, answer.status)
-        return data
-
-    def own_write(self, chunk, count):
-        body = bytes(chunk)
+        config = "next\n".join(common + it for it in transfers)
         began = time.monotonic()
-        for number in range(count):
-            self.request("PUT", f"/bucket/own-{number}", body)
+        subprocess.run(
+            ["curl", "--parallel", "--parallel-immediate", "--parallel-max", "16", "--config", "-"],
+            input=config, text=True, check=True, stdout=subprocess.DEVNULL,
+        )
         return time.monotonic() - began
 
-    def own_read(self, chunk, count):
-        began = time.monotonic()
-        for number in range(count):
-            self.request("GET", f"/bucket/own-{number}")
-        return time.monotonic() - began
+    def url(self, path):
+        return f'url = "http://127.0.0.1:{self.port}/{path}"\n'
+
+    def own_write(self, data, count):
+        with tempfile.NamedTemporaryFile(dir="/dev/shm") as source:
+            source.write(data)
+            source.flush()
+            put = f'upload-file = "{source.name}"\n'
+            return self.curl([self.url(f"{self.bucket}/own-{it}") + put for it in range(count)])
+
+    def own_read(self, data, count):
+        self.forget()
+        discard = 'output = "/dev/null"\n'
+        return self.curl([self.url(f"{self.bucket}/own-{it}") + discard for it in range(count)])
+
+    def forget(self):
+        for file in self.folder.glob("objects/**/*"):
+            if file.is_file():
+                descriptor = os.open(file, os.O_RDONLY)
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+                os.close(descriptor)
 
     def clear(self):
-        self.request("POST", "/moto-api/reset")
-        self.request("PUT", "/bucket")
+        """A bucket of its own for each part of a round; the old ones go with the folder."""
+        self.number += 1
+        self.bucket = f"bucket-{self.number}"
+        self.curl([self.url(self.bucket) + 'request = "PUT"\n'])
+        self.adapter = {
+            "type": "s3", "s3_endpoint": f"127.0.0.1:{self.port}", "s3_bucket": self.bucket,
+            "s3_region": "us-east-1", "disable_tls": True,
+            "aws_access_key_id": self.ID, "aws_secret_access_key": self.SECRET,
+        }
 
     def stop(self):
         self.child.terminate()
@@ -238,17 +288,21 @@ class S3:
 
 
 def adapter_throughput(arguments, backend):
-    chunk, count = arguments.chunk_mib << 20, arguments.mib // arguments.chunk_mib
-    prompts = [[random.randrange(150_000) for _ in range(CHUNK)] for _ in range(count)]
+    chunk = arguments.chunk_mib << 20
+    rows = max(1, arguments.mib // arguments.chunk_mib // ROW)
+    count = rows * ROW
+    mib = count * arguments.chunk_mib
+    prompts = [[random.randrange(150_000) for _ in range(CHUNK * ROW)] for _ in range(rows)]
     data = random.randbytes(chunk)
     writes, reads = [], []
     for number in range(arguments.rounds + 1):
         backend.clear()
-        own_write = backend.own_write(chunk, count)
-        own_read = backend.own_read(chunk, count)
+        own_write = backend.own_write(data, count)
+        own_read = backend.own_read(data, count)
         backend.clear()
-        server = Server(arguments.stockade, backend.adapter, arguments.mib + 64)
+        server = Server(arguments.stockade, backend.adapter, mib + 64)
         server.register(chunk)
+        server.prepare()
         began = time.monotonic()
         for tokens in prompts:
             server.store(tokens, data)
@@ -256,21 +310,26 @@ def adapter_throughput(arguments, backend):
         until("everything written", lambda: server.metric(stored) >= count)
         write = time.monotonic() - began
         server.stop()
-        server = Server(arguments.stockade, backend.adapter, arguments.mib + 64, ["--l2-prefetch-policy", "retain"])
+        backend.forget()
+        server = Server(arguments.stockade, backend.adapter, mib + 64, ["--l2-prefetch-policy", "retain",
+                        "--l2-prefetch-deadline-seconds", "120", "--l2-lookup-deadline-seconds", "30"])
         server.register(chunk)
+        server.prepare()
         began = time.monotonic()
         for index, tokens in enumerate(prompts):
-            assert server.lookup(tokens, f"r{index}") == 1
+            found = server.lookup(tokens, f"r{index}")
+            assert found == ROW, f"{found} of {ROW} chunks"
         read = time.monotonic() - began
         server.stop()
+        first = "" if number else " (left out)"
+        print(
+            f"{backend.name} round {number}{first}: write {mib / write:.0f} MiB/s (own {mib / own_write:.0f}), "
+            f"load {mib / read:.0f} MiB/s (own {mib / own_read:.0f})",
+            flush=True,
+        )
         if number:
             writes.append(own_write / write)
             reads.append(own_read / read)
-            print(
-                f"{backend.name} round {number}: write {arguments.mib / write:.0f} MiB/s (own {arguments.mib / own_write:.0f}), "
-                f"load one by one {arguments.mib / read:.0f} MiB/s (own {arguments.mib / own_read:.0f})",
-                flush=True,
-            )
     print(
         f"{backend.name}: {arguments.chunk_mib} MiB values, write {statistics.median(writes):.2f} x, "
         f"load {statistics.median(reads):.2f} x the backend's own tool"

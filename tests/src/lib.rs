@@ -88,8 +88,36 @@ impl Server {
     /// The same, with variables in its environment.
     #[must_use]
     pub fn start_with_env(flags: &[&str], environment: &[(&str, &str)]) -> Self {
-        let cache = tempfile::tempdir().unwrap();
         let mut command = Command::new(binary());
+        command.envs(environment.iter().copied());
+        Self::launch(command, tempfile::tempdir().unwrap(), flags)
+    }
+
+    /// The same, by a program that does something first and then runs what it is given.
+    #[must_use]
+    pub fn start_through(wrapper: &[&str], flags: &[&str]) -> Self {
+        let (program, arguments) = wrapper.split_first().unwrap();
+        let mut command = Command::new(program);
+        command.args(arguments).arg(binary());
+        Self::launch(command, tempfile::tempdir().unwrap(), flags)
+    }
+
+    /// The same, as another user; only root can do that.
+    #[must_use]
+    pub fn start_as(uid: u32, flags: &[&str]) -> Self {
+        use std::os::unix::{fs::chown, process::CommandExt as _};
+        let cache = tempfile::tempdir().unwrap();
+        // The build may lie where that user cannot go.
+        let copy = cache.path().join("stockade");
+        std::fs::copy(binary(), &copy).unwrap();
+        chown(cache.path(), Some(uid), Some(uid)).unwrap();
+        let mut command = Command::new(copy);
+        command.uid(uid).gid(uid).current_dir("/");
+        command.env("HOME", cache.path());
+        Self::launch(command, cache, flags)
+    }
+
+    fn launch(mut command: Command, cache: tempfile::TempDir, flags: &[&str]) -> Self {
         command
             .args([
                 "serve",
@@ -105,7 +133,6 @@ impl Server {
             .args(["--l1-size-gb", "0.0625", "--plugin-cache-dir"])
             .arg(cache.path().join("plugins"))
             .args(flags)
-            .envs(environment.iter().copied())
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::piped());
@@ -675,13 +702,19 @@ impl Worker {
 /// The payload of a registration.
 #[must_use]
 pub fn registration(id: u64, model: &str) -> Value {
+    wide_registration(id, model, 16)
+}
+
+/// The same with another hidden size, of which a chunk takes 128 bytes each.
+#[must_use]
+pub fn wide_registration(id: u64, model: &str, hidden_size: u64) -> Value {
     map(&[
         ("instance_id", id.into()),
         ("model_name", model.into()),
         ("world_size", 1.into()),
         ("block_size", 16.into()),
         ("num_layers", 2.into()),
-        ("hidden_dim_size", 16.into()),
+        ("hidden_dim_size", hidden_size.into()),
         ("dtype_str", "float16".into()),
         ("use_mla", false.into()),
         ("num_physical_slots", Value::Nil),

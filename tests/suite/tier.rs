@@ -1,5 +1,10 @@
 //! The second tier, through a real server on real storage.
 
+mod api;
+mod cluster;
+mod real_faults;
+mod tls;
+
 use std::{
     collections::HashMap,
     io::{Read as _, Write as _},
@@ -656,6 +661,19 @@ fn free_port() -> u16 {
         .port()
 }
 
+/// What a Redis answers to one short command.
+fn redis_command(port: u16, words: &[&str]) -> Option<String> {
+    let mut stream = TcpStream::connect(("127.0.0.1", port)).ok()?;
+    let mut text = format!("*{}\r\n", words.len());
+    for word in words {
+        text += &format!("${}\r\n{word}\r\n", word.len());
+    }
+    stream.write_all(text.as_bytes()).ok()?;
+    let mut answer = [0; 4096];
+    let length = stream.read(&mut answer).ok()?;
+    Some(String::from_utf8_lossy(&answer[..length]).into_owned())
+}
+
 /// A Redis of the test's own.
 struct Redis {
     child: Child,
@@ -705,17 +723,8 @@ impl Redis {
     }
 
     fn command(&self, words: &[&str]) -> Option<String> {
-        let mut stream = TcpStream::connect(("127.0.0.1", self.port)).ok()?;
-        let mut text = format!("*{}\r\n", words.len());
-        for word in words {
-            text += &format!("${}\r\n{word}\r\n", word.len());
-        }
-        stream.write_all(text.as_bytes()).ok()?;
-        let mut answer = [0; 4096];
-        let length = stream.read(&mut answer).ok()?;
-        Some(String::from_utf8_lossy(&answer[..length]).into_owned())
+        redis_command(self.port, words)
     }
-
     fn stop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
