@@ -14,6 +14,17 @@ if [ -z "${STOCKADE_TEST_PYTHON_WASM-}" ] && python=$(plugin-sdk/python-wasm.sh)
   export STOCKADE_TEST_PYTHON_WASM=$python
 fi
 
+# moto, the S3-compatible server of tests; they say loudly when there is none.
+venv=${CARGO_TARGET_DIR:-target}/plugins-venv
+python=python3
+if python3 -m venv "$venv" && "$venv/bin/pip" install --quiet --requirement tests/plugins/requirements.txt; then
+  python=$venv/bin/python
+  STOCKADE_TEST_MOTO=${STOCKADE_TEST_MOTO:-$(realpath "$venv/bin/moto_server")}
+  export STOCKADE_TEST_MOTO
+else
+  echo "THERE IS NO MOTO: neither the second tier in S3 nor the uploader is tested"
+fi
+
 say "crates"
 cargo test --workspace --exclude stockade-tests --lib --bins --tests --locked
 cargo test --workspace --exclude stockade-tests --doc --locked
@@ -57,13 +68,6 @@ else
 fi
 
 say "pages about plugins, and the plugins that come with the server"
-venv=${CARGO_TARGET_DIR:-target}/plugins-venv
-python=python3
-if python3 -m venv "$venv" && "$venv/bin/pip" install --quiet --requirement tests/plugins/requirements.txt; then
-  python=$venv/bin/python
-else
-  echo "there is no moto, so the uploader is not tested beside an S3-compatible server"
-fi
 "$python" -m unittest discover --start-directory tests/plugins --verbose
 
 say "packaging"

@@ -63,7 +63,7 @@ def listens(port):
 
 class Server:
     def __init__(self, binary, adapter, pool_mib, extra=()):
-        self.port, self.http, self.pool_bytes = free_port(), free_port(), pool_mib << 20
+        self.port, self.http = free_port(), free_port()
         command = [
             binary, "serve", "--host", "127.0.0.1", "--port", str(self.port), "--http-port", str(self.http),
             "--l1-size-gb", str(pool_mib / 1024), "--eviction-trigger-watermark", "1.0", *extra,
@@ -124,8 +124,11 @@ class Server:
         """Waits until all memory of the pool has been touched, which competes with everything else."""
         def touched():
             status = pathlib.Path(f"/proc/{self.child.pid}/status").read_text()
-            return int(re.search(r"^RssShmem:\s+(\d+) kB$", status, re.M)[1]) << 10
-        until("the pool's memory", lambda: touched() >= self.pool_bytes * 0.99)
+            return int(re.search(r"^RssShmem:\s+(\d+) kB$", status, re.M)[1])
+        before = -1
+        while (now := touched()) > before:
+            before = now
+            time.sleep(0.5)
 
     def stop(self):
         self.socket.close()
@@ -239,7 +242,8 @@ class S3:
     def curl(self, transfers):
         """Does all of them with one curl, as many at once as the adapter does."""
         common = (
-            f'aws-sigv4 = "aws:amz:us-east-1:s3"\nuser = "{self.ID}:{self.SECRET}"\nsilent\nfail\n'
+            f'aws-sigv4 = "aws:amz:us-east-1:s3"\nuser = "{self.ID}:{self.SECRET}"\nsilent\nfail\nno-progress-meter\n'
+            'header = "x-amz-content-sha256: UNSIGNED-PAYLOAD"\nheader = "Expect:"\n'
         )
         config = "next\n".join(common + it for it in transfers)
         began = time.monotonic()

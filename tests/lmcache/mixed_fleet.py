@@ -1,23 +1,29 @@
 #!/usr/bin/env python3
 """LMCache 0.5.6 and Stockade share one second tier: what one stored, the other finds, byte by byte.
 
-    mixed_fleet.py STOCKADE LMCACHE [fs] [resp]
+    mixed_fleet.py STOCKADE LMCACHE [fs] [resp] [s3]
 
 LMCACHE is the `lmcache` program of an installation of LMCache 0.5.6, whose Python runs this. For a
-directory (`fs`) and a Redis of its own (`resp`, needs redis-server), in both directions: a writer
+directory (`fs`), a Redis of its own (`resp`, needs redis-server) and a bucket of its own (`s3`, needs moto_server
+and that mounts are allowed), in both directions: a writer
 stores two chunks through LMCache's own worker adapter and is stopped once they are in storage; a
 reader with empty memory finds them, loads them, and the tensors are compared. Then both write the
 same KV to storage of their own, and names and bytes are compared.
 """
 
+import http.client
+import json
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.parse
+import urllib.request
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "examples/transformers-cpu"))
 from engine import Engine  # noqa: E402
@@ -48,6 +54,14 @@ def listens(port):
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
+def answers(port):
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthcheck", timeout=5) as answer:
+            return answer.status == 200
+    except OSError:
+        return False
+
+
 class Server:
     """One of the two servers with one L2 adapter."""
 
@@ -65,7 +79,8 @@ class Server:
             self.child = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment
             )
-        until(f"{kind} (log in {self.log})", lambda: listens(self.port), self.child)
+        # LMCache opens its ports before it answers on them.
+        until(f"{kind} (log in {self.log})", lambda: answers(http), self.child)
         self.url = f"tcp://127.0.0.1:{self.port}"
 
     def stop(self):
@@ -132,6 +147,65 @@ class Redis:
         self.child.wait()
 
 
+class Bucket:
+    """LMCache speaks to virtual hosts only, so the bucket's name is made to lead here."""
+
+    kind, HOST = "s3", "fleet.s3.amazonaws.com"
+
+    def __init__(self, folder):
+        self.port = free_port()
+        program = os.environ.get("STOCKADE_TEST_MOTO", "moto_server")
+        with open(pathlib.Path(folder) / f"moto-{self.port}.log", "wb") as log:
+            self.child = subprocess.Popen(
+                [program, "-H", "127.0.0.1", "-p", str(self.port)], stdout=log, stderr=log
+            )
+        until("moto", lambda: listens(self.port), self.child)
+        self.request("PUT", "")
+        self.adapter = json.dumps({
+            "type": "s3", "s3_endpoint": f"{self.HOST}:{self.port}", "s3_region": "us-east-1",
+            "disable_tls": True, "s3_prefer_http2": False,
+            "aws_access_key_id": "id", "aws_secret_access_key": "secret",
+        })
+
+    def request(self, method, path):
+        connection = http.client.HTTPConnection("127.0.0.1", self.port)
+        connection.request(method, f"/{path}", headers={"Host": f"{self.HOST}:{self.port}", "Authorization": SIGNED})
+        answer = connection.getresponse()
+        data = answer.read()
+        assert answer.status == 200, (method, path, answer.status, data)
+        return data
+
+    def values(self):
+        listing = self.request("GET", "?list-type=2").decode()
+        names = re.findall(r"<Key>([^<]+)</Key>", listing)
+        return {it: self.request("GET", urllib.parse.quote(it)) for it in names}
+
+    def stop(self):
+        self.child.terminate()
+        self.child.wait()
+
+    @classmethod
+    def lead_here(cls):
+        """Runs this program again where the bucket's host is this machine."""
+        try:
+            if socket.gethostbyname(cls.HOST) == "127.0.0.1":
+                return
+        except OSError:
+            pass
+        hosts = f"127.0.0.1 localhost {cls.HOST}\n"
+        mount = f"printf '{hosts}' > /run/hosts && mount --bind /run/hosts /etc/hosts"
+        user = [] if os.geteuid() == 0 else ["--map-root-user"]
+        script = f'mount -t tmpfs none /run && {mount} && exec "$@"'
+        command = ["unshare", *user, "--mount", "sh", "-c", script, "sh", sys.executable, *sys.argv]
+        os.execvp(command[0], command)
+
+
+# moto wants a signature and does not check it.
+SIGNED = (
+    "AWS4-HMAC-SHA256 Credential=id/20260101/us-east-1/s3/aws4_request, SignedHeaders=host, Signature=0"
+)
+
+
 def fill(engine, seed):
     generator = torch.Generator().manual_seed(seed)
     for layer in engine.kv.layers.values():
@@ -180,7 +254,9 @@ def read(kind, programs, storage, folder, seed, tokens):
 def main():
     stockade, lmcache, *kinds = sys.argv[1:]
     programs = {"stockade": [stockade, "serve"], "lmcache": [lmcache, "server"]}
-    stores = {"fs": Directory, "resp": Redis}
+    stores = {"fs": Directory, "resp": Redis, "s3": Bucket}
+    if not kinds or "s3" in kinds:
+        Bucket.lead_here()
     with tempfile.TemporaryDirectory(prefix="mixed-fleet-", ignore_cleanup_errors=True) as folder:
         for kind in kinds or stores:
             written = {}
