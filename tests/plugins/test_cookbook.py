@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles every recipe of docs/plugins/cookbook.md for the sandbox, in Rust and in Go.
+"""Compiles every recipe of docs/plugins/cookbook.md for the sandbox, in Rust and in Go, and runs each there
+with the manifest of its recipe.
 
-It needs the compilers of plugin-sdk/toolchain.sh; what is missing is said.
+It needs the compilers of plugin-sdk/toolchain.sh, and a built server to run them; what is missing is said.
 """
 
 import os
@@ -51,6 +52,25 @@ class Cookbook(unittest.TestCase):
         )
         self.assertEqual(done.returncode, 0, f"{directory}\n{done.stderr}")
 
+    def run_in_sandbox(self, recipe, module):
+        """What the recipe's manifest grants is what it needs, and it runs until it is told to end."""
+        if pages.binary() is None:
+            return
+        place = Path(tempfile.mkdtemp(dir=self.directory))
+        name = recipe.replace("-", "_")
+        shutil.copy(module, place / f"{name}.wasm")
+        manifest = self.directory / recipe / "plugin.toml"
+        if manifest.exists():
+            shutil.copy(manifest, place / f"{name}.plugin.toml")
+        for command in (["check", "--strict"], ["run", "--seconds", "0.5"]):
+            done = subprocess.run(
+                [pages.binary(), "plugin", *command, place / f"{name}.wasm"],
+                env={**os.environ, "XDG_CACHE_HOME": str(self.directory / "cache")},
+                capture_output=True,
+                text=True,
+            )
+            self.assertEqual(done.returncode, 0, f"{recipe} {command}\n{done.stdout}\n{done.stderr}")
+
     def test_rust(self):
         if not pages.compiler("rust"):
             self.skipTest("there is no compiler: plugin-sdk/toolchain.sh rust")
@@ -62,6 +82,11 @@ class Cookbook(unittest.TestCase):
         members = ", ".join(f'"{recipe}"' for recipe in sorted(self.recipes))
         (self.directory / "Cargo.toml").write_text(f'[workspace]\nresolver = "3"\nmembers = [{members}]\n')
         self.compile("wasm-cargo", ["build", "--quiet"], self.directory)
+        built = pages.ROOT / "target/pages/wasm32-wasip1/debug"
+        for recipe in self.recipes:
+            # A library's name has no dashes, a program's has.
+            modules = [built / f"{name}.wasm" for name in (recipe, recipe.replace("-", "_"))]
+            self.run_in_sandbox(recipe, next(module for module in modules if module.exists()))
 
     def test_go(self):
         if not pages.compiler("go"):
@@ -74,6 +99,7 @@ class Cookbook(unittest.TestCase):
             is_reactor = "plugin/reactor" in (self.directory / recipe / "main.go").read_text()
             mode = "c-shared" if is_reactor else "default"
             self.compile("wasm-go", ["build", f"-buildmode={mode}", "-o", "out.wasm", "."], self.directory / recipe)
+            self.run_in_sandbox(recipe, self.directory / recipe / "out.wasm")
         self.assertGreaterEqual(len(self.recipes), 6)
 
 

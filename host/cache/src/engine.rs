@@ -29,7 +29,7 @@ use crate::eviction::Ranker;
 use crate::key::{CacheSalt, KeyScope, ObjectKey};
 use crate::l1::lease::{LeaseId, OwnerId};
 use crate::l1::ranking::Orders;
-use crate::l1::{L1, L1Settings, Notice, Pinned};
+use crate::l1::{L1, L1Settings, Notice, Pinned, TenantId};
 use crate::shm_pool::prefault::{Goal, PrefaultTarget, PrefaultThread};
 use crate::shm_pool::slot_allocator::SlotAllocator;
 use crate::shm_pool::{ReadFault, SegmentHealth, ShmPool, Slot};
@@ -636,7 +636,8 @@ impl CacheEngine {
     /// Does what time brings: ends leases whose deadline has come, evicts above the
     /// watermark, and looks after the segment. To be called every 100 ms to 1 s.
     ///
-    /// Tenants above a cap that was lowered lose keys down to it. When at least
+    /// Tenants above a cap that was lowered lose keys down to it. One whose keys are ranked from
+    /// outside is held to the watermark of its cap as all are to that of the pool. When at least
     /// `trigger_watermark` of the pool is used, reservations included, it
     /// evicts until `eviction_ratio` of the used *bytes* are free, in small steps that let
     /// requests through. Held objects are passed over and the next ones go instead.
@@ -656,27 +657,39 @@ impl CacheEngine {
             .is_exhausted
         {}
         let ranker = self.inner.ranker.read().clone();
-        let mut wanted = self.inner.with_l1(|l1, now| {
-            l1.expire_hints(now);
-            l1.bytes_over_watermark()
-        });
+        self.inner.with_l1(|l1, now| l1.expire_hints(now));
+        if let Some(ranker) = &ranker {
+            for (tenant, wanted) in self.inner.with_l1(|l1, _| l1.near_caps()) {
+                self.evict_to_order(Some(&**ranker), wanted, Some(tenant));
+            }
+        }
+        let wanted = self.inner.with_l1(|l1, _| l1.bytes_over_watermark());
+        self.evict_to_order(ranker.as_deref(), wanted, None);
+    }
+
+    /// Evicts `wanted` bytes in the order of the ranker, and in the native one where it has none;
+    /// of one tenant only while it is ranked.
+    fn evict_to_order(&self, ranker: Option<&dyn Ranker>, mut wanted: u64, only: Option<TenantId>) {
+        let steps = BACKGROUND_BATCH as usize;
         while wanted > 0 {
             // How much is freed before the ranker is asked again, and in which order.
             let mut goal = wanted;
             let mut orders = Orders::default();
-            if let Some(ranker) = &ranker {
+            if let Some(ranker) = ranker {
                 let (candidates, enough) = self
                     .inner
-                    .with_l1_fairly(|l1, now| l1.candidates(now, wanted, &**ranker));
+                    .with_l1_fairly(|l1, now| l1.candidates(now, wanted, ranker, only));
                 if !candidates.is_empty() {
-                    orders = Orders::ask(&**ranker, candidates);
+                    orders = Orders::ask(ranker, candidates);
                     goal = enough;
+                } else if only.is_some() {
+                    return;
                 }
             }
             while goal > 0 {
                 let round = self
                     .inner
-                    .with_l1_fairly(|l1, _| l1.evict_ordered(goal, steps, &mut orders));
+                    .with_l1_fairly(|l1, _| l1.evict_ordered(goal, steps, &mut orders, only));
                 wanted = wanted.saturating_sub(round.freed_bytes);
                 goal = goal.saturating_sub(round.freed_bytes);
                 if round.is_exhausted {

@@ -32,7 +32,8 @@ use scope_table::{ScopeId, ScopeTable};
 use slab::Slab;
 use stage::{Event, Outcome, Stage};
 use tally::Tally;
-use tenants::{Place, TenantId, Tenants};
+pub(crate) use tenants::TenantId;
+use tenants::{Place, Tenants};
 use uses::Uses;
 
 use crate::engine::{EndedOwner, RemoveReason};

@@ -190,13 +190,15 @@ impl Replay {
             let mut goal = wanted;
             let mut orders = Orders::default();
             if let Some(ranker) = &self.ranker {
-                let (candidates, enough) = self.l1.candidates(self.now, wanted, &**ranker);
+                let (candidates, enough) = self.l1.candidates(self.now, wanted, &**ranker, None);
                 if !candidates.is_empty() {
                     orders = Orders::ask(&**ranker, candidates);
                     goal = enough;
                 }
             }
-            let round = self.l1.evict_ordered(goal, EVICTION_STEP, &mut orders);
+            let round = self
+                .l1
+                .evict_ordered(goal, EVICTION_STEP, &mut orders, None);
             wanted = wanted.saturating_sub(round.freed_bytes);
             if round.is_exhausted {
                 break;

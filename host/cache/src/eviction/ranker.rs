@@ -24,8 +24,8 @@ pub struct Candidate {
     pub request: Option<Arc<str>>,
 }
 
-/// Ranks candidates in place of the native policy, at the watermark only: a store that needs
-/// room never waits for it.
+/// Ranks candidates in place of the native policy, at the watermark only, of the pool or of a
+/// tenant's cap: a store that needs room never waits for it.
 ///
 /// The engine calls it from the thread of [`maintain`](crate::CacheEngine::maintain) and holds no
 /// lock meanwhile, so it may wait, for as long as room can. Whatever it answers is checked

@@ -1,4 +1,4 @@
-//! Eviction at the watermark in an order from outside.
+//! Eviction at the watermark, of the pool or of a tenant's cap, in an order from outside.
 //!
 //! Three steps, the mutex free between them: candidates are taken from the front of the native
 //! order and put back; somebody ranks them; those that are still what they were go in that
@@ -63,18 +63,30 @@ impl Orders {
 }
 
 impl L1 {
-    /// Candidates of the tenants that `ranker` ranks, from the front of the native order: about
-    /// twice as many bytes as are wanted, so that there is a choice. Returns also how many of
-    /// the wanted bytes one round with them should free.
+    /// Tenants that use as much of their caps as the watermark allows of the pool, and the bytes
+    /// that each should give if somebody ranks its keys: a store at the cap makes room in the native
+    /// order, so an order from outside counts only where room is made before.
+    pub(crate) fn near_caps(&self) -> Vec<(TenantId, u64)> {
+        let ratio = self.settings.eviction_ratio;
+        let near = self.tenants.near_cap(self.settings.trigger_watermark);
+        near.map(|(tenant, used)| (tenant, (used as f64 * ratio).ceil() as u64))
+            .collect()
+    }
+
+    /// Candidates of the tenants that `ranker` ranks, of all or of the one that is named, from the
+    /// front of the native order: about twice as many bytes as are wanted, so that there is a
+    /// choice. Returns also how many of the wanted bytes one round with them should free.
     pub(crate) fn candidates(
         &mut self,
         now: Instant,
         wanted: u64,
         ranker: &dyn Ranker,
+        only: Option<TenantId>,
     ) -> (Vec<Candidates>, u64) {
         let names = self.tenants.names();
         let ranked: HashMap<TenantId, Arc<str>> = names
             .into_iter()
+            .filter(|(tenant, _)| only.is_none_or(|only| only == *tenant))
             .filter(|(_, name)| ranker.ranks(name))
             .collect();
         if ranked.is_empty() {
@@ -82,7 +94,7 @@ impl L1 {
         }
         let numbers = self.objects.numbers();
         self.uses.want(now, numbers);
-        let mut search = Search::default();
+        let mut search = Search::among(only);
         let mut taken = Vec::new();
         let mut bytes = 0_u64;
         let mut tries = 0;
@@ -158,16 +170,17 @@ impl L1 {
         (groups, goal)
     }
 
-    /// Evicts until `bytes` are free or `max_steps` objects were looked at: in policy order, where
-    /// `orders` do not say what goes first of a tenant.
+    /// Evicts until `bytes` are free or `max_steps` objects were looked at, from all tenants or the
+    /// one that is named: in policy order, where `orders` do not say what goes first of a tenant.
     pub(crate) fn evict_ordered(
         &mut self,
         bytes: u64,
         max_steps: usize,
         orders: &mut Orders,
+        only: Option<TenantId>,
     ) -> EvictionRound {
         let mut round = EvictionRound::default();
-        let mut search = Search::default();
+        let mut search = Search::among(only);
         for _ in 0..max_steps {
             if round.freed_bytes >= bytes {
                 break;

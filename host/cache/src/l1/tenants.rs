@@ -17,7 +17,7 @@ use crate::eviction::{EntryFacts, EntryId, EvictionPolicy, PolicyKind};
 use crate::key::CacheSalt;
 
 /// Number of a tenant.
-pub(super) type TenantId = u32;
+pub(crate) type TenantId = u32;
 
 /// Number of an object in the policy of its tenant. Policies keep tables over these, so each
 /// tenant has numbers of its own: tables over all objects for every tenant would be too much.
@@ -112,6 +112,8 @@ impl Entry {
 pub(super) struct Search {
     /// They may lose keys below their floors, because they want the room themselves.
     asking: Vec<TenantId>,
+    /// Nobody but this one gives.
+    only: Option<TenantId>,
     /// Those that may give, the one most above its share on top; made at the first victim.
     givers: Option<BinaryHeap<Giver>>,
     /// Nothing else is left, so what should go last goes.
@@ -129,6 +131,14 @@ impl Search {
         }
     }
 
+    /// Of one tenant alone, or of all.
+    pub(super) fn among(only: Option<TenantId>) -> Self {
+        Self {
+            only,
+            ..Self::default()
+        }
+    }
+
     /// Looks at all that is in order again, also at what should go last.
     pub(super) fn begin_again(&mut self) {
         self.givers = None;
@@ -137,7 +147,9 @@ impl Search {
 
     fn giver(&self, id: TenantId, entry: &Entry) -> Option<Giver> {
         let is_asking = self.asking.contains(&id);
-        let may_give = (entry.spare_bytes() > 0 || is_asking) && !entry.policy.is_empty();
+        let is_among = self.only.is_none_or(|only| only == id);
+        let may_give =
+            is_among && (entry.spare_bytes() > 0 || is_asking) && !entry.policy.is_empty();
         may_give.then(|| (entry.level(), is_asking, id))
     }
 }
@@ -600,6 +612,15 @@ impl Tenants {
     pub(super) fn over_cap(&self) -> impl Iterator<Item = TenantId> {
         let over = |(id, _): (TenantId, &Entry)| self.beyond_cap(id, 0).map(|_| id);
         self.entries.iter().filter_map(over)
+    }
+
+    /// Tenants that use this share of their caps or more, and how many bytes.
+    pub(super) fn near_cap(&self, share: f64) -> impl Iterator<Item = (TenantId, u64)> {
+        self.entries.iter().filter_map(move |(id, entry)| {
+            let cap = entry.budget.cap_bytes? as f64;
+            let used = entry.remaining_bytes();
+            (used > 0 && used as f64 >= share * cap).then_some((id, used))
+        })
     }
 
     /// Each tenant's (used, evictable, taken) bytes, for checking.

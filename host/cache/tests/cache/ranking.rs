@@ -4,7 +4,9 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use proptest::prelude::*;
-use stockade_cache::{Backing, Candidate, EngineConfig, ObjectKey, PolicyKind, Ranker};
+use stockade_cache::{
+    Backing, Budget, CacheSalt, Candidate, EngineConfig, ObjectKey, PolicyKind, Ranker, Tenant,
+};
 
 use crate::fixture::*;
 
@@ -112,6 +114,80 @@ fn without_an_order_it_is_the_native_one() {
     assert_eq!(left(&cache, &all), [4, 5, 6, 7]);
     assert_eq!(cache.status().ranked_evicted_objects, 0);
     assert!(!ranker.shown.lock().unwrap().is_empty());
+}
+
+/// A tenant with a cap, whose keys are ranked, is kept below it by its ranker; one without is left
+/// alone until it needs the room, and nobody else gives for either.
+#[test]
+fn a_tenant_that_is_ranked_gives_at_the_watermark_of_its_cap() {
+    let budget = |floor_pages: u64| Budget {
+        floor_bytes: floor_pages * PAGE,
+        weight: std::num::NonZeroU32::MIN,
+        cap_bytes: Some(8 * PAGE),
+    };
+    let tenant = |name: &str, salt: &str, floor_pages| Tenant {
+        name: name.into(),
+        salts: vec![CacheSalt::parse(salt).unwrap()],
+        budget: budget(floor_pages),
+    };
+    let cache = open(EngineConfig {
+        trigger_watermark: 0.75,
+        eviction_ratio: 0.5,
+        tenants: vec![
+            tenant("ranked", "r", 0),
+            tenant("native", "n", 0),
+            tenant("safe", "s", 6),
+        ],
+        ..config(64, Backing::Private)
+    });
+    let ranker = Told::new(last_first);
+    cache.set_ranker(Arc::clone(&ranker) as _);
+    let pour = |salt: &str, chunks: std::ops::Range<u32>| {
+        for chunk in chunks.clone() {
+            cache.store_unchecked(&keys_of(salt, 0, chunk..chunk + 1), u64::from(chunk));
+        }
+        keys_of(salt, 0, chunks)
+    };
+    // Below three quarters of its cap, nothing is asked.
+    let mut all = pour("r", 0..5);
+    cache.maintain();
+    assert_eq!(ranker.shown.lock().unwrap().len(), 0);
+    all.extend(pour("r", 5..6));
+    let native = pour("n", 0..7);
+    let safe = pour("s", 0..6);
+    cache.maintain();
+    cache.check_invariants().unwrap();
+    assert_eq!(left(&cache, &all), [0, 1, 2], "the newest half went");
+    assert_eq!(left(&cache, &native).len(), 7);
+    // What is below its floor is not asked for, and an empty list is nobody's to rank.
+    assert_eq!(left(&cache, &safe).len(), 6);
+    let shown = ranker.shown.lock().unwrap();
+    assert_eq!(shown.iter().map(Vec::len).collect::<Vec<_>>(), [6]);
+    assert_eq!(cache.status().ranked_evicted_objects, 3);
+}
+
+#[test]
+fn a_ranker_that_fails_at_a_cap_costs_the_native_order() {
+    let cache = open(EngineConfig {
+        trigger_watermark: 0.75,
+        eviction_ratio: 0.5,
+        tenants: vec![Tenant {
+            name: "ranked".into(),
+            salts: vec![CacheSalt::parse("r").unwrap()],
+            budget: Budget {
+                cap_bytes: Some(8 * PAGE),
+                ..Budget::default()
+            },
+        }],
+        ..config(64, Backing::Private)
+    });
+    cache.set_ranker(Told::new(|_| None));
+    for chunk in 0..6 {
+        cache.store_unchecked(&keys_of("r", 0, chunk..chunk + 1), u64::from(chunk));
+    }
+    cache.maintain();
+    cache.check_invariants().unwrap();
+    assert_eq!(left(&cache, &keys_of("r", 0, 0..6)), [3, 4, 5]);
 }
 
 #[test]
