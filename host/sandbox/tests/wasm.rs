@@ -914,7 +914,7 @@ async fn use_is_measured() {
     assert_eq!(started, spinner.run.usage().start_time, "it has started");
     spinner.kill().await;
 
-    // Asleep, it earns its burst again; and once it has had it whole, using it up is a hit.
+    // Asleep, a guest earns its burst.
     let sleeper = sandbox.spawn("sleeper");
     while sleeper.run.usage().cpu_burst > Duration::ZERO {
         tokio::time::sleep(Duration::from_millis(5)).await;

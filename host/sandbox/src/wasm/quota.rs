@@ -149,6 +149,7 @@ pub(super) fn thread_time() -> Duration {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::wasm::turns::Turns;
 
     const BURST: Duration = Duration::from_millis(50);
 
@@ -177,5 +178,45 @@ mod tests {
         // At a tenth, the same 50 ms of processor time are earned in half a second.
         let paid = pay(later, start, took, 10, BURST);
         assert_eq!(paid, later - 10 * BURST + 10 * took);
+    }
+
+    /// Takes so much of the thread's processor time.
+    async fn burn(time: Duration) {
+        let begun = thread_time();
+        while thread_time() - begun < time {
+            std::hint::spin_loop();
+        }
+        tokio::task::yield_now().await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn using_up_a_whole_burst_is_a_hit_of_its_own() {
+        let meter = Arc::new(Meter::default());
+        let turns = Arc::new(Turns::default());
+        tokio::spawn(Arc::clone(&turns).dispatch());
+        let limits = WasmLimits {
+            cpu_burst: Duration::from_millis(4),
+            ..WasmLimits::default()
+        };
+        let hits = |meter: &Meter| [Limit::Cpu, Limit::CpuBurst].map(|it| meter.hits().of(it));
+        let began = Instant::now().into_std();
+        let burst = Burst::new(&limits, began);
+        let seen = Arc::clone(&meter);
+        let guest = async move {
+            // A guest that just began has earned nothing.
+            burn(Duration::from_millis(8)).await;
+            assert_eq!(hits(&seen), [1, 0]);
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            burn(Duration::from_millis(8)).await;
+            assert_eq!(hits(&seen), [2, 1]);
+            // Without another sleep it goes on in debt.
+            burn(Duration::from_millis(8)).await;
+            assert_eq!(hits(&seen), [3, 1]);
+        };
+        let turn = turns.join(limits.cpu_weight);
+        Metered::new(guest, &limits, began, turn, Arc::clone(&meter)).await;
+        let paid = meter.burst_paid_nanoseconds.load(Ordering::Relaxed);
+        // The clock of the run is the real one, and stood still meanwhile: nothing is earned again.
+        assert_eq!(burst.taken(Duration::from_nanos(paid)), limits.cpu_burst);
     }
 }
