@@ -401,20 +401,22 @@ impl Pollable for FileWriter {
             stream,
             quota,
             patience,
+            on_the_way,
             room,
             ..
         } = self;
         let waiting = async {
             stream.ready().await;
+            // Before it is measured, which would count it a second time.
+            quota.written(std::mem::take(on_the_way));
             if *room == Room::ToMeasure {
                 // Where it cannot be told there is no room, which the next look finds.
                 quota.measure().await;
                 *room = Room::Measured;
             }
         };
-        if patience.wait(waiting).await.is_ok() {
-            self.has_written();
-        }
+        // That it took too long is told by the next call.
+        let _ = patience.wait(waiting).await;
     }
 }
 
