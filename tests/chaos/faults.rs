@@ -13,7 +13,7 @@ use crate::{
     audit,
     prompt::Prompt,
     victim::{Step, Victim},
-    world::{World, becomes, descendants, has_ended},
+    world::{StoppedDisk, World, becomes, descendants, has_ended},
 };
 
 /// Longer than every lease of the world's server.
@@ -42,10 +42,12 @@ pub(crate) enum Fault {
     NoDescriptors,
     /// The wall clock jumps, forward or back.
     ClockJumped,
+    /// The disk under the second tier takes no write for a while.
+    DiskStopped,
 }
 
 /// Faults, how often each comes among the sum of all, and its name.
-const FAULTS: [(Fault, u32, &str); 10] = [
+const FAULTS: [(Fault, u32, &str); 11] = [
     (Fault::ClientKilledAtStep, 60, "client-killed-at-step"),
     (Fault::ClientKilledSomewhen, 20, "client-killed-somewhen"),
     (Fault::CrowdKilled, 4, "crowd-killed"),
@@ -56,6 +58,7 @@ const FAULTS: [(Fault, u32, &str); 10] = [
     (Fault::ShmFull, 3, "shm-full"),
     (Fault::NoDescriptors, 4, "no-descriptors"),
     (Fault::ClockJumped, 4, "clock-jumped"),
+    (Fault::DiskStopped, 4, "disk-stopped"),
 ];
 
 impl Fault {
@@ -68,6 +71,7 @@ impl Fault {
                 Self::ClockJumped if world.clock_library.is_none() => {
                     "libfaketime (Debian: faketime)"
                 }
+                Self::DiskStopped if world.disk.is_none() => "a disk of our own",
                 _ => "",
             };
             if !missing.is_empty() {
@@ -156,6 +160,7 @@ impl Fault {
             }
             Self::ShmFull => shm_full(world, rng).await,
             Self::NoDescriptors => no_descriptors(world, rng).await,
+            Self::DiskStopped => disk_stopped(world, rng).await,
             Self::ClockJumped => {
                 const HOUR: i64 = 3600;
                 let by = [HOUR, -HOUR, 87_600 * HOUR, -87_600 * HOUR][rng.usize(..4)];
@@ -250,6 +255,32 @@ async fn plugin_killed(world: &mut World, rng: &mut fastrand::Rng) {
             .await;
         assert!(status < 500, "{status} {body}");
     }
+}
+
+/// Who stores and reads what is in memory does not wait for a disk that takes nothing.
+async fn disk_stopped(world: &mut World, rng: &mut fastrand::Rng) {
+    let disk = world.disk.clone().unwrap();
+    let for_ms = rng.u64(..1500);
+    let mut victim = Victim::start(&world.ipc(), rng.u64(..), Step::Never);
+    world.note(format!("disk-stopped: for {for_ms} ms"));
+    let stopped = StoppedDisk::stop(&disk);
+    let begun = Instant::now();
+    loop {
+        let round = rng.u64(1 << 40..1 << 41);
+        let mut worker = audit::worker(world, round).await;
+        audit::store(&mut worker, Prompt::fresh(round), "stopped").await;
+        audit::read_back(world, &mut worker, Prompt::fresh(round), "stopped-read").await;
+        worker.client.call(15, &[worker.id.into()]).await.value();
+        if begun.elapsed() >= Duration::from_millis(for_ms) {
+            break;
+        }
+    }
+    assert!(
+        begun.elapsed() < Duration::from_millis(for_ms) + crate::SERVED_WITHIN,
+        "a client waited for a stopped disk"
+    );
+    victim.kill();
+    drop(stopped);
 }
 
 async fn shm_full(world: &mut World, rng: &mut fastrand::Rng) {

@@ -14,7 +14,8 @@
 //! otherwise such rounds are counted. Every round is decided by the seed and its own number, so
 //! that it can be run alone; what the rounds before it left in the cache is then missing.
 //!
-//! The program runs in namespaces of its own where it may, so that it can fill `/dev/shm`.
+//! The program runs in namespaces of its own where it may, so that it can fill `/dev/shm`. As root it
+//! also makes a file system in a file for the second tier, whose disk it can stop.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -41,6 +42,8 @@ use crate::{faults::Fault, world::World};
 
 /// In which a client must be served after a fault has ended.
 const SERVED_WITHIN: Duration = Duration::from_secs(1);
+/// Size of the disk under the second tier.
+const DISK_MIB: u32 = 256;
 /// Size of the `/dev/shm` that is filled: two pools, because a client that outlives a killed server
 /// keeps the old one while the next server makes its own, and some for what is beside them.
 const SHM_MIB: u32 = 160;
@@ -98,32 +101,46 @@ fn main() -> ExitCode {
     }
 }
 
-/// This program again as a world, where possible with a `/dev/shm` of its own.
+/// This program again as a world, where possible with a `/dev/shm` and a disk of its own.
 fn enter_namespaces(program: &str) -> Command {
-    let script = format!(
-        "mount -t tmpfs -o size={SHM_MIB}m chaos /dev/shm && STOCKADE_CHAOS_OWN_SHM=1 exec \"$0\" world"
-    );
-    let unshare = [
-        "--user",
-        "--map-root-user",
-        "--mount",
-        "--propagation",
-        "private",
-    ];
-    let may = Command::new("unshare")
-        .args(unshare)
-        .args(["sh", "-c", "mount -t tmpfs chaos /dev/shm"])
-        .stderr(Stdio::null())
-        .status();
-    if may.is_ok_and(|status| status.success()) {
+    // In a namespace of users no disk can be stopped, and root needs none to mount.
+    let of_users: &[&str] = if rustix::process::geteuid().is_root() {
+        &[]
+    } else {
+        &["--user", "--map-root-user"]
+    };
+    let unshare = |script: &str| {
         let mut command = Command::new("unshare");
-        command.args(unshare).args(["sh", "-c", &script, program]);
+        command.args(of_users);
+        command.args(["--mount", "--propagation", "private"]);
+        command.args(["sh", "-c", script, program]);
+        command
+    };
+    let may = |script: &str| {
+        let status = unshare(script).stderr(Stdio::null()).status();
+        status.is_ok_and(|status| status.success())
+    };
+    if !may("mount -t tmpfs chaos /dev/shm") {
+        println!("chaos: no namespaces of our own here, so a full /dev/shm is NOT TRIED");
+        let mut command = Command::new(program);
+        command.arg("world");
         return command;
     }
-    println!("chaos: no namespaces of our own here, so a full /dev/shm is NOT TRIED");
-    let mut command = Command::new(program);
-    command.arg("world");
-    command
+    // The tmpfs holds the image and is the place where it is mounted: both end with the namespace.
+    let disk = format!(
+        "mount -t tmpfs chaos /mnt && truncate -s {DISK_MIB}m /mnt/image && mkfs.ext4 -q /mnt/image \
+         && mkdir /mnt/disk && mount -o loop /mnt/image /mnt/disk"
+    );
+    let with_disk = if may(&disk) {
+        format!("{disk} && export STOCKADE_CHAOS_DISK=/mnt/disk")
+    } else {
+        println!("chaos: no loop device here, so there is no second tier with a disk to stop");
+        "true".to_owned()
+    };
+    unshare(&format!(
+        "mount -t tmpfs -o size={SHM_MIB}m chaos /dev/shm && {with_disk} \
+         && STOCKADE_CHAOS_OWN_SHM=1 exec \"$0\" world"
+    ))
 }
 
 /// What happened in one kind of round.

@@ -3,9 +3,10 @@
 use std::{
     collections::VecDeque,
     fs,
+    io::{BufRead as _, BufReader},
     os::fd::OwnedFd,
-    path::PathBuf,
-    process::Command,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
@@ -27,6 +28,8 @@ pub(crate) struct World {
     pub(crate) directory: tempfile::TempDir,
     /// Whether `/dev/shm` is ours to fill.
     pub(crate) has_own_shm: bool,
+    /// Where the second tier is kept, on a disk that can be stopped.
+    pub(crate) disk: Option<PathBuf>,
     /// The library that shifts the server's wall clock, where it is installed.
     pub(crate) clock_library: Option<PathBuf>,
     /// Chunks whose bytes an audit has compared.
@@ -52,12 +55,19 @@ impl World {
         )
         .unwrap();
         let clock_library = find_clock_library();
+        let disk = super::setting("DISK").map(PathBuf::from);
         fs::write(directory.path().join("clock"), "+0").unwrap();
-        let server = start(&directory, clock_library.as_deref(), LONG_LEASES);
+        let server = start(
+            &directory,
+            disk.as_deref(),
+            clock_library.as_deref(),
+            LONG_LEASES,
+        );
         let mut world = Self {
             server,
             directory,
             has_own_shm: super::setting("OWN_SHM").is_some(),
+            disk,
             clock_library,
             chunks_compared: 0,
             history: VecDeque::new(),
@@ -123,7 +133,12 @@ impl World {
         let started = Instant::now();
         self.restarts += 1;
         let leases = [LONG_LEASES, SHORT_LEASES][self.restarts % 2];
-        self.server = start(&self.directory, self.clock_library.as_deref(), leases);
+        self.server = start(
+            &self.directory,
+            self.disk.as_deref(),
+            self.clock_library.as_deref(),
+            leases,
+        );
         started
     }
 
@@ -172,7 +187,8 @@ pub(crate) fn slot_bytes() -> u64 {
 
 fn start(
     directory: &tempfile::TempDir,
-    clock_library: Option<&std::path::Path>,
+    disk: Option<&Path>,
+    clock_library: Option<&Path>,
     lease_seconds: &str,
 ) -> Server {
     let path = |name: &str| directory.path().join(name).display().to_string();
@@ -192,6 +208,20 @@ fn start(
         ["--l1-read-ttl-seconds", lease_seconds],
         ["--runtime-plugin-locations", &plugins],
     ];
+    let mut flags = flags.as_flattened().to_vec();
+    // Small, so that its own eviction runs too.
+    let tier = disk.map(|path| {
+        serde_json::json!({
+            "type": "fs",
+            "base_path": path.join("objects"),
+            "max_capacity_gb": 0.1,
+            "eviction": {"eviction_policy": "LRU"},
+        })
+        .to_string()
+    });
+    if let Some(tier) = &tier {
+        flags.extend(["--l2-adapter", tier.as_str()]);
+    }
     let clock = path("clock");
     let library = clock_library.map(|path| path.display().to_string());
     let mut environment = Vec::new();
@@ -203,7 +233,37 @@ fn start(
             ("FAKETIME_DONT_FAKE_MONOTONIC", "1"),
         ]);
     }
-    Server::start_with_env(flags.as_flattened(), &environment)
+    Server::start_with_env(&flags, &environment)
+}
+
+/// A disk on which no write goes on, until this is dropped.
+pub(crate) struct StoppedDisk(Child);
+
+impl StoppedDisk {
+    /// Stops it. A process of its own starts it again after five seconds at the latest, also when this
+    /// one is killed: who writes to a stopped disk cannot be.
+    pub(crate) fn stop(disk: &Path) -> Self {
+        let script =
+            "fsfreeze -f \"$0\" && echo stopped; timeout 5 cat > /dev/null; fsfreeze -u \"$0\"";
+        let mut child = Command::new("sh")
+            .args(["-c", script, disk.to_str().unwrap()])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut line = String::new();
+        let output = child.stdout.take().unwrap();
+        BufReader::new(output).read_line(&mut line).unwrap();
+        assert_eq!(line, "stopped\n", "the disk cannot be stopped");
+        Self(child)
+    }
+}
+
+impl Drop for StoppedDisk {
+    fn drop(&mut self) {
+        drop(self.0.stdin.take());
+        let _ = self.0.wait();
+    }
 }
 
 /// Debian's libfaketime.

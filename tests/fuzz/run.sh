@@ -53,7 +53,12 @@ fuzz() {                                # TARGET: leaves TARGET.line in artifact
   local corpus=$here/corpus/$target seeds=$here/seeds/$target log=$here/artifacts/$target.log
   mkdir -p "$corpus" "$here/artifacts/$target" "$seeds"
   # Long inputs cost time and find what short ones find; pickles and token ids need some length.
-  case $target in decode_request | pickle) longest=16384 ;; *) longest=2048 ;; esac
+  case $target in
+    decode_request | pickle) longest=16384 ;;
+    # These look at each byte on its own, with limits small enough for this.
+    zmtp_decoder | log_stream) longest=512 ;;
+    *) longest=2048 ;;
+  esac
   options=(-timeout=10 -rss_limit_mb=2048 "-max_len=$longest" -print_final_stats=1 "-artifact_prefix=$here/artifacts/$target/")
   [ ! -f "$here/$target.dict" ] || options+=("-dict=$here/$target.dict")
   "$programs/fuzz_$target" "$bound" "${options[@]}" "$corpus" "$seeds" > "$log" 2>&1 || status=FAILED

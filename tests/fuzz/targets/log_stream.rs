@@ -14,8 +14,8 @@ const LIMITS: LogLimits = LogLimits {
     bytes_per_second: u32::MAX,
     line_bytes: MAX_LINE_BYTES,
 };
-/// Where a plugin's lines are cut.
-const MAX_LINE_BYTES: u32 = 8 * 1024;
+/// Where lines are cut: much earlier than by default, so that short inputs reach it.
+const MAX_LINE_BYTES: u32 = 256;
 /// The longest escape of one byte, and what is said about a cut line.
 const LINE_BYTES: usize = MAX_LINE_BYTES as usize * 6 + 100;
 

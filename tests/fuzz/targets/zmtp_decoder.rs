@@ -12,10 +12,10 @@ use stockade_transport::{
 
 /// Small, so that short inputs reach them.
 const LIMITS: Limits = Limits {
-    max_frame_bytes: 512,
-    max_message_bytes: 1024,
-    max_frames: 8,
-    skip_factor: 4,
+    max_frame_bytes: 128,
+    max_message_bytes: 256,
+    max_frames: 4,
+    skip_factor: 2,
 };
 
 /// Two read buffers.
