@@ -472,25 +472,6 @@ impl Service {
         }
     }
 
-    /// Runs what copies a chunk after the other, when as few others do so that memory suffices.
-    ///
-    /// Once it has begun it is waited for, because it looks at the deadline itself: nothing may
-    /// be written into an engine's memory after the reply.
-    async fn copy(
-        &self,
-        answer: impl FnOnce() -> Option<Frames> + Send + 'static,
-        deadline: Instant,
-    ) -> Option<Option<Frames>> {
-        let permit = Arc::clone(&self.copies.permits).acquire_owned();
-        let permit = tokio::time::timeout_at(deadline.into(), permit).await;
-        let permit = permit.ok()?.ok()?;
-        let answer = tokio::task::spawn_blocking(move || {
-            let _permit = permit;
-            answer()
-        });
-        answer.await.ok()
-    }
-
     /// The reply to a request that is not served: the negative result that the operation has in
     /// its type, or else an error reply.
     ///
@@ -985,41 +966,46 @@ impl Handler for ServiceHandler {
         let deadline = arrived + service.settings.deadline;
         Outcome::Later(Box::pin(async move {
             let answer = move || worker.answer(&peer, frames, arrived);
-            let answer = if operation.is_some_and(lmcache_driven::copies) {
-                service.copy(answer, deadline).await
-            } else {
-                let (realm, share) = (caller.realm(), caller.share());
-                let has_company = service.tenancy.has_company(realm);
-                let large = service.tenancy.large();
-                let place = large.admit(realm, share, bytes, has_company);
-                match tokio::time::timeout_at(deadline.into(), place).await {
-                    Ok(Ok(place)) => {
-                        // The place is given back when the work is done, whoever still waits.
-                        let work = tokio::task::spawn_blocking(move || {
-                            let reply = answer();
-                            drop(place);
-                            reply
-                        });
-                        let work = tokio::time::timeout_at(deadline.into(), work).await;
-                        work.ok().and_then(Result::ok)
-                    }
-                    Ok(Err(TooManyInFlight { .. })) => {
-                        let name = operation.map_or("request", Operation::name);
-                        let audit = service.tenancy.audit();
-                        audit.denied(&caller, Denial::InFlight, name, None);
-                        let envelope = envelope?;
-                        service.metrics.failed(operation, "in_flight");
-                        service.log.warn("in_flight", || {
-                            "a tenant has as many large requests in flight as it may".to_owned()
-                        });
-                        return Some(service.refusal(
-                            &envelope,
-                            operation,
-                            "this tenant has as many large requests in flight as it may: send fewer at once, or raise max_in_flight of its table",
-                        ));
-                    }
-                    Err(_) => None,
+            let copies = operation.is_some_and(lmcache_driven::copies);
+            let line = match copies {
+                true => service.tenancy.copies(),
+                false => service.tenancy.large(),
+            };
+            let (realm, share) = (caller.realm(), caller.share());
+            let has_company = service.tenancy.has_company(realm);
+            let place = line.admit(realm, share, bytes, has_company);
+            let answer = match tokio::time::timeout_at(deadline.into(), place).await {
+                Ok(Ok(place)) => {
+                    // The place is given back when the work is done, whoever still waits.
+                    let work = tokio::task::spawn_blocking(move || {
+                        let reply = answer();
+                        drop(place);
+                        reply
+                    });
+                    // A copy looks at the deadline itself, and is waited for: nothing may be
+                    // written into an engine's memory after the reply.
+                    let work = match copies {
+                        true => Ok(work.await),
+                        false => tokio::time::timeout_at(deadline.into(), work).await,
+                    };
+                    work.ok().and_then(Result::ok)
                 }
+                Ok(Err(TooManyInFlight { .. })) => {
+                    let name = operation.map_or("request", Operation::name);
+                    let audit = service.tenancy.audit();
+                    audit.denied(&caller, Denial::InFlight, name, None);
+                    let envelope = envelope?;
+                    service.metrics.failed(operation, "in_flight");
+                    service.log.warn("in_flight", || {
+                        "a tenant has as many large requests in flight as it may".to_owned()
+                    });
+                    return Some(service.refusal(
+                        &envelope,
+                        operation,
+                        "this tenant has as many large requests in flight as it may: send fewer at once, or raise max_in_flight of its table",
+                    ));
+                }
+                Err(_) => None,
             };
             if let Some(reply) = answer {
                 return reply;

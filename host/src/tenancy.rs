@@ -34,6 +34,12 @@ pub use shares::{Rate, Share, ShareUse};
 
 use shares::{Seat, Shares};
 
+/// Fewest and most requests at once for which the server copies.
+const COPIES: (usize, usize) = (2, 8);
+/// Bytes of large requests that a tenant may have in flight while others are there, before more of
+/// them are left unread. An eighth of what all connections may have (`max_inbound_bytes`).
+const IN_FLIGHT_BYTES: usize = 32 << 20;
+
 /// The salt of what nobody may have. Nothing is stored under it, whoever asks.
 pub const DENIED_SALT: &str = "stockade-denied";
 
@@ -289,6 +295,7 @@ pub struct Tenancy {
     shared: AtomicBool,
     shares: Shares,
     large: LargeRequests,
+    copies: LargeRequests,
     meter: Meter,
     audit: Audit,
 }
@@ -301,6 +308,7 @@ impl Tenancy {
             shared: AtomicBool::new(rules.share()),
             shares: Shares::new(threads),
             large: LargeRequests::new(threads),
+            copies: LargeRequests::new(threads.clamp(COPIES.0, COPIES.1)),
             meter: Meter::default(),
             rules: RwLock::new(rules),
             generation: AtomicU64::new(1),
@@ -343,6 +351,13 @@ impl Tenancy {
         &self.large
     }
 
+    /// Requests for which the server copies KV itself. A line of their own, because each holds a
+    /// chunk in memory and takes as long as an engine's memory lets it.
+    #[must_use]
+    pub fn copies(&self) -> &LargeRequests {
+        &self.copies
+    }
+
     /// What tenants use.
     #[must_use]
     pub fn meter(&self) -> &Meter {
@@ -371,10 +386,27 @@ impl Tenancy {
         }
         let caller = self.caller(peer);
         match Found::of(peer) {
-            Some(found) => self
-                .shares
-                .poll_turn(&found.seat, caller.realm(), caller.share(), cx),
+            Some(found) => {
+                let realm = caller.realm();
+                let turn = self
+                    .shares
+                    .poll_turn(&found.seat, realm, caller.share(), cx);
+                turn.map(|turn| Turn {
+                    in_flight_bytes: self.in_flight_bytes(realm),
+                    ..turn
+                })
+            }
             None => Poll::Ready(Turn::UNLIMITED),
+        }
+    }
+
+    /// What a connection may have in flight for its next message to be read: nothing, if its
+    /// tenant has its part of the memory for requests, and others may want theirs.
+    fn in_flight_bytes(&self, realm: &Realm) -> usize {
+        let held = self.large.held_bytes(realm) + self.copies.held_bytes(realm);
+        match held >= IN_FLIGHT_BYTES && self.shares.has_company(realm) {
+            true => 0,
+            false => usize::MAX,
         }
     }
 

@@ -12,7 +12,6 @@ use std::{sync::Arc, time::Instant};
 use stockade_cache::{ObjectKey, ReserveError};
 use stockade_transport::Peer;
 use stockade_wire::{CacheKey, InstanceId, KvCacheRegistration, Operation, Response};
-use tokio::sync::Semaphore;
 
 use self::{
     copy::{Blocks, CopyError},
@@ -61,20 +60,16 @@ pub(super) fn copies(operation: Operation) -> bool {
 /// What the path keeps beside the registrations.
 pub(super) struct Copies {
     segments: OpenSegments,
-    /// Copies at once, each of which holds a chunk in memory.
-    pub(super) permits: Arc<Semaphore>,
     overflow_user: u32,
 }
 
 impl Default for Copies {
     fn default() -> Self {
-        let threads = std::thread::available_parallelism().map_or(1, usize::from);
         let overflow_user = std::fs::read_to_string(OVERFLOW_USER_FILE)
             .ok()
             .and_then(|text| text.trim().parse().ok());
         Self {
             segments: OpenSegments::default(),
-            permits: Arc::new(Semaphore::new(threads.clamp(2, 8))),
             overflow_user: overflow_user.unwrap_or(OVERFLOW_USER),
         }
     }

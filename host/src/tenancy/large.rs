@@ -47,6 +47,8 @@ struct Lines {
     /// Tenants with something waiting, in the order in which they are looked at.
     round: VecDeque<Realm>,
     running: usize,
+    /// Bytes of the requests of each tenant, waiting and in work.
+    held: HashMap<Realm, usize>,
 }
 
 /// The lines of large requests.
@@ -62,6 +64,7 @@ pub struct Place {
     lines: Arc<Mutex<Lines>>,
     realm: Realm,
     places: usize,
+    bytes: usize,
 }
 
 impl LargeRequests {
@@ -103,6 +106,7 @@ impl LargeRequests {
             if was_empty {
                 lines.round.push_back(realm.clone());
             }
+            *lines.held.entry(realm.clone()).or_default() += bytes;
             lines.dispatch(self.places);
             admitted
         };
@@ -111,9 +115,16 @@ impl LargeRequests {
             lines: Arc::clone(&self.lines),
             realm: realm.clone(),
             places: self.places,
+            bytes,
             admitted: Some(admitted),
         };
         Ok(place.wait().await)
+    }
+
+    /// Bytes of the tenant's requests that wait or are worked on.
+    #[must_use]
+    pub fn held_bytes(&self, realm: &Realm) -> usize {
+        self.lines.lock().held.get(realm).copied().unwrap_or(0)
     }
 }
 
@@ -122,6 +133,7 @@ struct PendingPlace {
     lines: Arc<Mutex<Lines>>,
     realm: Realm,
     places: usize,
+    bytes: usize,
     admitted: Option<oneshot::Receiver<()>>,
 }
 
@@ -136,6 +148,7 @@ impl PendingPlace {
             lines: Arc::clone(&self.lines),
             realm: self.realm.clone(),
             places: self.places,
+            bytes: self.bytes,
         }
     }
 }
@@ -150,7 +163,10 @@ impl Drop for PendingPlace {
                     lines: Arc::clone(&self.lines),
                     realm: self.realm.clone(),
                     places: self.places,
+                    bytes: self.bytes,
                 });
+            } else {
+                self.lines.lock().release(&self.realm, self.bytes);
             }
         }
     }
@@ -159,6 +175,7 @@ impl Drop for PendingPlace {
 impl Drop for Place {
     fn drop(&mut self) {
         let mut lines = self.lines.lock();
+        lines.release(&self.realm, self.bytes);
         lines.running -= 1;
         let is_done = lines.lines.get_mut(&self.realm).is_some_and(|line| {
             line.running -= 1;
@@ -172,6 +189,16 @@ impl Drop for Place {
 }
 
 impl Lines {
+    /// A request is not held any more.
+    fn release(&mut self, realm: &Realm, bytes: usize) {
+        if let Some(held) = self.held.get_mut(realm) {
+            *held = held.saturating_sub(bytes);
+            if *held == 0 {
+                self.held.remove(realm);
+            }
+        }
+    }
+
     /// Lets requests go while there are places.
     fn dispatch(&mut self, places: usize) {
         // Looks in a row that let nobody go; after a whole round of them all are at their most.
@@ -360,6 +387,7 @@ mod tests {
         let first = large.admit(&flood, share(1), 1, true).await.unwrap();
         let mut second = Box::pin(large.admit(&flood, share(1), 1, true));
         assert!(is_pending(&mut second), "the second place is kept free");
+        assert_eq!(large.held_bytes(&flood), 2);
         // The others have gone: both places are its own.
         let third = large.admit(&flood, share(1), 1, false);
         let (second, third) = tokio::join!(second, async {
@@ -401,5 +429,6 @@ mod tests {
         }
         let lines = large.lines.lock();
         assert_eq!((lines.running, lines.lines.len()), (0, 0));
+        assert_eq!(lines.held.len(), 0, "{:?}", lines.held);
     }
 }

@@ -30,6 +30,7 @@ use super::Realm;
 const TURN: Turn = Turn {
     messages: 4,
     bytes: 8 << 10,
+    in_flight_bytes: usize::MAX,
 };
 /// What a message costs beside its bytes, in bytes that take about as long to work on.
 const MESSAGE_COST: u64 = 2 << 10;
@@ -610,6 +611,7 @@ mod tests {
     const NOTHING: Turn = Turn {
         messages: 0,
         bytes: 0,
+        in_flight_bytes: 0,
     };
 
     #[test]
@@ -726,6 +728,7 @@ mod tests {
             0 => Turn {
                 messages: 1,
                 bytes: 100,
+                ..NOTHING
             },
             _ => TURN,
         };
@@ -771,9 +774,9 @@ mod tests {
             let mut costs_of = costs.iter().cycle();
             let mut next = |_| {
                 let &(messages, bytes) = costs_of.next().unwrap_or(&(1, 0));
-                Turn { messages, bytes }
+                Turn { messages, bytes, ..NOTHING }
             };
-            let most = costs.iter().map(|&(messages, bytes)| cost(Turn { messages, bytes })).max();
+            let most = costs.iter().map(|&(messages, bytes)| cost(Turn { messages, bytes, ..NOTHING })).max();
             let slack = (turns as u64 + 1) * most.unwrap_or(0);
             for _ in 0..500 {
                 floods.step(&mut next);

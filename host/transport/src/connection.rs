@@ -199,6 +199,7 @@ impl<H: Handler, S: AsyncRead + AsyncWrite + Unpin> Connection<H, S> {
                     self.allowance = Turn {
                         messages: allowance.messages.max(1),
                         bytes: allowance.bytes.max(1),
+                        ..allowance
                     };
                 }
                 Poll::Pending => {
@@ -333,6 +334,8 @@ impl<H: Handler, S: AsyncRead + AsyncWrite + Unpin> Connection<H, S> {
         let config = &self.shared.config;
         matches!(self.phase, Phase::Open)
             && self.in_flight.len() < config.max_in_flight
+            // Of small ones the turns are the measure, and their futures wake us when they end.
+            && self.in_flight_bytes <= self.allowance.in_flight_bytes
             && self.has_outbound_room()
     }
 

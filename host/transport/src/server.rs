@@ -35,6 +35,9 @@ pub struct Turn {
     /// Bytes: of messages for what it may do, read from the peer for what it did. The message or
     /// the read that goes over them is the last one.
     pub bytes: usize,
+    /// Bytes of its own requests in flight at which the connection takes no more of them; one that
+    /// has none in flight may always take one. Of no meaning for what it did.
+    pub in_flight_bytes: usize,
 }
 
 impl Turn {
@@ -42,6 +45,7 @@ impl Turn {
     pub const UNLIMITED: Self = Self {
         messages: usize::MAX,
         bytes: usize::MAX,
+        in_flight_bytes: usize::MAX,
     };
 }
 

@@ -17,3 +17,4 @@ mod hostile;
 mod libzmq;
 mod listeners;
 mod shutdown;
+mod turns;
