@@ -11,6 +11,7 @@ mod artefact;
 mod cache;
 mod compiler;
 mod component_files;
+mod directory_quota;
 mod engine;
 mod error;
 mod filesystem;
@@ -19,12 +20,15 @@ mod handler_clock;
 mod imports;
 mod inspect;
 mod launch;
+mod linking;
 mod made;
 mod quota;
 mod reactor;
+mod room;
 mod streams;
 mod turns;
 mod urgency;
+mod usage;
 
 use std::{
     collections::HashMap,
@@ -34,7 +38,7 @@ use std::{
     pin::Pin,
     sync::{
         Arc, Mutex, PoisonError, Weak,
-        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
         mpsc,
     },
     thread::{self, JoinHandle},
@@ -43,14 +47,15 @@ use std::{
 
 use tokio::{runtime, sync::watch};
 use tokio_util::sync::{CancellationToken, DropGuard};
-use wasmtime::{Engine, Linker, UnknownImportError, component};
-use wasmtime_wasi::p2::bindings::CommandPre;
+use wasmtime::Engine;
 
 use self::{
     artefact::Compiled,
     cache::Cache,
-    guest::{Code, GuestState, Invocation, Meter},
+    guest::{Code, Invocation, Meter},
+    linking::Linkers,
     quota::{Burst, Metered},
+    room::Room,
     streams::StopInput,
     turns::Turns,
     urgency::{Killed, Urgency},
@@ -62,31 +67,18 @@ pub use self::{
     inspect::{ModuleFacts, ModuleForm, inspect},
     launch::{Access, Directory, Launch, Lift, WasmLimits},
     made::Made,
+    usage::{WasmUsage, module_limits},
 };
 use crate::{
     host_api,
-    limit::{Limit, LimitHits, LimitUse},
+    limit::Limit,
     log_stream::LogLevel,
-    outbound::{LOOKUPS_AT_ONCE, Network, Outbound, OutboundUse},
+    outbound::{LOOKUPS_AT_ONCE, Network, Outbound},
 };
 
 /// Threads on which guests' file calls wait for the system, beside those of look-ups; they start
 /// when they are needed.
 const FILE_THREADS: usize = 16;
-
-/// Maps that one guest takes at most: its memory's two guards, content and rest, its stack's
-/// guard and content, and one to spare. Neighbours share some, so that most take five.
-const MAPS_PER_GUEST: usize = 7;
-
-/// How many guests start before the maps are counted again, which takes milliseconds when there
-/// are tens of thousands.
-const STARTS_PER_COUNT: usize = 256;
-
-/// What Linux gives a process where it does not say.
-const DEFAULT_MAX_MAPS: usize = 65_530;
-
-/// The part of all maps that guests may take; when they end, the server's own allocations fail.
-const MAPS_FOR_GUESTS_PERCENT: usize = 80;
 
 /// Which of a guest's two outputs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -174,171 +166,6 @@ pub enum WasmEnd {
     Refused(String),
     /// The run was killed, or its runtime dropped.
     Killed,
-}
-
-/// What a run has used.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct WasmUsage {
-    /// Linear memory now, in bytes; 0 after the end.
-    pub memory_bytes: u64,
-    /// The most linear memory so far, in bytes.
-    pub peak_memory_bytes: u64,
-    /// Table elements now; 0 after the end.
-    pub table_elements: u64,
-    /// The most table elements so far.
-    pub peak_table_elements: u64,
-    /// Memories, tables and instances of its code.
-    pub memories: u64,
-    /// As `memories`.
-    pub tables: u64,
-    /// As `memories`.
-    pub instances: u64,
-    /// The deepest that its stack was seen, in bytes: at calls of the host and at the ends of
-    /// turns, from the shallowest of them.
-    pub peak_stack_bytes: u64,
-    /// Processor time, host calls included.
-    pub cpu_time: Duration,
-    /// What of its burst it has not, as it took it or has yet to earn it.
-    pub cpu_burst: Duration,
-    /// Wall time that starting took, or has taken so far.
-    pub start_time: Duration,
-    /// The longest that a handler took.
-    pub longest_call: Duration,
-    /// The longest that one call into the file system took.
-    pub longest_host_call: Duration,
-    /// The most files that were open at once.
-    pub peak_open_files: u64,
-    /// What lies in the writable directories, or more, as of the last write.
-    pub directory_bytes: u64,
-    /// Arguments and environment, in bytes.
-    pub environment_bytes: u64,
-    /// HTTP requests.
-    pub outbound: OutboundUse,
-    /// How often each limit was hit.
-    pub hits: LimitHits,
-    /// Wall time since the start.
-    pub wall_time: Duration,
-}
-
-impl WasmUsage {
-    /// The limits that a run is held to, with what is used of each.
-    #[must_use]
-    pub fn limits(&self, limits: &WasmLimits) -> Vec<LimitUse> {
-        let milliseconds = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
-        let count = |count: usize| u64::try_from(count).unwrap_or(u64::MAX);
-        let wall = self.wall_time.as_secs_f64().max(0.001);
-        let cpu_percent = self.cpu_time.as_secs_f64() / wall * 100.0;
-        let rows = [
-            (Limit::Memory, limits.memory_bytes, self.memory_bytes),
-            (Limit::Memories, count(limits.memories), self.memories),
-            (
-                Limit::TableElements,
-                limits.table_elements,
-                self.table_elements,
-            ),
-            (Limit::Tables, count(limits.tables), self.tables),
-            (Limit::Instances, count(limits.instances), self.instances),
-            (
-                Limit::Stack,
-                count(engine::GUEST_STACK),
-                self.peak_stack_bytes,
-            ),
-            (
-                Limit::Cpu,
-                limits.cpu_percent.into(),
-                cpu_percent.round() as u64,
-            ),
-            (
-                Limit::CpuBurst,
-                milliseconds(limits.cpu_burst),
-                milliseconds(self.cpu_burst),
-            ),
-            (
-                Limit::StartTime,
-                milliseconds(limits.start_time),
-                milliseconds(self.start_time),
-            ),
-            (
-                Limit::RunTime,
-                limits.run_time.map_or(0, milliseconds),
-                milliseconds(self.wall_time),
-            ),
-            (
-                Limit::HostCallTime,
-                milliseconds(limits.host_call_time),
-                milliseconds(self.longest_host_call),
-            ),
-            (
-                Limit::Environment,
-                limits.environment_bytes,
-                self.environment_bytes,
-            ),
-            (
-                Limit::OpenFiles,
-                limits.open_files.into(),
-                self.peak_open_files,
-            ),
-            (
-                Limit::DirectoryBytes,
-                limits.directory_bytes,
-                self.directory_bytes,
-            ),
-            (
-                Limit::HttpHosts,
-                count(limits.outbound.grants.len()),
-                self.outbound.hosts,
-            ),
-            (
-                Limit::HttpRequests,
-                limits.outbound.per_second.into(),
-                self.outbound.per_second,
-            ),
-            (
-                Limit::HttpTime,
-                milliseconds(limits.outbound.timeout),
-                milliseconds(self.outbound.longest),
-            ),
-            (
-                Limit::HttpBody,
-                limits.outbound.body_bytes,
-                self.outbound.largest_body,
-            ),
-        ];
-        rows.into_iter()
-            .map(|(limit, declared, used)| LimitUse {
-                limit,
-                declared,
-                used,
-                hits: self.hits.of(limit),
-            })
-            .collect()
-    }
-}
-
-/// The limits on a module itself, with how often they refused it.
-#[must_use]
-pub fn module_limits(made: Made, compile: CompileLimits, hits: &LimitHits) -> Vec<LimitUse> {
-    let milliseconds = u64::try_from(compile.time.as_millis()).unwrap_or(u64::MAX);
-    let form = ModuleForm::default();
-    let rows = [
-        (Limit::ModuleBytes, form.bytes, made.bytes),
-        (Limit::Functions, form.functions, made.functions),
-        (Limit::Names, form.names, made.names),
-        (Limit::CompileTime, milliseconds, made.compile_milliseconds),
-        (
-            Limit::CompileMemory,
-            compile.memory_bytes,
-            made.compile_memory_bytes,
-        ),
-    ];
-    rows.into_iter()
-        .map(|(limit, declared, used)| LimitUse {
-            limit,
-            declared,
-            used,
-            hits: hits.of(limit),
-        })
-        .collect()
 }
 
 /// A compiled module that may be run; cheap to clone.
@@ -447,8 +274,7 @@ impl WasmRun {
 /// one `memory.fill` within the memory limit takes.
 pub struct WasmRuntime {
     engine: Engine,
-    linker: Linker<GuestState>,
-    component_linker: component::Linker<GuestState>,
+    linkers: Linkers,
     cache: Cache,
     compiler: Compiler,
     compile_limits: CompileLimits,
@@ -492,9 +318,7 @@ impl WasmRuntime {
         let failed = |error: &dyn fmt::Display| WasmError::Runtime(error.to_string());
         let cache = Cache::open_directory(&config.cache_dir)?;
         let engine = engine::new_engine(config.stack_bytes).map_err(|error| failed(&error))?;
-        let linker = guest::new_linker(&engine).map_err(|error| failed(&error))?;
-        let component_linker =
-            guest::new_component_linker(&engine).map_err(|error| failed(&error))?;
+        let linkers = Linkers::new(&engine).map_err(|error| failed(&error))?;
         let shutdown = CancellationToken::new();
         let (guest_thread, guests, urgency) =
             start_guest_thread(shutdown.clone()).map_err(|error| failed(&error))?;
@@ -502,8 +326,7 @@ impl WasmRuntime {
         guests.spawn(Arc::clone(&turns).dispatch());
         let mut runtime = Self {
             compatibility: engine::compatibility(&engine),
-            linker,
-            component_linker,
+            linkers,
             cache,
             compiler: config.compiler,
             compile_limits: config.compile_limits,
@@ -568,7 +391,7 @@ impl WasmRuntime {
             required.as_ref().map_or(0, count).into()
         };
         let loaded = Arc::new(Loaded {
-            code: self.link(name, &compiled)?,
+            code: self.linkers.link(name, &compiled)?,
             made: Made {
                 bytes: u64::try_from(bytes.len()).unwrap_or(u64::MAX),
                 memories: required(|required| required.num_memories),
@@ -750,66 +573,6 @@ impl WasmRuntime {
             reason: "what it wrote cannot be loaded".to_owned(),
         })
     }
-
-    /// Refuses what does not fit the sandbox, and links the rest.
-    fn link(&self, name: &str, compiled: &Compiled) -> Result<Code, WasmError> {
-        match compiled {
-            Compiled::Module(module) => {
-                let imports = module.imports();
-                let imports = imports.map(|import| (import.module(), import.name()));
-                host_api::check_imports(name, imports)?;
-                let start = module.get_export("_start");
-                let has_start = start
-                    .and_then(|it| it.func().map(|f| f.params().len() + f.results().len()))
-                    .is_some_and(|values| values == 0);
-                let is_reactor = !has_start && has_handler(name, module)?;
-                let instance = self
-                    .linker
-                    .instantiate_pre(module)
-                    .map_err(|error| import_error(name, &error))?;
-                match (has_start, is_reactor) {
-                    (true, _) => Some(Code::Module(instance)),
-                    (false, true) => Some(Code::Reactor(instance)),
-                    (false, false) => None,
-                }
-            }
-            Compiled::Component(component) => {
-                let instance = self
-                    .component_linker
-                    .instantiate_pre(component)
-                    .map_err(|error| component_import_error(name, &error))?;
-                CommandPre::new(instance).ok().map(Code::Component)
-            }
-        }
-        .ok_or_else(|| WasmError::NoStart {
-            name: name.to_owned(),
-        })
-    }
-}
-
-/// Whether a module exports handlers, which must have their type.
-fn has_handler(name: &str, module: &wasmtime::Module) -> Result<bool, WasmError> {
-    let mut has_any = false;
-    for handler in host_api::Handler::ALL {
-        let Some(export) = module.get_export(handler.export()) else {
-            continue;
-        };
-        let is_handler = export.func().is_some_and(|function| {
-            let is_i32 = |it: wasmtime::ValType| it.is_i32();
-            function.params().len() == 1
-                && function.results().len() == 1
-                && function.params().all(is_i32)
-                && function.results().all(is_i32)
-        });
-        if !is_handler {
-            return Err(WasmError::HandlerType {
-                name: name.to_owned(),
-                handler: handler.export(),
-            });
-        }
-        has_any = true;
-    }
-    Ok(has_any)
 }
 
 /// Tells the server that a run is over, however it ended.
@@ -826,41 +589,6 @@ impl Drop for Ending {
             // Not here, where a lock would be held at the guests' priority.
             drop(runtime.spawn_blocking(move || host.ended(&run)));
         }
-    }
-}
-
-fn import_error(name: &str, error: &wasmtime::Error) -> WasmError {
-    let name = name.to_owned();
-    match error.downcast_ref::<UnknownImportError>() {
-        Some(import) => WasmError::NotGranted {
-            name,
-            module: import.module().to_owned(),
-            field: import.name().to_owned(),
-        },
-        None => WasmError::ImportType {
-            name,
-            reason: format!("{error:#}"),
-        },
-    }
-}
-
-/// The linker of components names a missing import in its text alone.
-fn component_import_error(name: &str, error: &wasmtime::Error) -> WasmError {
-    let reason = format!("{error:#}");
-    let missing = reason
-        .contains("was not found in the linker")
-        .then(|| reason.split('`').nth(1))
-        .flatten();
-    match missing {
-        Some(instance) => WasmError::NotGranted {
-            name: name.to_owned(),
-            module: instance.to_owned(),
-            field: "*".to_owned(),
-        },
-        None => WasmError::ImportType {
-            name: name.to_owned(),
-            reason,
-        },
     }
 }
 
@@ -884,60 +612,6 @@ impl Drop for WasmRuntime {
                 self.ticker_stop.store(true, Ordering::Release);
             }
         }
-    }
-}
-
-/// Room for guests: what the process may map, less what the server keeps for itself.
-struct Room {
-    live: AtomicUsize,
-    most_maps: usize,
-    /// How many guests may start before the maps are counted again.
-    starts: Mutex<usize>,
-}
-
-impl Room {
-    fn new() -> Self {
-        let limit = std::fs::read_to_string("/proc/sys/vm/max_map_count")
-            .ok()
-            .and_then(|text| text.trim().parse().ok())
-            .unwrap_or(DEFAULT_MAX_MAPS);
-        Self {
-            live: AtomicUsize::new(0),
-            most_maps: limit / 100 * MAPS_FOR_GUESTS_PERCENT,
-            starts: Mutex::new(STARTS_PER_COUNT),
-        }
-    }
-
-    /// A place for one more guest, if there is room.
-    fn take(room: &Arc<Self>) -> Option<Place> {
-        let mut starts = room.starts.lock().unwrap_or_else(PoisonError::into_inner);
-        if *starts == 0 {
-            let free = room.most_maps.saturating_sub(count_maps());
-            *starts = (free / MAPS_PER_GUEST).min(STARTS_PER_COUNT);
-        }
-        *starts = starts.checked_sub(1)?;
-        room.live.fetch_add(1, Ordering::Relaxed);
-        Some(Place(Arc::clone(room)))
-    }
-}
-
-/// The memory maps of this process.
-fn count_maps() -> usize {
-    let Ok(file) = std::fs::File::open("/proc/self/maps") else {
-        return 0;
-    };
-    let lines = std::io::BufReader::with_capacity(64 << 10, file);
-    std::io::BufRead::split(lines, b'\n')
-        .map_while(Result::ok)
-        .count()
-}
-
-/// One of the places for running guests.
-struct Place(Arc<Room>);
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        self.0.live.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

@@ -26,7 +26,8 @@ use wasmtime_wasi::{
 };
 
 use super::{
-    filesystem::{ENTRY_BYTES, Files, HostCallTimeout, Quota, in_time},
+    directory_quota::Quota,
+    filesystem::{ENTRY_BYTES, Files, HostCallTimeout, in_time},
     guest::{GuestState, Meter},
 };
 
