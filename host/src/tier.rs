@@ -170,7 +170,7 @@ impl Tier {
                 Ok(Backend {
                     spec: spec.clone(),
                     guarded: Guarded::new(adapter),
-                    lane: Lane::default(),
+                    lane: Lane::new(spec.concurrency()),
                     place: Place::storage(spec.type_name(), spec.is_shared()),
                 })
             })

@@ -49,14 +49,24 @@ struct Queue {
 }
 
 /// The objects that wait for one adapter.
-#[derive(Default)]
 pub(super) struct Lane {
+    /// Tasks that write.
+    writers: usize,
     queue: Mutex<Queue>,
     filled: Notify,
     in_work: AtomicUsize,
 }
 
 impl Lane {
+    pub(super) fn new(writers: usize) -> Self {
+        Self {
+            writers: writers.max(1),
+            queue: Mutex::default(),
+            filled: Notify::new(),
+            in_work: AtomicUsize::new(0),
+        }
+    }
+
     /// Objects and bytes that wait.
     pub(super) fn waiting(&self) -> (usize, u64) {
         let queue = self.queue.lock();
@@ -106,7 +116,8 @@ impl Lane {
         loop {
             let (taken, is_more) = {
                 let mut queue = self.queue.lock();
-                let count = queue.descents.len().min(BATCH);
+                // A part for each writer, or one would write a prompt while the others wait.
+                let count = queue.descents.len().div_ceil(self.writers).min(BATCH);
                 let taken: Vec<_> = queue.descents.drain(..count).collect();
                 queue.bytes -= taken.iter().map(|descent| descent.bytes).sum::<u64>();
                 // Counted under the lock, so that nobody sees them neither waiting nor in work.
