@@ -49,6 +49,13 @@ def get(url):
         return json.load(answer)
 
 
+def post(url, body, method="POST"):
+    request = urllib.request.Request(
+        url, json.dumps(body).encode(), {"Content-Type": "application/json"}, method=method)
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        return json.load(answer)
+
+
 def wait_for(what, condition):
     deadline = time.monotonic() + 60
     while True:
@@ -79,6 +86,8 @@ class Process:
 class Server(Process):
     def __init__(self, name, command, coordinator):
         self.port, self.http = free_port(), free_port()
+        self.storage = tempfile.TemporaryDirectory(prefix=f"{name}-")
+        adapter = json.dumps({"type": "fs", "base_path": self.storage.name})
         super().__init__(name, [
             *command, "--host", "127.0.0.1", "--port", str(self.port),
             "--http-host", "127.0.0.1", "--http-port", str(self.http), "--instance-id", name,
@@ -86,7 +95,7 @@ class Server(Process):
             "--supported-transfer-mode", "auto", "--shm-name", "",
             "--coordinator-url", coordinator, "--coordinator-advertise-ip", "127.0.0.1",
             "--coordinator-heartbeat-interval", "0.5", "--coordinator-event-reporting",
-            "--coordinator-event-flush-interval", "0.2"])
+            "--coordinator-event-flush-interval", "0.2", "--l2-adapter", adapter])
 
     def store(self, tokens):
         requests = RequestClientFactory.create(f"tcp://127.0.0.1:{self.port}", context=zmq.Context())
@@ -137,8 +146,8 @@ def main():
             found = found.get("instances", found) if isinstance(found, dict) else found
             return {entry["instance_id"]: entry for entry in found}
 
-        def keys(instance):
-            listing = get(f"{url}/directory/keys?instance_id={instance}&tier=l1")
+        def keys(instance, tier="l1"):
+            listing = get(f"{url}/directory/keys?instance_id={instance}&tier={tier}")
             return {json.dumps(entry["key"], sort_keys=True) for entry in listing["keys"]}
         wait_for("both servers", lambda: {"stockade-1", "lmcache-1"} <= set(members()))
         print("members:", json.dumps(members()["stockade-1"], sort_keys=True))
@@ -153,10 +162,33 @@ def main():
         print("usage:", json.dumps(get(f"{url}/instances/stockade-1/usage"), sort_keys=True))
         print("stats:", json.dumps(get(f"{url}/directory/stats"), sort_keys=True)[:600])
 
+        for name in ("stockade-1", "lmcache-1"):
+            wait_for(f"what {name} wrote down", lambda name=name: len(keys(name, "l2")) == 3)
+        assert keys("stockade-1", "l2") == keys("lmcache-1", "l2") == keys("stockade-1")
+        print("both have written them down")
+
         requests.clear(True).result(timeout=PATIENCE)
         wait_for("the deletions", lambda: not keys("stockade-1"))
+        assert len(keys("stockade-1", "l2")) == 3
         assert len(keys("lmcache-1")) == 3
-        print("after a clear: ours are gone, LMCache's are there")
+        print("after a clear: ours are gone from memory, and still in storage; LMCache's are there")
+
+        warm = post(f"{url}/cache/prefetches", {
+            "instance_id": "stockade-1", "model_name": MODEL, "world_size": 1, "token_ids": tokens})
+        print("prefetch:", json.dumps(warm, sort_keys=True))
+        status = f"{url}/cache/prefetches/stockade-1/{warm['request_id']}"
+        over = wait_for("the prefetch", lambda: (found := get(status))["status"] != "pending" and found)
+        assert (over["found_keys"], over["total_keys"]) == (3, 3), over
+        wait_for("the keys in memory", lambda: len(keys("stockade-1")) == 3)
+        print("after a prefetch that the coordinator passed on: ours are in memory again")
+        requests.clear(True).result(timeout=PATIENCE)
+        wait_for("the deletions", lambda: not keys("stockade-1"))
+        listed = get(f"http://127.0.0.1:{ours.http}/cache/objects")["entries"]
+        assert {json.dumps(it["key"], sort_keys=True) for it in listed} == keys("stockade-1", "l2")
+        gone = post(f"http://127.0.0.1:{ours.http}/cache/objects", {"keys": [it["key"] for it in listed]}, "DELETE")
+        assert gone == {"deleted": 3, "skipped": 0, "ok": True}, gone
+        wait_for("the deletions in storage", lambda: not keys("stockade-1", "l2"))
+        print("after a deletion by key: ours are gone from storage")
 
         ours.store(tokens)
         wait_for("our keys again", lambda: len(keys("stockade-1")) == 3)

@@ -206,6 +206,17 @@ SIGNED = (
 )
 
 
+def connect(server):
+    """An engine; LMCache's server may take longer to answer on a busy machine than its client waits."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return Engine(server.url)
+        except ConnectionError:
+            if time.monotonic() > deadline or server.child.poll() is not None:
+                raise
+
+
 def fill(engine, seed):
     generator = torch.Generator().manual_seed(seed)
     for layer in engine.kv.layers.values():
@@ -215,7 +226,7 @@ def fill(engine, seed):
 
 def write(kind, programs, storage, folder, seed):
     server = Server(kind, programs, storage.adapter, folder)
-    engine = Engine(server.url)
+    engine = connect(server)
     try:
         tokens = fill(engine, seed)
         assert engine.store("store", tokens, list(range(32)))
@@ -235,7 +246,7 @@ def settled(storage):
 
 def read(kind, programs, storage, folder, seed, tokens):
     server = Server(kind, programs, storage.adapter, folder)
-    engine = Engine(server.url)
+    engine = connect(server)
     try:
         # The same bytes as the writer's, in blocks that the reader does not load into.
         fill(engine, seed)

@@ -289,3 +289,71 @@ async fn a_coordinator_that_is_not_there_costs_nothing() {
     server.signal(Signal::TERM);
     assert_eq!(server.wait(), Some(0));
 }
+
+#[tokio::test]
+async fn the_coordinator_is_told_what_is_written_down_loaded_and_evicted() {
+    let coordinator = Coordinator::start(|_, _| 200);
+    let directory = tempfile::tempdir().unwrap();
+    // Room for two chunks of 2 KiB.
+    let gib = 4096.0 / f64::from(1_u32 << 30);
+    let adapter = json!({"type": "fs", "base_path": directory.path(), "shared": true,
+        "max_capacity_gb": gib, "eviction": {"eviction_policy": "LRU", "trigger_watermark": 1.0}})
+    .to_string();
+    let mut flags = flags(&coordinator.url);
+    flags.extend(["--l2-adapter", &adapter]);
+    let server = Server::start(&flags);
+    let mut worker = Worker::register(&server, 1, "m").await;
+    let written = "lmcache_mp_l2_store_completed_requests_total";
+    let first = Key::new("m", &tokens(16, 1), Some(0), "first");
+    assert!(worker.store(&first, |_| 1).await);
+    server.metric_becomes(written, |it| it == 1.0).await;
+    server.http("POST", "/cache/clear", "").await;
+    let scheduler = Key {
+        rank: None,
+        ..first
+    };
+    worker
+        .client
+        .call(8, &[scheduler.value(), 1.into()])
+        .await
+        .value();
+    let hit = worker.client.call(10, &["first".into(), 60.0.into()]).await;
+    assert_eq!(hit.value().as_u64(), Some(1));
+    let loaded = "lmcache_mp_l2_load_completed_requests_total";
+    server.metric_becomes(loaded, |it| it == 1.0).await;
+    for seed in 2..4 {
+        let key = Key::new("m", &tokens(16, seed), Some(0), "more");
+        assert!(worker.store(&key, |_| 2).await);
+        server.metric_becomes(written, |it| it == seed as f64).await;
+    }
+    let of_storage = |told: &[Told]| -> Vec<Json> {
+        let batches = batches(told).into_iter();
+        batches.filter(|batch| batch["tier"] == "l2").collect()
+    };
+    let told = coordinator.wait_until("the eviction", |told| {
+        of_storage(told)
+            .iter()
+            .any(|it| it["event_type"] == "delete")
+    });
+    let told = of_storage(&told);
+    assert!(
+        told.iter()
+            .all(|it| it["backend"] == "fs" && it["shared"] == true),
+        "{told:?}"
+    );
+    let hashes = |kind: &str| -> Vec<String> {
+        let of_kind = told.iter().filter(|it| it["event_type"] == kind);
+        let entries = of_kind.flat_map(|it| it["entries"].as_array().unwrap());
+        entries
+            .map(|it| it["key"]["chunk_hash_hex"].as_str().unwrap().to_owned())
+            .collect()
+    };
+    let stored = hashes("store");
+    assert_eq!(hashes("access"), stored[..1]);
+    assert_eq!(hashes("delete")[0], stored[0], "the one used longest ago");
+    let entry = &told[0]["entries"][0];
+    assert_eq!(
+        (&entry["size_bytes"], &entry["key"]["object_group_id"]),
+        (&json!(2048), &json!(0))
+    );
+}
