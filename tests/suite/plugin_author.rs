@@ -514,6 +514,17 @@ fn bench_measures_calls_and_rankings() {
         &["bench", "it.wat", "--method", "other.ping"],
         "other.ping failed",
     );
+    // One that fails has said why in its log.
+    let fails = REACTOR.replace(
+        "(drop (call $reply (i32.const 20) (i32.const 4)))\n        (i32.const 0))",
+        "(drop (call $log (i32.const 0) (i32.const 6) (i32.const 14)))\n        (i32.const 1))",
+    );
+    folder.write("it.wat", fails);
+    let text = folder.fails(
+        &["bench", "it.wat", "--method", "it.ping"],
+        "it.ping failed",
+    );
+    assert!(text.contains("| from the start"), "{text}");
 }
 
 #[test]

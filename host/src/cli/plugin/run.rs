@@ -176,7 +176,7 @@ impl Bench {
         let time = duration(self.seconds)?;
         let runtime = trial::runtime()?;
         let outcome = runtime.block_on(async {
-            let trial = Trial::start(&self.file, &self.local, settings).await?;
+            let mut trial = Trial::start(&self.file, &self.local, settings).await?;
             ensure!(
                 trial.is_running(),
                 "it does not run: {}",
@@ -192,7 +192,14 @@ impl Bench {
                     nanoseconds.reset();
                     calls = 0;
                 }
-                let spent = self.once(&trial).await?;
+                let spent = match self.once(&trial).await {
+                    Ok(spent) => spent,
+                    Err(error) => {
+                        let said = trial.take_lines()?;
+                        let said = said.iter().map(|line| format!("\n  | {}", line.text));
+                        bail!("{error:#}; the plugin logged:{}", said.collect::<String>());
+                    }
+                };
                 let spent = u64::try_from(spent.as_nanos()).unwrap_or(u64::MAX);
                 nanoseconds.saturating_record(spent);
                 calls += 1;
