@@ -400,6 +400,10 @@ impl WasmRuntime {
             },
         });
         let mut all = self.loaded.lock();
+        // Another plugin with these bytes may have come first.
+        if let Some(loaded) = all.get(&key).and_then(Weak::upgrade) {
+            return Ok(module(loaded));
+        }
         all.retain(|_, loaded| loaded.strong_count() > 0);
         all.insert(key, Arc::downgrade(&loaded));
         Ok(module(loaded))
