@@ -9,8 +9,8 @@ in turns too.
 Of several guests of tests/guests that never end each gets its part of the plugins: log_flood,
 endless_loop_in_host_calls and the like.
 
-The server is started here, with a pool of 64 MiB; everything goes over 127.0.0.1. Exits with 1 when a
-p99 is more than --most (1.05) times that without plugins. Needs pyzmq and msgspec.
+The server is started here, with a pool of 64 MiB; everything goes over 127.0.0.1. --assert ends with 1 when
+a p99 is more than 1.05 times that without plugins. Needs pyzmq and msgspec.
 """
 
 import argparse
@@ -36,6 +36,9 @@ def steer(server, names, action, state):
             return
         time.sleep(0.05)
     raise SystemExit(f"the plugins did not become {state}")
+
+
+BUDGET = 1.05
 
 
 class Client:
@@ -87,7 +90,7 @@ def main():
     parser.add_argument("--plugins", type=int, default=50)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--seconds", type=float, default=3.0)
-    parser.add_argument("--most", type=float, default=1.05)
+    parser.add_argument("--assert", dest="asserts", action="store_true")
     parser.add_argument("--guest", action="append")
     settings = parser.parse_args()
     guests = itertools.cycle(settings.guest or ["endless_loop"])
@@ -120,8 +123,8 @@ def main():
                 f"{settings.plugins} spinning, ratio {ratio:.3f} "
                 f"({len(times['stopped'][operation])} and {len(times['running'][operation])} calls)"
             )
-    if worst > settings.most:
-        sys.exit(f"a p99 is {worst:.3f} times that without plugins, above {settings.most}")
+    if settings.asserts and worst > BUDGET:
+        sys.exit(f"a p99 is {worst:.3f} times that without plugins, above the budget of {BUDGET}")
 
 
 if __name__ == "__main__":
