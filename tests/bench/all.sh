@@ -100,6 +100,8 @@ say "spinning plugins"
 python=${PYTHON:-$(dirname "$lmcache")/python}
 if "$python" -c 'import msgspec, zmq' 2> /dev/null; then
   "$python" tests/bench/spinning_plugins.py --server "$program" --rounds "$((turns * 2))" --seconds "$long" | tee -a "$raw"
+  say "noisy neighbours"
+  "$python" tests/bench/noisy_neighbour.py --server "$program" --rounds "$((turns * 3))" --seconds "$long" | tee -a "$raw"
   say "bad rankers"
   "$python" tests/bench/bad_ranker.py --server "$program" --rounds "$((turns * 2))" --seconds "$long" | tee -a "$raw"
 else

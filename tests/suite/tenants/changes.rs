@@ -25,14 +25,14 @@ async fn works(url: String, byte: u8, is_over: Arc<AtomicBool>, hits: Arc<Atomic
         let key = Key::new("m", &prompt, Some(0), &format!("{byte}-{round}"));
         // May be declined while its salt is nobody's.
         worker.store(&key, |_| byte).await;
-        if lookup(&mut worker.client, &key).await == 2 {
-            if let Some(chunks) = worker.retrieve(&key).await {
-                assert!(
-                    chunks.iter().flatten().all(|&found| found == byte),
-                    "another tenant's bytes"
-                );
-                hits.fetch_add(1, Ordering::Relaxed);
-            }
+        if lookup(&mut worker.client, &key).await == 2
+            && let Some(chunks) = worker.retrieve(&key).await
+        {
+            assert!(
+                chunks.iter().flatten().all(|&found| found == byte),
+                "another tenant's bytes"
+            );
+            hits.fetch_add(1, Ordering::Relaxed);
         }
         let ended = [key.request_id.as_str().into()];
         worker.client.call("end_session", &ended).await.value();
