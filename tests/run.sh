@@ -6,8 +6,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 say() { printf '\n-- %s\n' "$*"; }
 
-say "server and keeper"
-cargo build --workspace --bins --locked
+# Every call of cargo names the whole workspace, or features differ between them and much is compiled twice.
+say "server, keeper and tests"
+cargo build --workspace --bins --tests --locked
 
 # Where npm is, Python plugins are tried in the sandbox too; the tests say when they were not.
 if [ -z "${STOCKADE_TEST_PYTHON_WASM-}" ] && python=$(plugin-sdk/python-wasm.sh); then
@@ -26,8 +27,16 @@ else
 fi
 
 say "crates"
-cargo test --workspace --exclude stockade-tests --lib --bins --tests --locked
-cargo test --workspace --exclude stockade-tests --doc --locked
+# All but those of stockade-tests, which come last.
+mapfile -t tests < <(cargo metadata --no-deps --format-version 1 --locked | python3 -c '
+import json, sys
+packages = json.load(sys.stdin)["packages"]
+targets = (target for package in packages if package["name"] != "stockade-tests" for target in package["targets"])
+for target in targets:
+    if "test" in target["kind"] and "required-features" not in target:
+        print("--test", target["name"], sep="\n")')
+cargo test --workspace --lib --bins "${tests[@]}" --locked
+cargo test --workspace --doc --locked
 
 say "example plugins: Python and Bash"
 python3 -m unittest discover -s examples/tests
@@ -81,7 +90,7 @@ tests/no_phone_home.sh "${CARGO_TARGET_DIR:-target}/debug/stockade"
 
 # 50 rounds, the same each time; the head of tests/chaos/main.rs says how to run more, and one again.
 say "chaos"
-STOCKADE_CHAOS_SEED=${STOCKADE_CHAOS_SEED:-1} cargo test -p stockade-tests --test chaos --locked
+STOCKADE_CHAOS_SEED=${STOCKADE_CHAOS_SEED:-1} cargo test --workspace --test chaos --locked
 
 say "the product from outside"
-cargo test -p stockade-tests --test suite --locked
+cargo test --workspace --test suite --locked

@@ -3,9 +3,9 @@
 //!
 //! ```text
 //! cargo build --workspace --bins
-//! cargo test -p stockade-tests --test chaos                             # 50 rounds
+//! cargo test --workspace --test chaos                             # 50 rounds
 //! STOCKADE_CHAOS_ROUNDS=10000 STOCKADE_CHAOS_WORLDS=4 STOCKADE_CHAOS_STRICT=1 \
-//!     cargo test -p stockade-tests --test chaos
+//!     cargo test --workspace --test chaos
 //! STOCKADE_CHAOS_SEED=7 STOCKADE_CHAOS_ROUNDS=120..121 ...              # one round again
 //! ```
 //!

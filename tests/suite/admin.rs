@@ -228,7 +228,7 @@ async fn metrics_of_a_second_tier() -> String {
 fn metrics_page(metrics: &std::collections::BTreeMap<&str, (&str, &str)>) -> String {
     let mut page = "# Metrics\n\n\
         OpenMetrics text at `/metrics`, on the HTTP port and on `--prometheus-port`. This page is\n\
-        written by a test (`STOCKADE_BLESS=1 cargo test -p stockade-tests --test suite metrics`).\n\n\
+        written by a test (`STOCKADE_BLESS=1 cargo test --workspace --test suite metrics`).\n\n\
         Labels whose values come from clients (`cache_salt`, `model_name`) are bounded: counters have 256\n\
         values each and one, `other`, for the rest, and 512 pairs of both; `stockade_salt_*` has the 256\n\
         salts with the most bytes. Series of what has not happened yet are absent. What the data-path probe does counts\n\

@@ -51,7 +51,7 @@ async fn libzmq_is_content() {
         ..ListenOptions::default()
     };
     let plain = TestServer::listen("tcp://127.0.0.1:0", options, config, handler()).await;
-    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/suite/libzmq_peer.py");
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/server/libzmq_peer.py");
     let peer = Command::new(&python)
         .arg(script)
         .args([null.endpoint.to_string(), plain.endpoint.to_string()])
