@@ -15,23 +15,27 @@ use tokio::{
 
 use super::*;
 
-/// A tenant's engine: stores prompts that all others store too, each with a byte of its own, and
+/// One of a tenant's engines, `id` among all of them: stores prompts that all others store too, each with a byte of its own, and
 /// reads back what it finds. Returns how many rounds it went.
-async fn works(url: String, byte: u8, is_over: Arc<AtomicBool>, hits: Arc<AtomicU64>) -> u64 {
-    let mut worker = Worker::register_at(&url, 1, "m").await;
+async fn works(
+    url: String,
+    id: u64,
+    byte: u8,
+    is_over: Arc<AtomicBool>,
+    hits: Arc<AtomicU64>,
+) -> u64 {
+    let mut worker = Worker::register_at(&url, id, "m").await;
     let mut round = 0;
     while !is_over.load(Ordering::Relaxed) {
         let prompt = tokens(2 * CHUNK, round % 40);
-        let key = Key::new("m", &prompt, Some(0), &format!("{byte}-{round}"));
+        let key = Key::new("m", &prompt, Some(0), &format!("{id}-{round}"));
         // May be declined while its salt is nobody's.
         worker.store(&key, |_| byte).await;
         if lookup(&mut worker.client, &key).await == 2
             && let Some(chunks) = worker.retrieve(&key).await
         {
-            assert!(
-                chunks.iter().flatten().all(|&found| found == byte),
-                "another tenant's bytes"
-            );
+            let other = chunks.iter().flatten().find(|&&found| found != byte);
+            assert_eq!(other, None, "not the bytes of tenant {byte}");
             hits.fetch_add(1, Ordering::Relaxed);
         }
         let ended = [key.request_id.as_str().into()];
@@ -61,14 +65,14 @@ async fn tenants_change_while_they_work_and_nobody_meets_or_waits_for_ever() {
     let is_over = Arc::new(AtomicBool::new(false));
     let hits = [Arc::<AtomicU64>::default(), Arc::default()];
     let working: Vec<_> = [
-        ("a", 0xaa, 0),
-        ("b", 0xbb, 1),
-        ("a", 0xaa, 0),
-        ("b", 0xbb, 1),
+        ("a", 1, 0xaa, 0),
+        ("b", 2, 0xbb, 1),
+        ("a", 3, 0xaa, 0),
+        ("b", 4, 0xbb, 1),
     ]
-    .map(|(listener, byte, at)| {
+    .map(|(listener, id, byte, at)| {
         let (url, hits) = (house.url(listener), Arc::clone(&hits[at]));
-        tokio::spawn(works(url, byte, Arc::clone(&is_over), hits))
+        tokio::spawn(works(url, id, byte, Arc::clone(&is_over), hits))
     })
     .into();
     for round in 1..40 {
