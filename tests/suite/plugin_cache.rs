@@ -131,12 +131,13 @@ async fn a_plugin_loads_what_it_asks_for_from_the_second_tier() {
     there.sort();
     let wanted = [&stored[0], &stored[2], &stored[3]];
     assert_eq!(there.iter().collect::<Vec<_>>(), wanted);
-    // Counted by who loads, when the plugin may have its answer already.
-    server.metric_becomes(LOADED, |loaded| loaded >= 3.0).await;
+    // What had come beside the damaged one was loaded once more.
+    let loads = server.metric(LOADED).await;
+    assert!((3.0..=5.0).contains(&loads), "{loads}");
     // Asked again, they are there, and nothing is loaded.
     let again = request(&server, "prefetch", &there).await;
     assert_eq!(again, Ok(change(3, 0, 0)));
-    assert!((server.metric(LOADED).await - 3.0).abs() < f64::EPSILON);
+    assert!((server.metric(LOADED).await - loads).abs() < f64::EPSILON);
     // The bytes are those that were stored, as far as nothing is missing before them.
     let key = Key::new("org/m", &prompt, Some(0), "r");
     let found = read_back(&mut worker, &key).await;
