@@ -60,16 +60,20 @@ async fn a_purged_tenants_plugins_end_and_keep_nothing() {
     let of_b = b"and that of b";
     keep("a", "of_a", NEEDLE).await;
     keep("b", "of_b", of_b).await;
-    stockade_tests::wait_for("the states of both", || {
-        (files_with(&state, NEEDLE) + files_with(&state, of_b) == 2).then_some(())
+    // A state is written beside its file first, and takes its name then.
+    let file = stockade_tests::wait_for("the states of both", || {
+        let is_state = |path: &std::path::PathBuf| {
+            path.extension().is_some_and(|it| it == "state")
+                && path.to_string_lossy().contains("of_a")
+        };
+        let mut files = std::fs::read_dir(state.join("plugin-state"))
+            .ok()?
+            .flatten();
+        let file = files.find_map(|entry| Some(entry.path()).filter(is_state))?;
+        let are_there = files_with(&state, NEEDLE) + files_with(&state, of_b) == 2;
+        are_there.then_some(file)
     });
     // What a crash leaves.
-    let file = std::fs::read_dir(state.join("plugin-state"))
-        .unwrap()
-        .flatten()
-        .map(|entry| entry.path())
-        .find(|path| path.to_string_lossy().contains("of_a"))
-        .unwrap();
     std::fs::copy(&file, file.with_extension("tmp")).unwrap();
     std::fs::copy(&file, file.with_extension("damaged")).unwrap();
     assert_eq!(files_with(&state, NEEDLE), 3);
