@@ -20,7 +20,7 @@ use std::{
 };
 
 use parking_lot::Mutex;
-use stockade_transport::Turn;
+use stockade_transport::{Turn, wake_after_sockets};
 use tokio::time::Sleep;
 
 use super::Realm;
@@ -113,17 +113,6 @@ fn cost(used: Turn) -> u64 {
     let messages = u64::try_from(used.messages.max(1)).unwrap_or(u64::MAX);
     let bytes = u64::try_from(used.bytes).unwrap_or(u64::MAX);
     messages.saturating_mul(MESSAGE_COST).saturating_add(bytes)
-}
-
-/// Wakes a task once the runtime has looked at its sockets, as `yield_now` does. Woken at once, the
-/// next turn would begin before that, and the one after it too, and a request that came meanwhile
-/// would not be seen.
-fn wake_after_sockets(waker: &Waker) {
-    let mut yielding = std::pin::pin!(tokio::task::yield_now());
-    let polled = yielding.as_mut().poll(&mut Context::from_waker(waker));
-    if polled.is_ready() {
-        waker.wake_by_ref();
-    }
 }
 
 /// What a tenant got, per unit of its weight: the number that decides who is next.
@@ -524,8 +513,7 @@ impl Shares {
     /// Forgets tenants that are gone and have nothing in work.
     pub(super) fn retain(&self, keep: impl Fn(&Realm) -> bool) {
         let parties = &mut self.table.lock().parties;
-        parties
-            .retain(|realm, party| keep(realm) || party.running > 0 || !party.waiting.is_empty());
+        parties.retain(|realm, party| keep(realm) || party.is_present());
     }
 
     /// What each tenant went through since the start.

@@ -21,7 +21,7 @@ use tokio_util::io::poll_read_buf;
 
 use crate::budget::Account;
 use crate::peer::{Ask, Link, Origin, Peer};
-use crate::server::{Handler, Outcome, Shared, Turn};
+use crate::server::{Handler, Outcome, Shared, Turn, wake_after_sockets};
 use crate::stats::{DisconnectReason, add};
 use crate::zmtp::{Event, Frames, Mechanism, Message, Outbound, ProtocolError, Session};
 
@@ -286,12 +286,8 @@ impl<H: Handler, S: AsyncRead + AsyncWrite + Unpin> Connection<H, S> {
             cx.waker().wake_by_ref();
             return;
         }
-        // Not before the runtime has looked at its sockets: as long as it has something to run it
-        // does so only now and then, and those whose turn this one made room for come from there.
-        let mut yielding = std::pin::pin!(tokio::task::yield_now());
-        if yielding.as_mut().poll(cx).is_ready() {
-            cx.waker().wake_by_ref();
-        }
+        // Those whose turn this one made room for come from there.
+        wake_after_sockets(cx.waker());
     }
 
     /// Ends the connection in order: what is in flight or queued still goes out.

@@ -5,7 +5,7 @@ use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -47,6 +47,17 @@ impl Turn {
         bytes: usize::MAX,
         in_flight_bytes: usize::MAX,
     };
+}
+
+/// Wakes a task once the runtime has looked at its sockets. As long as it has something to run it does
+/// so only now and then: a task that is woken at once goes on before requests that came meanwhile are
+/// seen.
+pub fn wake_after_sockets(waker: &Waker) {
+    let mut yielding = std::pin::pin!(tokio::task::yield_now());
+    let polled = yielding.as_mut().poll(&mut Context::from_waker(waker));
+    if polled.is_ready() {
+        waker.wake_by_ref();
+    }
 }
 
 /// What a server does with messages.
