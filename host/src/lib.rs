@@ -13,6 +13,7 @@ pub mod telemetry;
 pub mod tenancy;
 pub mod traces;
 pub mod watchdog;
+mod writer_queue;
 
 pub mod budgets;
 pub mod server;

@@ -12,7 +12,7 @@ use std::{
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
-        mpsc::{Receiver, SyncSender, TryRecvError, TrySendError, sync_channel},
+        mpsc::{Receiver, TryRecvError},
     },
     thread,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
@@ -27,6 +27,7 @@ use serde::Serialize;
 use stockade_cache::ChunkHash;
 
 use super::workers::ChunkLayout;
+use crate::writer_queue::{Entry, WriterQueue};
 
 /// Lookups that wait for the disk, in number and in bytes of their hashes.
 const QUEUED_RECORDS: usize = 4096;
@@ -34,9 +35,6 @@ const QUEUED_BYTES: usize = 16 << 20;
 
 /// Time between two warnings about the disk.
 const WARNING_INTERVAL: Duration = Duration::from_secs(60);
-
-/// Time that a server which ends waits for the last lines.
-const END_PATIENCE: Duration = Duration::from_secs(2);
 
 const PREFIX: &str = "lookup_hashes_";
 const SUFFIX: &str = ".jsonl";
@@ -62,11 +60,6 @@ pub(super) struct Record {
     pub(super) tokens: usize,
     pub(super) layout: ChunkLayout,
     pub(super) hashes: Vec<ChunkHash>,
-}
-
-enum Entry {
-    Record(SystemTime, Record),
-    End(SyncSender<()>),
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -105,7 +98,7 @@ impl Counts {
 
 /// The log of lookups.
 pub(super) struct HashLog {
-    queue: SyncSender<Entry>,
+    queue: WriterQueue<(SystemTime, Record)>,
     counts: Arc<Counts>,
 }
 
@@ -116,7 +109,7 @@ impl HashLog {
     /// When the directory cannot be made or read, or there is no thread to be had.
     pub(super) fn open(settings: HashLogSettings, counts: Arc<Counts>) -> io::Result<Self> {
         let files = Files::open(settings)?;
-        let (queue, entries) = sync_channel(QUEUED_RECORDS);
+        let (queue, entries) = WriterQueue::new(QUEUED_RECORDS);
         let log = Self {
             queue,
             counts: Arc::clone(&counts),
@@ -137,36 +130,20 @@ impl HashLog {
             return;
         }
         counts.queued_bytes.fetch_add(bytes, Ordering::Relaxed);
-        match self
-            .queue
-            .try_send(Entry::Record(SystemTime::now(), record))
-        {
-            Ok(()) => {}
-            Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) => {
-                counts.queued_bytes.fetch_sub(bytes, Ordering::Relaxed);
-                counts.dropped.inc();
-            }
+        if !self.queue.offer((SystemTime::now(), record)) {
+            counts.queued_bytes.fetch_sub(bytes, Ordering::Relaxed);
+            counts.dropped.inc();
         }
     }
 
     /// Waits a moment until what was handed over is written. May block.
     pub(super) fn end(&self) {
-        let until = Instant::now() + END_PATIENCE;
-        let (written, is_written) = sync_channel(1);
-        let mut entry = Entry::End(written);
-        while let Err(TrySendError::Full(back)) = self.queue.try_send(entry) {
-            if Instant::now() > until {
-                return;
-            }
-            entry = back;
-            thread::sleep(Duration::from_millis(5));
-        }
-        let _ = is_written.recv_timeout(until.saturating_duration_since(Instant::now()));
+        self.queue.end();
     }
 }
 
 /// The writer's thread.
-fn write(entries: &Receiver<Entry>, mut files: Files, counts: &Counts) {
+fn write(entries: &Receiver<Entry<(SystemTime, Record)>>, mut files: Files, counts: &Counts) {
     let mut last_warning: Option<Instant> = None;
     let mut warn = |error: &io::Error, directory: &Path| {
         if last_warning.is_none_or(|at| at.elapsed() > WARNING_INTERVAL) {
@@ -193,7 +170,7 @@ fn write(entries: &Receiver<Entry>, mut files: Files, counts: &Counts) {
             Err(TryRecvError::Disconnected) => return,
         };
         match entry {
-            Entry::Record(time, record) => {
+            Entry::Item((time, record)) => {
                 let bytes = size_of_val(&*record.hashes);
                 counts.queued_bytes.fetch_sub(bytes, Ordering::Relaxed);
                 match files.append(time, &record) {
@@ -208,7 +185,6 @@ fn write(entries: &Receiver<Entry>, mut files: Files, counts: &Counts) {
                 if let Err(error) = files.flush() {
                     warn(&error, &files.settings.directory);
                 }
-                // Whoever asked may have gone.
                 let _ = written.send(());
             }
         }
@@ -502,7 +478,7 @@ mod tests {
     fn a_full_queue_drops_and_counts() {
         let directory = tempfile::tempdir().unwrap();
         let counts = Counts::register(&mut Registry::default());
-        let (queue, entries) = sync_channel(2);
+        let (queue, entries) = WriterQueue::new(2);
         let log = HashLog {
             queue,
             counts: Arc::clone(&counts),

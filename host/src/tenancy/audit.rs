@@ -13,7 +13,7 @@ use std::{
     sync::{
         Arc, OnceLock,
         atomic::{AtomicU64, Ordering},
-        mpsc::{Receiver, SyncSender, TrySendError, sync_channel},
+        mpsc::Receiver,
     },
     thread,
     time::{Duration, Instant},
@@ -26,6 +26,7 @@ use super::{
     Caller, Denial, Realm,
     line_files::{LineFiles, since_epoch},
 };
+use crate::writer_queue::{Entry, WriterQueue};
 
 /// Lines in full per tenant, reason and window.
 const LINES: u64 = 5;
@@ -44,8 +45,6 @@ const MAX_TEXT: usize = 256;
 const PREFIX: &str = "audit-";
 /// Time between two warnings about the disk.
 const WARNING_INTERVAL: Duration = Duration::from_secs(60);
-/// Time that a server which ends waits for the last lines.
-const END_PATIENCE: Duration = Duration::from_secs(2);
 
 /// What was denied to whom.
 #[derive(Debug, Clone, Copy)]
@@ -81,15 +80,10 @@ struct Counts {
     failed: AtomicU64,
 }
 
-enum Entry {
-    Line(Value),
-    End(SyncSender<()>),
-}
-
 /// The queue to the file's writer.
 #[derive(Debug)]
 struct Sink {
-    queue: SyncSender<Entry>,
+    queue: WriterQueue<Value>,
     counts: Arc<Counts>,
 }
 
@@ -128,7 +122,7 @@ impl Audit {
     /// When the directory cannot be made or written to, or there is no thread to be had.
     pub fn write_to(&self, directory: &Path) -> io::Result<()> {
         let files = LineFiles::open(directory, PREFIX)?;
-        let (queue, entries) = sync_channel(QUEUED_LINES);
+        let (queue, entries) = WriterQueue::new(QUEUED_LINES);
         let counts = Arc::new(Counts::default());
         let sink = Sink {
             queue,
@@ -227,7 +221,7 @@ impl Audit {
     /// Waits a moment until what is queued is written. May block.
     pub fn end(&self) {
         if let Some(sink) = self.sink.get() {
-            sink.end();
+            sink.queue.end();
         }
     }
 
@@ -293,28 +287,14 @@ impl Audit {
 
 impl Sink {
     fn line(&self, line: Value) {
-        if self.queue.try_send(Entry::Line(line)).is_err() {
+        if !self.queue.offer(line) {
             self.counts.dropped.fetch_add(1, Ordering::Relaxed);
         }
-    }
-
-    fn end(&self) {
-        let until = Instant::now() + END_PATIENCE;
-        let (written, is_written) = sync_channel(1);
-        let mut entry = Entry::End(written);
-        while let Err(TrySendError::Full(back)) = self.queue.try_send(entry) {
-            if Instant::now() > until {
-                return;
-            }
-            entry = back;
-            thread::sleep(Duration::from_millis(5));
-        }
-        let _ = is_written.recv_timeout(until.saturating_duration_since(Instant::now()));
     }
 }
 
 /// The writer's thread.
-fn write(entries: &Receiver<Entry>, mut files: LineFiles, counts: &Counts) {
+fn write(entries: &Receiver<Entry<Value>>, mut files: LineFiles, counts: &Counts) {
     let mut last_warning: Option<Instant> = None;
     let mut told = 0;
     while let Ok(first) = entries.recv() {
@@ -322,7 +302,7 @@ fn write(entries: &Receiver<Entry>, mut files: LineFiles, counts: &Counts) {
         let more = std::iter::from_fn(|| entries.try_recv().ok());
         for entry in std::iter::once(first).chain(more.take(LINES_AT_ONCE)) {
             match entry {
-                Entry::Line(line) => {
+                Entry::Item(line) => {
                     text.push_str(&line.to_string());
                     text.push('\n');
                     lines += 1;
@@ -359,7 +339,6 @@ fn write(entries: &Receiver<Entry>, mut files: LineFiles, counts: &Counts) {
             }
         }
         for written in ends {
-            // Whoever asked may have gone.
             let _ = written.send(());
         }
     }
@@ -430,7 +409,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let audit = Audit::default();
         // A writer that has not begun yet.
-        let (queue, entries) = sync_channel(10);
+        let (queue, entries) = WriterQueue::new(10);
         let counts = Arc::new(Counts::default());
         let sink = Sink {
             queue,
