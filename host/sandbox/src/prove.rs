@@ -21,7 +21,7 @@ use std::{path::Path, sync::Arc};
 use self::arena::Arena;
 use crate::{
     grants::Access,
-    host_api::{CacheGrant, PluginHost, Terms},
+    host_api::{CacheGrant, EventSource, Subscription, Terms},
     limit::Limit,
     log_stream::LogLimits,
     manifest::Manifest,
@@ -195,11 +195,15 @@ pub struct Proof {
 /// the attack on that needs its own.
 #[derive(Clone)]
 pub struct Flood {
-    /// Where the attacker subscribes.
-    pub host: Arc<dyn PluginHost>,
+    /// Begins a subscription, as [`PluginHost::subscribe`](crate::PluginHost::subscribe).
+    pub subscribe: Arc<Subscribe>,
     /// Makes so many events happen.
     pub events: Arc<dyn Fn(u64) + Send + Sync>,
 }
+
+/// Of a subscription and how far it may be behind: the number of the event before its first, and its
+/// events.
+pub type Subscribe = dyn Fn(&Subscription, u64) -> (u64, Box<dyn EventSource>) + Send + Sync;
 
 /// Why nothing could be proven.
 #[derive(Debug, thiserror::Error)]

@@ -9,59 +9,13 @@
 use std::{sync::Arc, time::Duration};
 
 use stockade_sandbox::{
-    Access, Compiler, Limit, Manifest, PluginHost,
-    host_api::{
-        Backlog, CacheGrant, CacheRequest, CacheStats, CacheWork, Code, EventBatch, EventSource,
-        KeysPage, KeysQuery, Pending, PluginRun, Refusal, Subscription,
-    },
+    Access, Compiler, Limit, Manifest,
+    host_api::{Backlog, CacheGrant, EventBatch, EventSource, Pending},
     prove::{ATTACKS, Flood, Held, Proof, prove},
 };
 use tokio::sync::watch;
 
-/// A server that has nothing but numbered events.
-struct Numbers(watch::Sender<u64>);
-
-fn nothing<T>() -> Result<T, Refusal> {
-    Err(Refusal::new(Code::Unavailable, "there is no cache here"))
-}
-
-impl PluginHost for Numbers {
-    fn tenant_of(&self, _plugin: &str) -> Option<Arc<str>> {
-        None
-    }
-
-    fn stats(&self, _run: &PluginRun) -> Result<CacheStats, Refusal> {
-        nothing()
-    }
-
-    fn keys(&self, _run: &PluginRun, _query: &KeysQuery) -> Result<KeysPage, Refusal> {
-        nothing()
-    }
-
-    fn request(&self, _run: &PluginRun, _request: &CacheRequest) -> Result<CacheWork, Refusal> {
-        nothing()
-    }
-
-    fn subscribe(
-        &self,
-        _run: &PluginRun,
-        subscription: &Subscription,
-        most_behind: u64,
-    ) -> Result<(u64, Box<dyn EventSource>), Refusal> {
-        let newest = self.0.subscribe();
-        let cursor = *newest.borrow();
-        let source = Listening {
-            newest,
-            cursor,
-            most_behind,
-            batch: subscription.max_batch.unwrap() as u64,
-        };
-        Ok((cursor, Box::new(source)))
-    }
-
-    fn ended(&self, _run: &PluginRun) {}
-}
-
+/// Numbered events.
 struct Listening {
     newest: watch::Receiver<u64>,
     cursor: u64,
@@ -95,11 +49,21 @@ impl EventSource for Listening {
 }
 
 fn flood() -> Flood {
-    let numbers = Arc::new(Numbers(watch::channel(0).0));
-    let events = Arc::clone(&numbers);
+    let numbers = watch::channel(0).0;
+    let events = numbers.clone();
     Flood {
-        host: numbers,
-        events: Arc::new(move |count| events.0.send_modify(|newest| *newest += count)),
+        subscribe: Arc::new(move |subscription, most_behind| {
+            let newest = numbers.subscribe();
+            let cursor = *newest.borrow();
+            let source = Listening {
+                newest,
+                cursor,
+                most_behind,
+                batch: subscription.max_batch.unwrap() as u64,
+            };
+            (cursor, Box::new(source))
+        }),
+        events: Arc::new(move |count| events.send_modify(|newest| *newest += count)),
     }
 }
 

@@ -7,17 +7,60 @@ use std::{
 };
 
 use super::{
-    Proof, ProveError,
+    Proof, ProveError, Subscribe,
     arena::{Arena, PATIENCE, Silence, at_most},
 };
 use crate::{
-    host_api::{Access, Counter, MAX_EVENT_BATCH, RankFailure, RankRequest, Services, link},
+    host_api::{
+        Access, CacheRequest, CacheStats, CacheWork, Code, Counter, EventSource, KeysPage,
+        KeysQuery, MAX_EVENT_BATCH, PluginHost, PluginRun, RankFailure, RankRequest, Refusal,
+        Services, Subscription, link,
+    },
     limit::Limit,
     wasm::{Launch, WasmLimits},
 };
 
 /// What a value has that is put into a plugin's state.
 const VALUE_BYTES: u64 = 32 << 10;
+
+/// A server that has events and nothing else.
+struct EventsAlone(Arc<Subscribe>);
+
+fn none<T>() -> Result<T, Refusal> {
+    Err(Refusal::new(
+        Code::Unavailable,
+        "there is no cache here: limits are being proven",
+    ))
+}
+
+impl PluginHost for EventsAlone {
+    fn tenant_of(&self, _plugin: &str) -> Option<Arc<str>> {
+        None
+    }
+
+    fn stats(&self, _run: &PluginRun) -> Result<CacheStats, Refusal> {
+        none()
+    }
+
+    fn keys(&self, _run: &PluginRun, _query: &KeysQuery) -> Result<KeysPage, Refusal> {
+        none()
+    }
+
+    fn request(&self, _run: &PluginRun, _request: &CacheRequest) -> Result<CacheWork, Refusal> {
+        none()
+    }
+
+    fn subscribe(
+        &self,
+        _run: &PluginRun,
+        subscription: &Subscription,
+        most_behind: u64,
+    ) -> Result<(u64, Box<dyn EventSource>), Refusal> {
+        Ok((self.0)(subscription, most_behind))
+    }
+
+    fn ended(&self, _run: &PluginRun) {}
+}
 
 impl Arena<'_> {
     fn contract_launch(&self) -> Launch {
@@ -135,7 +178,7 @@ impl Arena<'_> {
         let mut access = Access {
             counter: Counter::new(
                 Services {
-                    host: Some(Arc::clone(&self.flood.host)),
+                    host: Some(Arc::new(EventsAlone(Arc::clone(&self.flood.subscribe)))),
                     ..Services::default()
                 },
                 "{}",
