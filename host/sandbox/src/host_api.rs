@@ -404,7 +404,8 @@ impl PluginRun {
 }
 
 /// What `cache_stats` answers; bytes and counts since the server's start.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct CacheStats {
     /// Size of the pool, or the tenant's cap where the plugin has a tenant with one.
     pub capacity_bytes: u64,
@@ -429,7 +430,8 @@ pub struct CacheStats {
 }
 
 /// One tenant in [`CacheStats`].
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct TenantStats {
     /// Its name.
     pub name: String,
@@ -457,8 +459,27 @@ pub struct KeysQuery {
     pub limit: Option<usize>,
 }
 
+impl KeysQuery {
+    /// # Errors
+    /// A [`Refusal`] that names the field that no query may have so.
+    pub fn check(&self) -> Result<(), Refusal> {
+        within("limit", self.limit, MAX_KEYS)
+    }
+}
+
+/// Whether a field, where there is one, is a number from 1 to `most`.
+fn within(field: &str, given: Option<usize>, most: usize) -> Result<(), Refusal> {
+    match given {
+        Some(given) if given == 0 || given > most => Err(Refusal::invalid(format!(
+            "{field} is {given}: give 1 to {most}"
+        ))),
+        _ => Ok(()),
+    }
+}
+
 /// What `cache_keys` answers.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct KeysPage {
     /// The keys.
     pub keys: Vec<KeyFacts>,
@@ -467,7 +488,8 @@ pub struct KeysPage {
 }
 
 /// One object in a [`KeysPage`].
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct KeyFacts {
     /// Its key.
     pub key: String,
@@ -598,6 +620,14 @@ pub struct Subscription {
     pub cursor: Option<u64>,
     /// Most events of one message, up to [`MAX_EVENT_BATCH`]; 256 where it is left out.
     pub max_batch: Option<usize>,
+}
+
+impl Subscription {
+    /// # Errors
+    /// A [`Refusal`] that names the field that no subscription may have so.
+    pub fn check(&self) -> Result<(), Refusal> {
+        within("max_batch", self.max_batch, MAX_EVENT_BATCH)
+    }
 }
 
 /// Events that a plugin is to hear.

@@ -17,8 +17,7 @@ use serde_json::{Value, json};
 use stockade_sandbox::{
     PluginHost,
     host_api::{
-        Code, EventBatch, EventKind, EventSource, KeysQuery, MAX_EVENT_BATCH, MAX_KEYS, PluginRun,
-        Refusal, Subscription,
+        Code, EventBatch, EventKind, EventSource, KeysQuery, PluginRun, Refusal, Subscription,
     },
 };
 use tokio::{sync::watch, time::timeout};
@@ -91,18 +90,13 @@ pub(super) async fn keys(
     Path(name): Path<String>,
     Query(page): Query<PageQuery>,
 ) -> Result<Json<Value>, Problem> {
-    if let Some(limit) = page.limit
-        && (limit == 0 || limit > MAX_KEYS)
-    {
-        let reason = format!("limit is {limit}: give 1 to {MAX_KEYS}");
-        return Err(Problem::bad_request("bad-query", reason));
-    }
     let query = KeysQuery {
         salt: page.salt,
         model: page.model,
         after: page.after,
         limit: page.limit,
     };
+    query.check().map_err(problem)?;
     let host = Arc::clone(&admin.plugin_host);
     let page = look(host, move |host| host.keys(&run(&name), &query)).await?;
     Ok(Json(json!(page)))
@@ -136,17 +130,12 @@ pub(super) async fn events(
             Some(read)
         }
     };
-    if let Some(most) = query.max_batch
-        && (most == 0 || most > MAX_EVENT_BATCH)
-    {
-        let reason = format!("max_batch is {most}: give 1 to {MAX_EVENT_BATCH}");
-        return Err(Problem::bad_request("bad-query", reason));
-    }
     let subscription = Subscription {
         types,
         cursor: query.cursor,
         max_batch: query.max_batch,
     };
+    subscription.check().map_err(problem)?;
     let host = Arc::clone(&admin.plugin_host);
     let begun = look(host, move |host| {
         host.subscribe(&run(&name), &subscription, MOST_BEHIND)

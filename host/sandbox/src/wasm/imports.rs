@@ -26,9 +26,9 @@ use super::{
 use crate::{
     host_api::{
         self, Access, CacheChange, CacheGrant, CacheRequest, CacheWork, Code, HttpHead,
-        HttpRequest, Incoming, KeysQuery, MAX_EVENT_BATCH, MAX_KEYS, MAX_NAME_BYTES,
-        MAX_PAYLOAD_BYTES, MAX_PIN_MS, MAX_REQUEST_BYTES, MAX_STATE_KEY_BYTES, Message, NAMESPACE,
-        PluginHost, PluginRun, Refusal, Subscription, Wants,
+        HttpRequest, Incoming, KeysQuery, MAX_KEYS, MAX_NAME_BYTES, MAX_PAYLOAD_BYTES, MAX_PIN_MS,
+        MAX_REQUEST_BYTES, MAX_STATE_KEY_BYTES, Message, NAMESPACE, PluginHost, PluginRun, Refusal,
+        Subscription, Wants,
     },
     limit::Limit,
     log_stream::MAX_LINE_BYTES,
@@ -571,12 +571,7 @@ fn add_waiting(linker: &mut Linker<GuestState>) -> wasmtime::Result<()> {
                     .terms
                     .check_cache(CacheGrant::Keys)
                     .and(query)
-                    .and_then(|query| match query.limit {
-                        Some(limit) if limit == 0 || limit > MAX_KEYS => Err(Refusal::invalid(
-                            format!("limit is {limit}: give 1 to {MAX_KEYS}"),
-                        )),
-                        _ => Ok(query),
-                    });
+                    .and_then(|query| query.check().map(|()| query));
                 let answer = match query {
                     Ok(query) => ask(api, move |host, run| host.keys(run, &query)).await,
                     Err(refusal) => Err(refusal),
@@ -752,13 +747,7 @@ fn check_request(request: &CacheRequest) -> Result<(), Refusal> {
 async fn subscribe(api: &mut Api, wanted: Result<Subscription, Refusal>) -> Answer {
     api.access.terms.check_cache(CacheGrant::Events)?;
     let wanted = wanted?;
-    if let Some(most) = wanted.max_batch
-        && (most == 0 || most > MAX_EVENT_BATCH)
-    {
-        return Err(Refusal::invalid(format!(
-            "max_batch is {most}: give 1 to {MAX_EVENT_BATCH}"
-        )));
-    }
+    wanted.check()?;
     let most_behind = api.access.terms.queued_events;
     let begun = ask(api, move |host, run| {
         host.subscribe(run, &wanted, most_behind)

@@ -8,12 +8,13 @@ use std::{
 };
 
 use anyhow::Context as _;
+use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use stockade_sandbox::{
     PluginHost,
     host_api::{
-        Backlog, CacheRequest, CacheStats, CacheWork, Code, EventBatch, EventSource, KeyFacts,
-        KeysPage, KeysQuery, Pending, PluginRun, Refusal, Subscription, TenantStats,
+        Backlog, CacheRequest, CacheStats, CacheWork, Code, EventBatch, EventSource, KeysPage,
+        KeysQuery, Pending, PluginRun, Refusal, Subscription,
     },
 };
 use tokio::sync::mpsc;
@@ -55,18 +56,16 @@ impl LiveCache {
         self.ended.get().map(String::as_str)
     }
 
-    fn get(&self, part: &str, query: &[(&str, String)]) -> Result<Value, Refusal> {
+    fn get<T: DeserializeOwned>(&self, part: &str, query: &[(&str, String)]) -> Result<T, Refusal> {
         let answer = self.remote.query(&format!("{}/{part}", self.path), query);
-        answer.map_err(|error| Refusal::new(Code::Unavailable, format!("{error:#}")))
+        answer
+            .and_then(|answer| Ok(serde_json::from_value(answer)?))
+            .map_err(|error| Refusal::new(Code::Unavailable, format!("{error:#}")))
     }
 }
 
 fn number(value: &Value, name: &str) -> u64 {
     value[name].as_u64().unwrap_or_default()
-}
-
-fn text(value: &Value, name: &str) -> String {
-    value[name].as_str().unwrap_or_default().to_owned()
 }
 
 impl PluginHost for LiveCache {
@@ -75,27 +74,7 @@ impl PluginHost for LiveCache {
     }
 
     fn stats(&self, _run: &PluginRun) -> Result<CacheStats, Refusal> {
-        let stats = self.get("stats", &[])?;
-        let tenants = stats["tenants"].as_array().into_iter().flatten();
-        let tenants = tenants.map(|tenant| TenantStats {
-            name: text(tenant, "name"),
-            used_bytes: number(tenant, "used_bytes"),
-            floor_bytes: number(tenant, "floor_bytes"),
-            cap_bytes: tenant["cap_bytes"].as_u64(),
-            objects: number(tenant, "objects"),
-        });
-        Ok(CacheStats {
-            capacity_bytes: number(&stats, "capacity_bytes"),
-            used_bytes: number(&stats, "used_bytes"),
-            objects: number(&stats, "objects"),
-            lookups: number(&stats, "lookups"),
-            lookup_tokens: number(&stats, "lookup_tokens"),
-            hit_tokens: number(&stats, "hit_tokens"),
-            stored_chunks: number(&stats, "stored_chunks"),
-            retrieved_chunks: number(&stats, "retrieved_chunks"),
-            evicted_objects: number(&stats, "evicted_objects"),
-            tenants: tenants.collect(),
-        })
+        self.get("stats", &[])
     }
 
     fn keys(&self, _run: &PluginRun, query: &KeysQuery) -> Result<KeysPage, Refusal> {
@@ -109,18 +88,7 @@ impl PluginHost for LiveCache {
             .into_iter()
             .filter_map(|(name, value)| Some((name, value?)))
             .collect();
-        let page = self.get("keys", &asked)?;
-        let keys = page["keys"].as_array().into_iter().flatten();
-        let keys = keys.map(|listed| KeyFacts {
-            key: text(listed, "key"),
-            bytes: number(listed, "bytes"),
-            idle_ms: listed["idle_ms"].as_u64(),
-            pinned: listed["pinned"] == true,
-        });
-        Ok(KeysPage {
-            keys: keys.collect(),
-            next: page["next"].as_str().map(str::to_owned),
-        })
+        self.get("keys", &asked)
     }
 
     fn request(&self, _run: &PluginRun, _request: &CacheRequest) -> Result<CacheWork, Refusal> {
