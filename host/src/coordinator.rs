@@ -187,27 +187,23 @@ impl CoordinatorEvents {
 
     /// These were written to storage, objects of so many bytes each.
     pub(crate) fn written_down(&self, place: Place, keys: Vec<ObjectKey>, object_bytes: u64) {
-        if self.is_on() {
-            self.hand_in(What::Stored(object_bytes), place, keys);
-        }
+        self.hand_in(What::Stored(object_bytes), place, keys);
     }
 
     /// These were loaded from storage.
     pub(crate) fn loaded(&self, place: Place, keys: Vec<ObjectKey>) {
-        if self.is_on() {
-            self.hand_in(What::Used, place, keys);
-        }
+        self.hand_in(What::Used, place, keys);
     }
 
     /// These are in storage no more.
     pub(crate) fn gone_from(&self, place: Place, keys: Vec<ObjectKey>) {
-        if self.is_on() {
-            self.hand_in(What::Deleted, place, keys);
-        }
+        self.hand_in(What::Deleted, place, keys);
     }
 
     fn hand_in(&self, what: What, place: Place, keys: Vec<ObjectKey>) {
-        let Some(queue) = &self.0 else { return };
+        let Some(queue) = self.0.as_ref().filter(|_| self.is_on()) else {
+            return;
+        };
         if keys.is_empty() {
             return;
         }
@@ -675,15 +671,9 @@ fn outcome(answer: Result<ureq::http::Response<ureq::Body>, ureq::Error>) -> Out
 ///
 /// Our layouts of one model are apart by their object groups, where LMCache has the group 0.
 fn entry(key: &ObjectKey, bytes: u64) -> Value {
-    let hash: String = key
-        .chunk_hash
-        .0
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect();
     json!({
         "key": {
-            "chunk_hash_hex": hash,
+            "chunk_hash_hex": key.chunk_hash.to_string(),
             "model_name": &*key.scope.model_name,
             "kv_rank": key.scope.kv_rank,
             "object_group_id": 0,

@@ -13,7 +13,7 @@ use std::{
     time::Duration,
 };
 
-use stockade_cache::{CacheSalt, ChunkHash, KeyScope, ObjectKey};
+use stockade_cache::{CacheSalt, KeyScope, ObjectKey};
 use stockade_l2::ObjectName;
 use stockade_sandbox::{
     PluginHost,
@@ -26,6 +26,7 @@ use stockade_sandbox::{
 use crate::{
     service::Service,
     tenancy::{Denial, Denied, Realm, Rules, Tenancy, TenantRules},
+    tier,
 };
 
 pub(crate) use event_log::EventLog;
@@ -332,22 +333,14 @@ pub(crate) fn key_text(key: &ObjectKey) -> String {
 }
 
 fn parse_key(text: &str) -> Option<ObjectKey> {
-    let name = ObjectName::from_key(text)?;
-    let scope = KeyScope {
-        model_name: Arc::clone(name.model_name()),
-        kv_rank: name.kv_rank(),
-        object_group_id: name.object_group_id(),
-        cache_salt: CacheSalt::parse(name.cache_salt()).ok()?,
-    };
-    Some(ObjectKey::new(
-        Arc::new(scope),
-        ChunkHash(*name.chunk_hash()),
-    ))
+    tier::key_of(&ObjectName::from_key(text)?)
 }
 
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+    use stockade_cache::ChunkHash;
+
     use super::*;
 
     #[test]

@@ -140,7 +140,7 @@ fn name_of(key: &ObjectKey) -> Result<ObjectName, NameError> {
 }
 
 /// The key behind a name; `None` for a salt that no request can have.
-fn key_of(name: &ObjectName) -> Option<ObjectKey> {
+pub(crate) fn key_of(name: &ObjectName) -> Option<ObjectKey> {
     let scope = KeyScope {
         model_name: Arc::clone(name.model_name()),
         kv_rank: name.kv_rank(),

@@ -45,18 +45,8 @@ struct EncodedKey {
 
 impl EncodedKey {
     fn decode(&self) -> Result<ObjectKey, String> {
-        let mut chunk_hash = [0; 32];
-        let digits = self.chunk_hash_hex.as_bytes();
-        if digits.len() != 64 {
-            return Err("chunk_hash_hex: give 64 hex digits".to_owned());
-        }
-        for (byte, digits) in chunk_hash.iter_mut().zip(digits.chunks_exact(2)) {
-            *byte = std::str::from_utf8(digits)
-                .ok()
-                .filter(|digits| !digits.contains('+'))
-                .and_then(|digits| u8::from_str_radix(digits, 16).ok())
-                .ok_or("chunk_hash_hex: give 64 hex digits")?;
-        }
+        let chunk_hash = blake3::Hash::from_hex(&self.chunk_hash_hex)
+            .map_err(|_| "chunk_hash_hex: give 64 hex digits")?;
         if self.model_name.is_empty() || self.model_name.contains(['@', '\0']) {
             return Err("model_name is empty or contains '@'".to_owned());
         }
@@ -67,7 +57,10 @@ impl EncodedKey {
             object_group_id: self.object_group_id,
             cache_salt: salt.map_err(|error| format!("cache_salt: {error}"))?,
         };
-        Ok(ObjectKey::new(Arc::new(scope), ChunkHash(chunk_hash)))
+        Ok(ObjectKey::new(
+            Arc::new(scope),
+            ChunkHash(chunk_hash.into()),
+        ))
     }
 }
 
@@ -127,15 +120,9 @@ pub(super) async fn list(
         .await
         .map_err(|error| problem_of(&error))?;
     let entry = |entry: &stockade_l2::Entry| {
-        let hash: String = entry
-            .name
-            .chunk_hash()
-            .iter()
-            .map(|byte| format!("{byte:02x}"))
-            .collect();
         json!({
             "key": {
-                "chunk_hash_hex": hash,
+                "chunk_hash_hex": ChunkHash(*entry.name.chunk_hash()).to_string(),
                 "model_name": **entry.name.model_name(),
                 "kv_rank": entry.name.kv_rank(),
                 "object_group_id": entry.name.object_group_id(),
