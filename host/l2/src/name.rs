@@ -154,6 +154,26 @@ impl ObjectName {
         in_folder().or_else(|| Self::from_key(key).filter(|name| name.cache_salt.is_empty()))
     }
 
+    /// The key in a store that has, or has not, a folder for each salt.
+    pub(crate) fn key_at(&self, folder_by_salt: bool) -> String {
+        match folder_by_salt {
+            true => self.key_in_folder(),
+            false => self.key(),
+        }
+    }
+
+    /// Where the value may lie besides: outside of the folder of its salt, where LMCache puts it.
+    pub(crate) fn key_outside(&self, folder_by_salt: bool) -> Option<String> {
+        (folder_by_salt && !self.cache_salt.is_empty()).then(|| self.key())
+    }
+
+    /// The name behind a [`key_at`](Self::key_at) or a [`key_outside`](Self::key_outside).
+    pub(crate) fn from_key_at(key: &str, folder_by_salt: bool) -> Option<Self> {
+        let in_folder = || Self::from_key_in_folder(key);
+        let in_folder = folder_by_salt.then(in_folder).flatten();
+        in_folder.or_else(|| Self::from_key(key))
+    }
+
     fn push_tail(&self, text: &mut String) {
         use fmt::Write as _;
         for byte in self.chunk_hash {

@@ -238,10 +238,7 @@ impl RedisAdapter {
     }
 
     fn key(&self, name: &ObjectName) -> String {
-        self.prefixed(match self.options.folder_by_salt {
-            true => name.key_in_folder(),
-            false => name.key(),
-        })
+        self.prefixed(name.key_at(self.options.folder_by_salt))
     }
 
     fn prefixed(&self, key: String) -> String {
@@ -253,11 +250,9 @@ impl RedisAdapter {
 
     /// Every key under which the value may lie: also outside of its folder, where LMCache puts it.
     fn places(&self, name: &ObjectName) -> Vec<String> {
-        let mut places = vec![self.key(name)];
-        if self.options.folder_by_salt && !name.cache_salt().is_empty() {
-            places.push(self.prefixed(name.key()));
-        }
-        places
+        let outside = name.key_outside(self.options.folder_by_salt);
+        let outside = outside.map(|key| self.prefixed(key));
+        std::iter::once(self.key(name)).chain(outside).collect()
     }
 
     /// The name behind a key of ours or LMCache's.
@@ -270,9 +265,7 @@ impl RedisAdapter {
             "" => key,
             prefix => key.strip_prefix(prefix)?.strip_prefix('@')?,
         };
-        let in_folder = || ObjectName::from_key_in_folder(key);
-        let in_folder = self.options.folder_by_salt.then(in_folder).flatten();
-        in_folder.or_else(|| ObjectName::from_key(key))
+        ObjectName::from_key_at(key, self.options.folder_by_salt)
     }
 
     async fn entry(&self, name: ObjectName, key: &Bytes) -> Result<Entry, AdapterError> {

@@ -128,14 +128,10 @@ impl S3Adapter {
     /// Where a value lies. Names with empty segments, or segments that mean a folder, cannot be
     /// told from others there.
     fn path(&self, name: &ObjectName) -> Result<Path, AdapterError> {
-        Self::path_of(name, self.options.folder_by_salt)
+        Self::path_of(name, name.key_at(self.options.folder_by_salt))
     }
 
-    fn path_of(name: &ObjectName, in_folder: bool) -> Result<Path, AdapterError> {
-        let key = match in_folder {
-            true => name.key_in_folder(),
-            false => name.key(),
-        };
+    fn path_of(name: &ObjectName, key: String) -> Result<Path, AdapterError> {
         match Path::parse(&key) {
             Ok(path) if path.as_ref() == key => Ok(path),
             _ => Err(NameError::Model(name.model_name().to_string()).into()),
@@ -158,8 +154,8 @@ impl S3Adapter {
 
     /// Every place where the object may lie: also outside of its folder, where LMCache puts it.
     fn places(&self, name: &ObjectName) -> impl Iterator<Item = Path> + use<> {
-        let outside = self.options.folder_by_salt && !name.cache_salt().is_empty();
-        let outside = outside.then(|| Self::path_of(name, false));
+        let outside = name.key_outside(self.options.folder_by_salt);
+        let outside = outside.map(|key| Self::path_of(name, key));
         [Some(self.path(name)), outside]
             .into_iter()
             .flatten()
@@ -167,9 +163,7 @@ impl S3Adapter {
     }
 
     fn name_of(&self, path: &str) -> Option<ObjectName> {
-        let in_folder = || ObjectName::from_key_in_folder(path);
-        let in_folder = self.options.folder_by_salt.then(in_folder).flatten();
-        in_folder.or_else(|| ObjectName::from_key(path))
+        ObjectName::from_key_at(path, self.options.folder_by_salt)
     }
 
     async fn holds(&self, path: &Path) -> Result<bool, AdapterError> {
