@@ -882,7 +882,6 @@ struct Workshop {
     preparing: Semaphore,
 }
 
-/// A plugin's files at one time, ready to run.
 /// What can be told of a file before it is compiled.
 fn made_of(found: &Found) -> Made {
     Made {
@@ -891,6 +890,7 @@ fn made_of(found: &Found) -> Made {
     }
 }
 
+/// A plugin's files at one time, ready to run.
 struct Generation {
     runner: Runner,
     manifest: Manifest,
@@ -950,7 +950,7 @@ impl Workshop {
         let turn = self.preparing.acquire().await;
         let _turn = turn.map_err(|error| error.to_string())?;
         let (workshop, sha256, manifest) = (Arc::clone(self), found.sha256, found.manifest.clone());
-        let bytes = found.bytes.len() as u64;
+        let uncompiled = made_of(&found);
         let making = tokio::task::spawn_blocking(move || {
             let runner = workshop.runner(&found)?;
             let keeps_state = found.manifest.limits.state_kib > 0;
@@ -963,10 +963,7 @@ impl Workshop {
         let (runner, kept) = making.await.map_err(|error| error.to_string())??;
         let made = match &runner {
             Runner::Wasm { module, .. } => module.made(),
-            Runner::Script(_) => Made {
-                bytes,
-                ..Made::default()
-            },
+            Runner::Script(_) => uncompiled,
         };
         Ok(Generation {
             runner,

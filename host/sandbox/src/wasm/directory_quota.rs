@@ -86,8 +86,8 @@ impl Quota {
         }
     }
 
-    /// Counts, if there is room without measuring first.
-    fn take(&self, bytes: u64, entries: u64) -> bool {
+    /// Counts, if there is room without measuring first; so many of the bytes are on their way.
+    fn take(&self, bytes: u64, entries: u64, on_the_way: u64) -> bool {
         let mut ledger = self.ledger.lock();
         let lying = (
             ledger.bytes.saturating_add(bytes),
@@ -96,6 +96,7 @@ impl Quota {
         let has_room = ledger.measured.is_some() && lying.0 <= self.limit && lying.1 <= MAX_ENTRIES;
         if has_room {
             (ledger.bytes, ledger.entries) = lying;
+            ledger.on_the_way += on_the_way;
             self.meter.directory_bytes.store(lying.0, Ordering::Relaxed);
         }
         has_room
@@ -105,10 +106,10 @@ impl Quota {
     /// none.
     pub(super) async fn reserve(&self, bytes: u64, entries: u64) -> bool {
         // Without a writable directory the call fails anyway, and says why.
-        if self.roots.is_empty() || self.take(bytes, entries) {
+        if self.roots.is_empty() || self.take(bytes, entries, 0) {
             return true;
         }
-        let has_room = self.measure().await && self.take(bytes, entries);
+        let has_room = self.measure().await && self.take(bytes, entries, 0);
         if !has_room {
             self.meter.hit(Limit::DirectoryBytes);
         }
@@ -151,11 +152,7 @@ impl Quota {
 
     /// Takes room for what is about to be written, until [`written`](Self::written).
     pub(super) fn write(&self, bytes: u64) -> bool {
-        let has_room = self.take(bytes, 0);
-        if has_room {
-            self.ledger.lock().on_the_way += bytes;
-        }
-        has_room
+        self.take(bytes, 0, bytes)
     }
 
     /// What was on its way is there, or never will be.

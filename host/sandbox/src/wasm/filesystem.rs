@@ -241,16 +241,15 @@ pub(super) async fn in_time<T, E>(
 fn first_buffer(memory: &[u8], vectors: i32, count: i32) -> Option<(usize, u32)> {
     let vectors = usize::try_from(vectors.cast_unsigned()).ok()?;
     let count = usize::try_from(count.cast_unsigned()).ok()?;
-    let (at, bytes) = memory
+    memory
         .get(vectors..)?
         .chunks_exact(8)
-        .take(count.min(MAX_VECTORS))
+        .take(count)
         .enumerate()
         .find_map(|(place, vector)| {
             let length = u32::from_le_bytes(vector.get(4..)?.try_into().ok()?);
             (length > 0).then_some((vectors + place * 8 + 4, length))
-        })?;
-    Some((at, bytes))
+        })
 }
 
 /// The length of a buffer that a call sees shortened.
