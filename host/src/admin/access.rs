@@ -298,7 +298,7 @@ pub(crate) async fn guard(
     mut request: Request,
     next: Next,
 ) -> Response {
-    let asked = format!("{} {}", request.method(), request.uri().path());
+    let (method, uri) = (request.method().clone(), request.uri().clone());
     let (caller, response) = match admit(&admin, access, &request) {
         Ok(caller) => {
             request.extensions_mut().insert(caller.clone());
@@ -321,7 +321,7 @@ pub(crate) async fn guard(
         realm: &realm,
         origin: &format!("HTTP token {name}"),
         reason,
-        operation: &asked,
+        operation: &format!("{method} {}", uri.path()),
         salt: None,
     });
     response
