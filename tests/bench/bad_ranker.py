@@ -59,7 +59,7 @@ class Side:
             self.number += 1
             request = f"s{self.number}"
             tokens = [self.number * 8 * CHUNK + place for place in range(8 * CHUNK)]
-            store = {**key(tokens, request), "worker_id": 0}
+            store = key(tokens, request, 0)
             begun = time.perf_counter()
             self.client.call("prepare_store", store, 1)
             self.client.call("commit_store", store, 1, b"")

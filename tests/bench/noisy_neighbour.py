@@ -34,11 +34,11 @@ import struct
 import sys
 import tempfile
 import time
-import urllib.request
 
 import msgspec
 
 from server import ROOT, Server
+from spinning_plugins import key, percentile
 
 GUEST = ROOT / "tests/guests/endless_loop.wat"
 CHUNK = 256
@@ -126,14 +126,6 @@ class Client:
 
     def call(self, operation, *arguments):
         return self.exchange(encode(operation, *arguments))
-
-
-def key(tokens, request, rank=None):
-    return {
-        "model_name": "m", "world_size": 1, "worker_id": rank, "token_ids": tokens, "start": 0,
-        "end": len(tokens), "request_id": request, "cache_salt": "", "request_configs": None,
-        "num_kv_readers": 1,
-    }
 
 
 def register(client, instance):
@@ -263,11 +255,6 @@ def window(client, pid, seconds, times):
         times[name].append((is_now - began) / max(calls, 1))
 
 
-def percentile(values, share):
-    values = sorted(values)
-    return values[min(len(values) - 1, int(len(values) * share))] * 1e3
-
-
 WINDOWS = ("calm", "elsewhere", "here")
 
 
@@ -298,24 +285,6 @@ def compare(name, client, pid, settings, noises):
 
 def row(*cells):
     print("| " + " | ".join(map(str, cells)) + " |", flush=True)
-
-
-def http(method, url):
-    request = urllib.request.Request(url, method=method)
-    with urllib.request.urlopen(request, timeout=60) as answer:
-        return json.loads(answer.read())
-
-
-def steer(base, names, action, state):
-    for name in names:
-        http("POST", f"{base}/v1/plugins/{name}/{action}")
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        plugins = http("GET", f"{base}/v1/plugins")["plugins"]
-        if all(plugin["state"] == state for plugin in plugins):
-            return
-        time.sleep(0.05)
-    raise SystemExit(f"the plugins did not become {state}")
 
 
 def configuration(directory, spinning):
@@ -399,8 +368,8 @@ def measure(settings, servers, directories, spinning):
     if "plugins" in settings.only:
         begin_and_end = {
             where: (
-                lambda server=server: steer(server.http_url, spinning, "start", "running"),
-                lambda server=server: steer(server.http_url, spinning, "stop", "stopped"),
+                lambda server=server: server.steer(spinning, "start", "running"),
+                lambda server=server: server.steer(spinning, "stop", "stopped"),
             )
             for where, server in (("here", here), ("elsewhere", there))
         }
@@ -447,7 +416,7 @@ def main():
             cores = len(os.sched_getaffinity(here.pid)), len(os.sched_getaffinity(0))
             print(f"cores: {cores[0]} for the servers, {cores[1]} for the clients")
             for server in (here, there):
-                steer(server.http_url, spinning, "stop", "stopped")
+                server.steer(spinning, "stop", "stopped")
             measure(settings, (here, there), directories, spinning)
 
 

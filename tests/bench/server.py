@@ -68,6 +68,17 @@ class Server:
         with urllib.request.urlopen(request, timeout=60) as answer:
             return json.loads(answer.read())
 
+    def steer(self, names, action, state):
+        """Starts or stops plugins, and waits until all there are have the state."""
+        for name in names:
+            self.http(f"/v1/plugins/{name}/{action}", "POST")
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            if all(plugin["state"] == state for plugin in self.http("/v1/plugins")["plugins"]):
+                return
+            time.sleep(0.05)
+        raise SystemExit(f"the plugins did not become {state}")
+
     def l1(self):
         return self.http("/status")["storage_manager"]["l1_manager"]
 

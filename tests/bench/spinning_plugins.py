@@ -26,18 +26,6 @@ import zmq
 from server import ROOT, Server
 
 
-def steer(server, names, action, state):
-    for name in names:
-        server.http(f"/v1/plugins/{name}/{action}", "POST")
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        plugins = server.http("/v1/plugins")["plugins"]
-        if all(plugin["state"] == state for plugin in plugins):
-            return
-        time.sleep(0.05)
-    raise SystemExit(f"the plugins did not become {state}")
-
-
 BUDGET = 1.05
 
 
@@ -56,9 +44,9 @@ class Client:
         return self.socket.recv_multipart()
 
 
-def key(tokens, request):
+def key(tokens, request, rank=None):
     return {
-        "model_name": "m", "world_size": 1, "worker_id": None, "token_ids": tokens, "start": 0,
+        "model_name": "m", "world_size": 1, "worker_id": rank, "token_ids": tokens, "start": 0,
         "end": len(tokens), "request_id": request, "cache_salt": "", "request_configs": None,
         "num_kv_readers": 1,
     }
@@ -105,12 +93,12 @@ def main():
             client = Client(zmq.Context.instance(), server.url)
             tokens = list(range(1024))
             times = {kind: {"noop": [], "lookup": []} for kind in ("stopped", "running")}
-            steer(server, [], "start", "running")
+            server.steer([], "start", "running")
             window(client, min(1, settings.seconds), tokens, {"noop": [], "lookup": []})
             for number in range(settings.rounds):
                 turns = [("stop", "stopped"), ("start", "running")]
                 for action, state in turns if number % 2 == 0 else reversed(turns):
-                    steer(server, names, action, state)
+                    server.steer(names, action, state)
                     window(client, settings.seconds, tokens, times[state])
     worst = 0
     for operation in ("noop", "lookup"):

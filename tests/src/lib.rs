@@ -613,6 +613,18 @@ impl Worker {
         }
     }
 
+    /// Stores prompts of eight chunks of 16 tokens until eviction has gone over the pool's watermark
+    /// several times; every store succeeds.
+    pub async fn churn(&mut self) {
+        for round in 0..60 {
+            let prompt = tokens(8 * 16, 1000 + round);
+            let key = Key::new(&self.model, &prompt, Some(0), &format!("r{round}"));
+            assert!(self.store(&key, |_| 1).await, "round {round}");
+            let ended = [key.request_id.as_str().into()];
+            self.client.call("end_session", &ended).await.value();
+        }
+    }
+
     /// Reserves slots: chunk index, offset, length.
     pub async fn prepare_store(&mut self, key: &Key) -> Vec<(u64, u64, u64)> {
         let reply = self

@@ -232,20 +232,6 @@ async fn without_a_second_tier_or_a_grant_a_load_says_what_is_missing() {
     assert!(refused.contains("cache = [\"evict\"]"), "{refused}");
 }
 
-/// Stores in one session until eviction has gone over the pool's watermark several times.
-async fn churn(worker: &mut Worker) {
-    for round in 0..60 {
-        let prompt = tokens(8 * CHUNK, 1000 + round);
-        let key = Key::new("org/m", &prompt, Some(0), &format!("r{round}"));
-        assert!(worker.store(&key, |_| 1).await, "round {round}");
-        worker
-            .client
-            .call("end_session", &[key.request_id.as_str().into()])
-            .await
-            .value();
-    }
-}
-
 #[tokio::test]
 async fn what_a_plugin_pins_outlives_what_came_after_it_until_it_unpins_or_ends() {
     let plugins = relays("['keys', 'pin', 'evict']");
@@ -268,7 +254,7 @@ async fn what_a_plugin_pins_outlives_what_came_after_it_until_it_unpins_or_ends(
         .value();
     let mine = keys(&server).await;
     assert_eq!(request(&server, "pin", &mine).await, Ok(change(2, 0, 0)));
-    churn(&mut worker).await;
+    worker.churn().await;
     let evicted = "lmcache_mp_l1_evicted_chunks_total";
     server.metric_becomes(evicted, |count| count > 200.0).await;
     let pinned = |listed: &Json| listed["pinned"] == true;
@@ -292,7 +278,7 @@ async fn what_a_plugin_pins_outlives_what_came_after_it_until_it_unpins_or_ends(
         assert!(attempt < 6000, "the pins outlive their plugin");
         tokio::time::sleep(std::time::Duration::from_millis(10)).await;
     }
-    churn(&mut worker).await;
+    worker.churn().await;
     let gone = |count: f64| count > 600.0;
     server.metric_becomes(evicted, gone).await;
     assert_eq!(request(&server, "evict", &mine).await, Ok(change(0, 2, 0)));

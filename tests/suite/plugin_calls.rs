@@ -279,21 +279,6 @@ async fn a_plugin_of_a_tenant_sees_what_is_its_tenants() {
     );
 }
 
-/// Stores until eviction has gone round a few times; every store succeeds.
-async fn churn(server: &Server) {
-    let mut worker = Worker::register(server, 1, "m").await;
-    for round in 0..60 {
-        let prompt = tokens(8 * CHUNK, round);
-        let key = Key::new("m", &prompt, Some(0), &format!("r{round}"));
-        assert!(worker.store(&key, |_| 1).await, "round {round}");
-        worker
-            .client
-            .call("end_session", &[key.request_id.as_str().into()])
-            .await
-            .value();
-    }
-}
-
 #[tokio::test]
 async fn eviction_takes_a_plugins_order_and_does_without_a_bad_one() {
     // Half of what is used goes when 164 of the 16384 slots are in use.
@@ -311,7 +296,7 @@ async fn eviction_takes_a_plugins_order_and_does_without_a_bad_one() {
         let directory = plugins(&[("rank_reverses", patient)]);
         let server = start(directory.path(), &flags);
         until_running(&server, "rank_reverses").await;
-        churn(&server).await;
+        Worker::register(&server, 1, "m").await.churn().await;
         server
             .metric_becomes("stockade_ranked_evicted_objects_total", |count| {
                 count >= 2.0
@@ -324,7 +309,7 @@ async fn eviction_takes_a_plugins_order_and_does_without_a_bad_one() {
         let directory = plugins(&[(guest, patient)]);
         let server = start(directory.path(), &flags);
         until_running(&server, guest).await;
-        churn(&server).await;
+        Worker::register(&server, 1, "m").await.churn().await;
         let mut status = Json::Null;
         for _ in 0..6000 {
             status = plugin(&server, guest).await;

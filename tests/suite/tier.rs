@@ -782,6 +782,17 @@ async fn redis_keeps_it_under_lmcaches_keys_and_wrong_bytes_are_a_miss() {
     }
 }
 
+/// The hit of a prompt of two chunks that was [stored](store) with 1; a whole one is read and compared.
+async fn hit_of_two(worker: &mut Worker, prompt: &[u32], request: &str) -> u64 {
+    let key = Key::new("org/m", prompt, Some(0), request);
+    let hit = lookup(&mut worker.client, &key).await;
+    if hit == 2 {
+        assert_eq!(worker.retrieve(&key).await.unwrap(), chunks(1, 2));
+    }
+    end(&mut worker.client, &key).await;
+    hit
+}
+
 #[tokio::test]
 async fn a_redis_that_restarts_under_load_costs_misses_and_comes_back() {
     let Some(mut redis) = Redis::start() else {
@@ -797,15 +808,7 @@ async fn a_redis_that_restarts_under_load_costs_misses_and_comes_back() {
     let prompt = tokens(2 * CHUNK, 30);
     store(&server, &prompt, 1).await;
     let mut worker = Worker::register(&server, 1, "org/m").await;
-    let mut hit = async |name: String| {
-        let key = Key::new("org/m", &prompt, Some(0), &name);
-        let hit = lookup(&mut worker.client, &key).await;
-        if hit == 2 {
-            assert_eq!(worker.retrieve(&key).await.unwrap(), chunks(1, 2));
-        }
-        end(&mut worker.client, &key).await;
-        hit
-    };
+    let mut hit = async |name: String| hit_of_two(&mut worker, &prompt, &name).await;
     assert_eq!(hit("before".to_owned()).await, 2);
     redis.stop();
     for number in 0..20 {

@@ -10,7 +10,9 @@ use std::{
 use serde_json::json;
 use stockade_tests::{Client, Key, PATIENCE, Server, Worker, tokens, wide_registration};
 
-use super::{CHUNK, LOADED, STORED, chunks, data_files, end, file_of, fs, lookup, start, store};
+use super::{
+    CHUNK, LOADED, STORED, chunks, data_files, end, file_of, fs, hit_of_two, lookup, start, store,
+};
 
 /// A user that owns nothing.
 const NOBODY: u32 = 65_534;
@@ -160,15 +162,7 @@ async fn permissions_that_are_taken_away_cost_misses_and_come_back() {
         .http("POST", "/cache/clear", r#"{"force": true}"#)
         .await;
     let mut worker = Worker::register(&server, 2, "org/m").await;
-    let mut hit = async |name: String| {
-        let key = Key::new("org/m", &prompt, Some(0), &name);
-        let hit = lookup(&mut worker.client, &key).await;
-        if hit == 2 {
-            assert_eq!(worker.retrieve(&key).await.unwrap(), chunks(1, 2));
-        }
-        end(&mut worker.client, &key).await;
-        hit
-    };
+    let mut hit = async |name: String| hit_of_two(&mut worker, &prompt, &name).await;
     assert_eq!(hit("before".to_owned()).await, 2);
 
     mode(0o000);
