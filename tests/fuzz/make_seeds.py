@@ -151,6 +151,8 @@ def main():
         words = sorted(set(re.findall(rb"[A-Za-z][A-Za-z_-]{2,}", text)))
         lines = [b'"' + word + b'"' for word in words]
         (HERE / f"{target}.dict").write_bytes(b"\n".join(lines) + b"\n")
+    # What fuzzing found: a refusal that repeated the two lines as they are.
+    write("manifest", "value-of-two-lines", b'[directories]\n"/a" = { host = """b\nc""" }\n')
     digest = b"ab" * 32
     for name, text in {
         "key": b"org/model@00010203@0@" + digest + b"@red",

@@ -53,8 +53,8 @@ pub(crate) fn check_directories(directories: &Directories) -> Result<(), String>
         }
         if !directory.host.is_absolute() {
             return Err(format!(
-                "directories.{guest:?}.host is {}: give an absolute path",
-                directory.host.display()
+                "directories.{guest:?}.host is {:?}: give an absolute path",
+                directory.host
             ));
         }
     }

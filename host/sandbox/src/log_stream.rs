@@ -399,7 +399,12 @@ impl State {
             partial.bytes.clear();
             return;
         }
-        let text: Arc<str> = printable(&partial.bytes, cut_bytes).into();
+        let mut text = printable(&partial.bytes);
+        if cut_bytes > 0 {
+            // Writing to a String cannot fail.
+            let _ = write!(text, " [{cut_bytes} bytes cut]");
+        }
+        let text: Arc<str> = text.into();
         partial.bytes.clear();
         if self.unreported_drops > 0 {
             events.push(Event::Dropped(std::mem::take(&mut self.unreported_drops)));
@@ -428,7 +433,7 @@ impl State {
 }
 
 /// A line without what could fake other lines or move a terminal's cursor.
-fn printable(bytes: &[u8], cut_bytes: usize) -> String {
+pub(crate) fn printable(bytes: &[u8]) -> String {
     let bytes = bytes.strip_suffix(b"\r").unwrap_or(bytes);
     let text = String::from_utf8_lossy(bytes);
     let mut line = String::with_capacity(text.len());
@@ -439,10 +444,6 @@ fn printable(bytes: &[u8], cut_bytes: usize) -> String {
         } else {
             line.push(character);
         }
-    }
-    if cut_bytes > 0 {
-        // Writing to a String cannot fail.
-        let _ = write!(line, " [{cut_bytes} bytes cut]");
     }
     line
 }

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     grants::{self, Directories, HttpGrant},
     host_api::CacheGrant,
-    log_stream::LogLimits,
+    log_stream::{self, LogLimits},
     native_script::Protection,
 };
 
@@ -258,9 +258,10 @@ impl Manifest {
     /// # Errors
     /// [`ManifestError::Invalid`], which names the field.
     pub fn parse(path: &Path, bytes: &[u8]) -> Result<Self, ManifestError> {
+        // It repeats what the manifest holds, which shall not draw in the operator's terminal.
         let invalid = |reason: String| ManifestError::Invalid {
             path: path.to_owned(),
-            reason,
+            reason: log_stream::printable(reason.trim_end().replace('\n', " ").as_bytes()),
         };
         if bytes.len() as u64 > MAX_MANIFEST_BYTES {
             return Err(invalid(format!(
@@ -268,8 +269,7 @@ impl Manifest {
             )));
         }
         let text = std::str::from_utf8(bytes).map_err(|error| invalid(error.to_string()))?;
-        let manifest: Self = toml::from_str(text)
-            .map_err(|error| invalid(error.to_string().trim_end().replace('\n', " ")))?;
+        let manifest: Self = toml::from_str(text).map_err(|error| invalid(error.to_string()))?;
         manifest.check().map_err(invalid)?;
         Ok(manifest)
     }
@@ -437,12 +437,31 @@ mod tests {
             ("[[http]]\nhost = '*'\nport = 1", "http[0].host"),
             ("[[http]]\nhost = 'a'\nport = 70000", "70000"),
             ("[limits]\nhttp_body_kib = 0", "limits.http_body_kib"),
+            (
+                "[directories]\n'/a' = { host = 'b' }",
+                "\"/a\".host is \"b\"",
+            ),
         ] {
             let error = manifest(text).unwrap_err().to_string();
             assert!(
                 error.contains(field) && error.contains("it.plugin.toml"),
                 "{error}"
             );
+        }
+    }
+
+    /// Fuzzing found the first.
+    #[test]
+    fn a_refusal_is_one_line_whatever_the_manifest_holds() {
+        for text in [
+            "[directories]\n'/a' = { host = \"\"\"b\nc\"\"\" }",
+            "restart = \"\u{1b}[31mred\"",
+            "restart = \"\\u001b]0;title\\u0007\"",
+            "restart = \"\u{2028}\"",
+        ] {
+            let error = manifest(text).unwrap_err().to_string();
+            let is_safe = |character: char| !character.is_control() && character != '\u{2028}';
+            assert!(error.chars().all(is_safe), "{error:?}");
         }
     }
 }

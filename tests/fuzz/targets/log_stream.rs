@@ -15,7 +15,7 @@ const LIMITS: LogLimits = LogLimits {
     line_bytes: MAX_LINE_BYTES,
 };
 /// Where lines are cut: much earlier than by default, so that short inputs reach it.
-const MAX_LINE_BYTES: u32 = 256;
+const MAX_LINE_BYTES: u32 = 64;
 /// The longest escape of one byte, and what is said about a cut line.
 const LINE_BYTES: usize = MAX_LINE_BYTES as usize * 6 + 100;
 
