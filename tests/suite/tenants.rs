@@ -263,6 +263,90 @@ async fn whose_a_local_process_is_the_kernel_says() {
     assert_eq!(house.denied("(stranger)", "scope").await, 1);
 }
 
+/// Takes connections on a port and hands them on to a local socket, as another user.
+const BRIDGE: &str = r"
+import os, socket, sys, threading
+os.setgroups([]), os.setgid(int(sys.argv[1])), os.setuid(int(sys.argv[1]))
+def pump(source, sink):
+    while data := source.recv(65536):
+        sink.sendall(data)
+    sink.shutdown(socket.SHUT_WR)
+listener = socket.create_server(('127.0.0.1', 0))
+print(listener.getsockname()[1], flush=True)
+while True:
+    near, far = listener.accept()[0], socket.socket(socket.AF_UNIX)
+    far.connect(sys.argv[2])
+    for ends in ((near, far), (far, near)):
+        threading.Thread(target=pump, args=ends, daemon=True).start()
+";
+
+/// A [`BRIDGE`] that ends with this.
+struct Bridge {
+    child: std::process::Child,
+    url: String,
+}
+
+impl Bridge {
+    fn start(uid: u32, socket: &Path) -> Self {
+        use std::io::BufRead as _;
+        let mut child = std::process::Command::new("python3")
+            .args(["-c", BRIDGE, &uid.to_string(), socket.to_str().unwrap()])
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut port = String::new();
+        let stdout = child.stdout.as_mut().unwrap();
+        std::io::BufReader::new(stdout)
+            .read_line(&mut port)
+            .unwrap();
+        let url = format!("tcp://127.0.0.1:{}", port.trim());
+        Self { child, url }
+    }
+}
+
+impl Drop for Bridge {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[tokio::test]
+async fn processes_of_several_users_at_one_socket_are_several_tenants() {
+    use std::os::unix::fs::PermissionsExt as _;
+    if !rustix::process::getuid().is_root() {
+        eprintln!("SKIPPED: only root can be several users");
+        return;
+    }
+    let tables = format!(
+        "[tenants.one]\nsalts = ['{SALT_A}']\nlisteners = ['shared']\nuids = [54321]\n\
+         [tenants.two]\nsalts = ['{SALT_B}']\nlisteners = ['shared']\ngids = [54322]\n"
+    );
+    let house = House::start(&["shared"], &tables, &[]);
+    let socket = house.directory.path().join("shared.sock");
+    for (path, mode) in [(house.directory.path(), 0o755), (&*socket, 0o666)] {
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
+    }
+    let bridges = [54321, 54322, 54323].map(|uid| Bridge::start(uid, &socket));
+    // Equal numbers, models, prompts and request ids, and no salt.
+    let mut one = Worker::register_at(&bridges[0].url, 1, "m").await;
+    let mut two = Worker::register_at(&bridges[1].url, 1, "m").await;
+    let key = Key::new("m", &tokens(2 * CHUNK, 9), Some(0), "r");
+    assert!(one.store(&key, |_| 0xaa).await);
+    assert_eq!(lookup_free(&mut one.client, &key).await, 2);
+    assert_eq!(lookup_free(&mut two.client, &key).await, 0, "a cross hit");
+    let forged = salted(&key, SALT_A, "q");
+    assert_eq!(lookup_free(&mut two.client, &forged).await, 0);
+    assert!(house.denied("two", "foreign_salt").await >= 1);
+    let mut stranger = Client::connect(&bridges[2].url).await;
+    let refusal = stranger.call(14, &[registration(1, "m")]).await.error();
+    assert!(
+        refusal.contains("no tenant of listener shared"),
+        "{refusal}"
+    );
+    assert_eq!(lookup(&mut stranger, &forged).await, 0);
+}
+
 #[tokio::test]
 async fn requests_without_a_salt_get_what_the_tenant_says() {
     let tables = "[tenants.several]\nsalts = ['x', 'y']\ndefault_salt = 'y'\nlisteners = ['a']\n\

@@ -3,6 +3,7 @@
 mod api;
 mod cluster;
 mod real_faults;
+mod s3;
 mod tls;
 
 use std::{
@@ -651,6 +652,37 @@ fn adapters_that_cannot_be_are_refused_with_the_way_out() {
         assert!(!output.status.success(), "{adapter}");
         assert!(log.contains(part), "{adapter}: {log}");
     }
+}
+
+/// A storage server of a test.
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Starts one and waits until it listens; says so when there is none.
+fn run(command: &mut Command, directory: &Path, port: u16) -> Option<Running> {
+    let program = command.get_program().to_string_lossy().into_owned();
+    let child = command
+        .current_dir(directory)
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn();
+    let Ok(child) = child else {
+        eprintln!("SKIPPED: there is no {program}");
+        return None;
+    };
+    let running = Running(child);
+    let deadline = Instant::now() + Duration::from_secs(120);
+    while TcpStream::connect(("127.0.0.1", port)).is_err() {
+        assert!(Instant::now() < deadline, "{program} does not listen");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    Some(running)
 }
 
 fn free_port() -> u16 {

@@ -1,10 +1,6 @@
 //! Storage behind TLS: Redis and S3 with certificates of the test's own.
 
-use std::{
-    path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
-    sync::Arc,
-};
+use std::{path::PathBuf, process::Command, sync::Arc};
 
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 use serde_json::{Value as Json, json};
@@ -18,7 +14,11 @@ use tokio_rustls::{
     },
 };
 
-use super::{CHUNK, chunks, free_port, lookup, store};
+use super::{
+    CHUNK, chunks, free_port, lookup, run,
+    s3::{bucket_of, moto},
+    store,
+};
 
 /// Files of a certificate for 127.0.0.1, and of who signed it.
 struct Certificates {
@@ -49,38 +49,6 @@ impl Certificates {
     fn file(&self, name: &str) -> PathBuf {
         self.directory.path().join(name)
     }
-}
-
-struct Running(Child);
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-fn run(command: &mut Command, directory: &Path, port: u16) -> Option<Running> {
-    let program = command.get_program().to_string_lossy().into_owned();
-    let child = command
-        .current_dir(directory)
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn();
-    let Ok(child) = child else {
-        eprintln!("SKIPPED: there is no {program}");
-        return None;
-    };
-    let running = Running(child);
-    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(120);
-    while std::net::TcpStream::connect(("127.0.0.1", port)).is_err() {
-        assert!(
-            std::time::Instant::now() < deadline,
-            "{program} does not listen"
-        );
-        std::thread::sleep(std::time::Duration::from_millis(20));
-    }
-    Some(running)
 }
 
 /// What is written through TLS is read through it, and nothing is said to a stranger.
@@ -143,10 +111,11 @@ async fn redis_is_reached_through_tls_and_its_certificate_is_checked() {
 async fn s3_is_reached_through_tls_and_its_certificate_is_checked() {
     let certificates = Certificates::make();
     let port = free_port();
-    let program = std::env::var("STOCKADE_TEST_MOTO").unwrap_or_else(|_| "moto_server".to_owned());
-    let mut command = Command::new(program);
-    command.args(["-H", "127.0.0.1", "-p", &port.to_string(), "-s"]);
-    command.arg("-c").arg(certificates.file("cert.pem"));
+    let mut command = moto(port);
+    command
+        .arg("-s")
+        .arg("-c")
+        .arg(certificates.file("cert.pem"));
     command.arg("-k").arg(certificates.file("key.pem"));
     let Some(_moto) = run(&mut command, certificates.directory.path(), port) else {
         return;
@@ -167,7 +136,5 @@ async fn s3_is_reached_through_tls_and_its_certificate_is_checked() {
     let stream = connector.connect(name, stream).await.unwrap();
     let made = exchange(stream, &host, "PUT", "/bucket", &[], "").await;
     assert_eq!(made.status, 200, "{made:?}");
-    let adapter = json!({"type": "s3", "s3_endpoint": host, "s3_bucket": "bucket", "s3_region": "us-east-1",
-        "aws_access_key_id": "id", "aws_secret_access_key": "secret"});
-    is_shared_with_who_is_known(&adapter, &certificates).await;
+    is_shared_with_who_is_known(&bucket_of(&host), &certificates).await;
 }
