@@ -63,10 +63,13 @@ class Server:
             time.sleep(0.02)
         raise SystemExit(f"the server did not log {pattern}:\n{self.log()[-3000:]}")
 
-    def http(self, path, method="GET"):
+    def text(self, path, method="GET"):
         request = urllib.request.Request(self.http_url + path, method=method)
         with urllib.request.urlopen(request, timeout=60) as answer:
-            return json.loads(answer.read())
+            return answer.read().decode()
+
+    def http(self, path, method="GET"):
+        return json.loads(self.text(path, method))
 
     def steer(self, names, action, state):
         """Starts or stops plugins, and waits until all there are have the state."""

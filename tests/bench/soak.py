@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
-"""A long mixed load: chats, stores, retrieves and lookups of two tenants in a pool that is too small for them, while
-plugins are reloaded. What the server holds must not grow, and its latency must not either.
+"""A long mixed load: chats, stores, retrieves and lookups of two tenants in a pool that is too small for them, over a
+second tier that is too small as well, while plugins are reloaded. What the server holds must not grow, and its
+latency must not either.
 
     python3 tests/bench/soak.py [--server PROGRAM] [--minutes 60] [--output DIRECTORY]
 
@@ -11,7 +12,8 @@ and soak-*.svg. It fails when at the end
 - there are more descriptors or threads than after the warm-up, a few aside;
 - the p99 of the probes of the last sixth is more than a tenth above the first sixth's, runs of ten minutes or
   more only: in a shorter one a sixth is a single probe;
-- any round failed, a plugin is not running, or anything is still held when the load is over.
+- any round failed, a plugin is not running, nothing was evicted from memory, or written to the second tier or read
+  from it, or anything is still held when the load is over.
 """
 
 import argparse
@@ -111,6 +113,16 @@ def judge(samples, minutes, least_slack_kib=1024):
     return problems
 
 
+def second_tier(server):
+    """Objects written to it and read from it so far, in one directory or another."""
+    text = server.text("/metrics")
+    of = lambda name: sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(name))
+    return {
+        "l2_written": of("lmcache_mp_l2_store_completed_requests_total"),
+        "l2_read": of("lmcache_mp_l2_load_completed_requests_total"),
+    }
+
+
 def settled(server):
     """What is still held, once it should be nothing."""
     deadline = time.monotonic() + 30
@@ -135,7 +147,7 @@ def main():
     parser.add_argument("--server", default=ROOT / "target/release/stockade", type=pathlib.Path)
     parser.add_argument("--minutes", default=60.0, type=float)
     parser.add_argument("--output", default=ROOT / "docs/benchmarks", type=pathlib.Path)
-    parser.add_argument("--flag", action="append", default=[], help="a further flag of the server, such as --flag=--l2-adapter=...")
+    parser.add_argument("--flag", action="append", default=[], help="a further flag of the server, such as --flag=--eviction-policy=ARC")
     settings = parser.parse_args()
     # Ten samples at least, also of a run that only shows that this script works.
     interval = min(60.0, settings.minutes * 6)
@@ -148,7 +160,9 @@ def main():
         (plugins / "looper.sh").write_text("while :; do sleep 1; echo tick; done\n")
         config = pathlib.Path(directory, "stockade.toml")
         config.write_text(CONFIG)
-        flags = ["--config", config, "--l1-size-gb", 0.25, "--runtime-plugin-locations", plugins, "--plugin-watch", *settings.flag]
+        storage = {"type": "fs", "base_path": f"{directory}/l2", "max_capacity_gb": 1}
+        flags = ["--config", config, "--l1-size-gb", 0.25, "--runtime-plugin-locations", plugins, "--plugin-watch"]
+        flags += ["--l2-adapter", json.dumps(storage), *settings.flag]
         with Server(settings.server, *flags) as server:
             loads = [Load(server, name, flags, min(10, interval / 2)) for name, flags in LOADS]
             reloaded = threading.Event()
@@ -166,6 +180,7 @@ def main():
                     problems += [row["first_error"]] if row["errors"] else []
                 l1 = server.l1()
                 sample |= {"objects": l1["total_object_count"], "evicted": l1["evicted_objects"], "rounds": sum(load.rounds for load in loads)}
+                sample |= second_tier(server)
                 samples.append(sample)
                 print(" ".join(f"{name}={value:g}" for name, value in sample.items()), flush=True)
             for load in loads:
@@ -181,6 +196,8 @@ def main():
             for plugin in server.http("/v1/plugins")["plugins"]:
                 problems += [] if plugin["state"] == "running" else [f"plugin {plugin['name']} is {plugin['state']}"]
             problems += [] if samples[-1]["evicted"] > 0 else ["nothing was evicted: the load is too small for the pool"]
+            for name in ("l2_written", "l2_read"):
+                problems += [] if samples[-1][name] > 0 else [f"{name} is 0: the second tier was not in use"]
     with (settings.output / "soak.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, samples[0])
         writer.writeheader()
