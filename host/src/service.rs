@@ -68,7 +68,7 @@ use crate::coordinator::CoordinatorEvents;
 use crate::{
     plugin_host::EventLog,
     telemetry::CauseLimiter,
-    tenancy::{Caller, DENIED_SALT, Denial, Tenancy, TooManyInFlight},
+    tenancy::{self, Caller, DENIED_SALT, Denial, GivingWay, Tenancy, TooManyInFlight},
     tier::Tier,
     traces::{Answered, Place, Traces},
 };
@@ -224,7 +224,10 @@ impl Service {
             hasher,
             tenancy,
             settings,
-            limits: stockade_wire::Limits::default(),
+            limits: stockade_wire::Limits {
+                between: tenancy::breathe,
+                ..stockade_wire::Limits::default()
+            },
             workers: Workers::default(),
             sessions,
             events,
@@ -978,6 +981,7 @@ impl Handler for ServiceHandler {
                 Ok(Ok(place)) => {
                     // The place is given back when the work is done, whoever still waits.
                     let work = tokio::task::spawn_blocking(move || {
+                        let _giving_way = has_company.then(GivingWay::begin);
                         let reply = answer();
                         drop(place);
                         reply

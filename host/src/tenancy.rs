@@ -14,6 +14,7 @@ mod meter;
 mod reload;
 mod rules;
 mod shares;
+mod time_slice;
 
 use std::sync::{
     Arc,
@@ -31,6 +32,7 @@ pub use meter::{Meter, MeterFile, Reading, Sums};
 pub use reload::TenantFile;
 pub use rules::{Binding, HintRules, Rules, TenantRules, Unsalted};
 pub use shares::{Rate, Share, ShareUse};
+pub use time_slice::{GivingWay, breathe};
 
 use shares::{Seat, Shares};
 

@@ -8,6 +8,11 @@
 //! tenant was there a moment ago, the others leave one thread free for when it comes back.
 //! Alone, a tenant has all of them.
 //!
+//! The kernel has its own line before each core, and lets whoever runs there run on for a while, so
+//! that a thread with another tenant's request would stand behind one with a flood's. So while
+//! several tenants are here the threads ask for short slices of time, and for a long one in a turn
+//! of a tenant that got more of late than another: the kernel takes the core from the long one.
+//!
 //! A tenant with a rate has a bucket besides. Over it, its connections are left unread (which the
 //! clients' own buffers feel), and only what has waited for [`PATIENCE`] is refused.
 
@@ -23,7 +28,7 @@ use parking_lot::Mutex;
 use stockade_transport::{Turn, wake_after_sockets};
 use tokio::time::Sleep;
 
-use super::Realm;
+use super::{Realm, time_slice::TimeSlice};
 
 /// A turn where tenants share. A small request takes tens of microseconds, so this is how long
 /// another tenant's request waits for a thread at the most.
@@ -148,8 +153,34 @@ struct Party {
     /// Connections that wait for one.
     waiting: VecDeque<u64>,
     active_at: Instant,
+    recent: Recent,
     waits: u64,
     refusals: u64,
+}
+
+/// What was had of late; it halves with every [`IDLE`].
+#[derive(Debug, Clone, Copy)]
+struct Recent {
+    cost: u64,
+    as_of: Instant,
+}
+
+impl Recent {
+    fn halvings(self, now: Instant) -> u32 {
+        let steps = now.saturating_duration_since(self.as_of).as_millis() / IDLE.as_millis();
+        u32::try_from(steps).unwrap_or(u32::MAX)
+    }
+
+    fn at(self, now: Instant) -> u64 {
+        self.cost.checked_shr(self.halvings(now)).unwrap_or(0)
+    }
+
+    fn add(&mut self, cost: u64, now: Instant) {
+        self.cost = self.at(now).saturating_add(cost);
+        if self.halvings(now) > 0 {
+            self.as_of = now;
+        }
+    }
 }
 
 impl Party {
@@ -163,6 +194,10 @@ impl Party {
             running: 0,
             waiting: VecDeque::new(),
             active_at: now,
+            recent: Recent {
+                cost: 0,
+                as_of: now,
+            },
             waits: 0,
             refusals: 0,
         }
@@ -180,6 +215,11 @@ impl Party {
     /// Whether it has, or waits for, a turn.
     fn is_present(&self) -> bool {
         self.running > 0 || !self.waiting.is_empty()
+    }
+
+    /// What it got of late, per unit of its weight.
+    fn recent(&self, now: Instant) -> Pass {
+        Pass::of(self.recent.at(now), self.share.weight)
     }
 
     /// Whether it has no turn and wants none, but did a moment ago.
@@ -401,11 +441,12 @@ impl Shares {
                 }
                 _ => Poll::Ready(()),
             }
+            .map(|()| table.time_slice(realm, now, self.idle))
         };
         for waker in &wakers {
             wake_after_sockets(waker);
         }
-        turn
+        turn.map(TimeSlice::ask)
     }
 
     /// Ends a turn, of which this came. With `wants_more` the connection stands in line again,
@@ -421,6 +462,10 @@ impl Shares {
         // A rate decides first whether there is a next turn.
         let stays = wants_more && share.rate.is_none();
         self.leave(seat, unused, cost(used), share, stays);
+        if TimeSlice::of_this_thread() == TimeSlice::Long {
+            // Whoever comes next may be another.
+            TimeSlice::Short.ask();
+        }
     }
 
     /// Frees what a connection that has ended holds.
@@ -450,6 +495,7 @@ impl Shares {
                     party.active_at = now;
                     let unpaid = cost.saturating_sub(MESSAGE_COST);
                     party.pass.add(unpaid, party.share.weight);
+                    party.recent.add(cost, now);
                 } else {
                     party.waiting.retain(|&other| other != seat.connection);
                 }
@@ -538,6 +584,19 @@ impl Table {
         party.share = share;
         party.active_at = now;
         party
+    }
+
+    /// How long a thread may want to run for a tenant's turn.
+    fn time_slice(&self, realm: &Realm, now: Instant, idle: Duration) -> TimeSlice {
+        let others = self.parties.iter().filter(|(other, party)| {
+            *other != realm && (party.is_present() || party.is_thinking(now, idle))
+        });
+        let least = others.map(|(_, party)| party.recent(now)).min();
+        match (self.parties.get(realm), least) {
+            (Some(party), Some(least)) if party.recent(now) > least => TimeSlice::Long,
+            (_, Some(_)) => TimeSlice::Short,
+            (_, None) => TimeSlice::Usual,
+        }
     }
 
     /// The connection waits for a turn of its tenant.
@@ -630,6 +689,46 @@ mod tests {
         drop(table);
         shares.turn_over(&seats[2], NOTHING, share(1), true);
         assert_eq!(running("flood"), 4);
+    }
+
+    #[test]
+    fn who_got_more_of_late_gives_way_to_who_got_less() {
+        let shares = shares_of(4);
+        let [flood, other] = [1, 2].map(Seat::new);
+        let used = Turn {
+            messages: 4,
+            ..NOTHING
+        };
+        let turn = |seat, name, weight| {
+            assert!(begins(&shares, seat, name, share(weight)));
+            let during = TimeSlice::of_this_thread();
+            shares.turn_over(seat, used, share(weight), false);
+            (during, TimeSlice::of_this_thread())
+        };
+        for _ in 0..3 {
+            let alone = (TimeSlice::Usual, TimeSlice::Usual);
+            assert_eq!(turn(&flood, "flood", 1), alone);
+        }
+        let less = (TimeSlice::Short, TimeSlice::Short);
+        assert_eq!(turn(&other, "other", 1), less, "nothing of late");
+        let more = (TimeSlice::Long, TimeSlice::Short);
+        assert_eq!(turn(&flood, "flood", 1), more);
+        assert_eq!(turn(&flood, "flood", 10), less, "by its weight");
+    }
+
+    #[test]
+    fn what_was_had_of_late_is_forgotten() {
+        let begun = Instant::now();
+        let mut recent = Recent {
+            cost: 0,
+            as_of: begun,
+        };
+        recent.add(1000, begun + IDLE / 2);
+        assert_eq!(recent.at(begun + IDLE / 2), 1000);
+        assert_eq!(recent.at(begun + IDLE), 500);
+        recent.add(100, begun + IDLE);
+        assert_eq!(recent.at(begun + 3 * IDLE), 150);
+        assert_eq!(recent.at(begun + 1000 * IDLE), 0);
     }
 
     #[test]

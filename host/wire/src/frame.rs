@@ -11,7 +11,7 @@ use crate::request::{self, Request};
 ///
 /// The size of a frame is the transport's limit, not ours: memory here never exceeds a small
 /// multiple of the frames.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug)]
 pub struct Limits {
     /// Tokens in one array of token ids.
     pub max_tokens: usize,
@@ -21,6 +21,8 @@ pub struct Limits {
     pub max_records: usize,
     /// Containers within containers, in values that are skipped. At most 128 counts.
     pub max_depth: usize,
+    /// Called after every few thousand tokens of an array, so that a thread can let others go first.
+    pub between: fn(),
 }
 
 impl Default for Limits {
@@ -30,6 +32,7 @@ impl Default for Limits {
             max_string_bytes: 64 << 10,
             max_records: 64 << 10,
             max_depth: 32,
+            between: || {},
         }
     }
 }

@@ -190,7 +190,7 @@ pub(crate) fn decode(fields: &Fields<'_>, frame: &Bytes) -> Result<CacheKey, Dec
             b"world_size" => world_size = Some(fields.of("key.world_size", reader.int())?),
             b"worker_id" => worker_id = Some(fields.of("key.worker_id", reader.int_or_nil())?),
             b"token_ids" => {
-                let ids = token_ids::read(&mut reader, limits.max_tokens);
+                let ids = token_ids::read(&mut reader, limits);
                 tokens = Some(fields.of("key.token_ids", ids)?);
             }
             b"start" => start = Some(fields.of("key.start", reader.int())?),

@@ -4,6 +4,7 @@ use std::fmt;
 
 use bytes::Bytes;
 
+use crate::Limits;
 use crate::error::{FieldProblem, Unit};
 use crate::msgpack::{Narrow, Reader, Value};
 
@@ -72,6 +73,9 @@ impl fmt::Debug for TokenIds {
 
 const BYTES_PER_TOKEN: usize = 4;
 
+/// Tokens read between two calls of [`Limits::between`]: some tens of microseconds.
+const TOKENS_AT_A_TIME: usize = 8 << 10;
+
 /// Markers of the two forms that nearly all tokens of a real prompt have.
 const TWO_BYTES: u8 = 0xcd;
 const FOUR_BYTES: u8 = 0xce;
@@ -124,27 +128,32 @@ fn read_one(window: &[u8]) -> Option<([u8; BYTES_PER_TOKEN], usize)> {
 ///
 /// Memory follows what arrived: each announced token must have at least one byte left, so
 /// at most four bytes are reserved per byte of the frame.
-pub(crate) fn read(reader: &mut Reader<'_>, max_tokens: usize) -> Result<TokenIds, FieldProblem> {
+pub(crate) fn read(reader: &mut Reader<'_>, limits: &Limits) -> Result<TokenIds, FieldProblem> {
     let count = reader.array_len()?;
-    if count > max_tokens {
+    if count > limits.max_tokens {
         return Err(FieldProblem::TooLarge {
             got: count,
-            limit: max_tokens,
+            limit: limits.max_tokens,
             unit: Unit::Tokens,
         });
     }
     let mut bytes = vec![0; count * BYTES_PER_TOKEN];
-    let (mut slots, _) = bytes.as_chunks_mut::<BYTES_PER_TOKEN>();
-    while !slots.is_empty() {
-        let (read, written) = read_common(reader.rest(), slots);
-        reader.advance(read)?;
-        slots = slots.get_mut(written..).unwrap_or_default();
-        // The fast loop stops at forms it does not know: 64-bit or signed ones, and errors.
-        let Some((slot, others)) = slots.split_first_mut() else {
-            break;
-        };
-        *slot = read_any(reader)?.to_be_bytes();
-        slots = others;
+    let (slots, _) = bytes.as_chunks_mut::<BYTES_PER_TOKEN>();
+    for (number, mut slots) in slots.chunks_mut(TOKENS_AT_A_TIME).enumerate() {
+        if number > 0 {
+            (limits.between)();
+        }
+        while !slots.is_empty() {
+            let (read, written) = read_common(reader.rest(), slots);
+            reader.advance(read)?;
+            slots = slots.get_mut(written..).unwrap_or_default();
+            // The fast loop stops at forms it does not know: 64-bit or signed ones, and errors.
+            let Some((slot, others)) = slots.split_first_mut() else {
+                break;
+            };
+            *slot = read_any(reader)?.to_be_bytes();
+            slots = others;
+        }
     }
     Ok(TokenIds(bytes.into()))
 }
