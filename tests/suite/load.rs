@@ -51,6 +51,25 @@ fn every_workload_runs_without_an_error_and_takes_turns() {
 }
 
 #[test]
+fn lookups_that_ask_a_second_tier_are_waited_for() {
+    let directory = tempfile::tempdir().unwrap();
+    let adapter = serde_json::json!({"type": "fs", "base_path": directory.path()}).to_string();
+    let server = Server::start(&["--l2-adapter", &adapter]);
+    let output = bench(&server, &["--workload", "lookup-miss,lookup-hit,retrieve"])
+        .args(["--workload", "chat", "--tokens", "64", "--seconds", "0.05"])
+        .output()
+        .unwrap();
+    let problem = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{problem}");
+    let rows: Vec<Value> = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(rows.len(), 4);
+    for row in &rows {
+        assert!(row["rounds"].as_u64().unwrap() > 0, "{row}");
+        assert_eq!(row["errors"], 0, "{row}");
+    }
+}
+
+#[test]
 fn the_echo_is_measured_beside_the_server() {
     let server = Server::start(&[]);
     let output = bench(&server, &["--compare-echo", "--workload", "noop,ping"])

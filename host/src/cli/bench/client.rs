@@ -16,6 +16,8 @@ use zeromq::{DealerSocket, Socket as _, SocketRecv as _, SocketSend as _, ZmqMes
 
 /// What a reply may take before the request counts as failed.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// What the second tier may take to answer a lookup.
+const STATUS_SECONDS: f64 = 30.0;
 /// What a connection may take; a refused one is tried again for as long.
 const CONNECT_PATIENCE: Duration = Duration::from_secs(5);
 /// The model all load goes to; the salt keeps runs apart.
@@ -132,15 +134,23 @@ impl Client {
         self.status(request).await
     }
 
-    /// `query_prefetch_status`: chunks that the request's lookup found.
+    /// `query_prefetch_status`, and `wait_prefetch_status` while the second tier is asked: chunks
+    /// that the request's lookup found.
     pub(in crate::cli) async fn status(&mut self, request: &str) -> anyhow::Result<usize> {
-        let found = self
-            .call_value(Operation::QueryPrefetchStatus, &[pack(&request.into())?])
+        let id = pack(&request.into())?;
+        let mut found = self
+            .call_value(Operation::QueryPrefetchStatus, std::slice::from_ref(&id))
             .await?;
+        if found.is_nil() {
+            let seconds = pack(&Value::from(STATUS_SECONDS))?;
+            found = self
+                .call_value(Operation::WaitPrefetchStatus, &[id, seconds])
+                .await?;
+        }
         let found = found
             .as_u64()
             .and_then(|chunks| usize::try_from(chunks).ok());
-        found.context("a lookup's status is no number")
+        found.with_context(|| format!("a lookup had no result within {STATUS_SECONDS} s"))
     }
 
     /// Gives the locks of a lookup back.
