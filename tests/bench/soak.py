@@ -41,6 +41,8 @@ weight = 1
 """
 LOADS = [
     ("chat", ["--workload", "chat", "--tokens", "8192", "--clients", "2", "--cache-salt", "red"]),
+    # So many that memory has lost a conversation when its next turn comes, and the second tier has it.
+    ("chats", ["--workload", "chat", "--tokens", "8192", "--clients", "24"]),
     ("store", ["--workload", "store", "--tokens", "4096", "--clients", "1"]),
     ("hit", ["--workload", "lookup-hit,retrieve", "--tokens", "2048", "--clients", "2", "--cache-salt", "red"]),
 ]
