@@ -1,6 +1,9 @@
 //! What is refused and how it is said.
 
-use std::time::Duration;
+use std::{
+    sync::atomic::{AtomicUsize, Ordering},
+    time::Duration,
+};
 
 use bytes::Bytes;
 use stockade_wire::{
@@ -241,6 +244,37 @@ fn a_reader_count_beyond_any_is_as_good_as_the_largest() {
     assert_eq!(key.unwrap().num_kv_readers, i64::MAX);
     let key = lookup(&[Field::Gone("num_kv_readers")]);
     assert_eq!(key.unwrap().num_kv_readers, 0);
+}
+
+#[test]
+fn of_long_arrays_others_are_let_in_between() {
+    static TIMES: AtomicUsize = AtomicUsize::new(0);
+    let limits = Limits {
+        between: || {
+            TIMES.fetch_add(1, Ordering::Relaxed);
+        },
+        ..Limits::default()
+    };
+    // Of all widths, 64 bits among them, which the fast path leaves to the slow one.
+    let tokens = |count: u32| -> Vec<u32> {
+        (0..count)
+            .map(|at| [at, at % 200, at * 40, at << 8][at as usize * 7 / 3 % 4])
+            .collect()
+    };
+    for (count, times) in [(8192, 0), (8193, 1), (16_384, 1), (20_001, 2)] {
+        let mut bytes = Vec::new();
+        rmp::encode::write_array_len(&mut bytes, count).unwrap();
+        for (at, &token) in tokens(count).iter().enumerate() {
+            match at % 1000 {
+                999 => rmp::encode::write_u64(&mut bytes, token.into()).unwrap(),
+                _ => drop(rmp::encode::write_uint(&mut bytes, token.into()).unwrap()),
+            }
+        }
+        TIMES.store(0, Ordering::Relaxed);
+        let key = lookup_with(&limits, key_frame(&[Field::is("token_ids", bytes)])).unwrap();
+        assert!(key.tokens.iter().eq(tokens(count)), "{count}");
+        assert_eq!(TIMES.load(Ordering::Relaxed), times, "{count}");
+    }
 }
 
 #[test]
