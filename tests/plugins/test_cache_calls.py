@@ -46,6 +46,8 @@ class CacheCalls(unittest.TestCase):
         rounds = dict.fromkeys(LANGUAGES, 0)
         for _life in range(2):
             with pages.Server(command, directory) as server:
+                # Beside the load, compiling could take longer than it may.
+                self.until_they_run(server)
                 load = [pages.binary(), "bench", "--url", f"tcp://{server.zmq}", "--workload", "store"]
                 load += ["--seconds", "600", "--tokens", "4096", "--chunk-kib", "64", "--json"]
                 load = subprocess.Popen(load, stdout=subprocess.DEVNULL)
@@ -59,6 +61,17 @@ class CacheCalls(unittest.TestCase):
                     load.kill()
                     load.wait()
                 self.assertEqual(server.stop(), 0)
+
+    def until_they_run(self, server):
+        deadline = time.monotonic() + pages.PATIENCE_SECONDS
+        while True:
+            with urllib.request.urlopen(f"{server.http}/v1/plugins") as response:
+                states = {plugin["name"]: plugin["state"] for plugin in json.loads(response.read())["plugins"]}
+            if list(states.values()) == ["running"] * len(LANGUAGES):
+                return
+            if time.monotonic() > deadline or "refused" in states.values():
+                self.fail(f"{states}\n{server.text()}")
+            time.sleep(0.1)
 
     def report(self, server, language, rounds):
         """What the plugin did, once what it evicted had been written down and the client left it alone, and
