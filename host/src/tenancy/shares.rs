@@ -9,9 +9,10 @@
 //! Alone, a tenant has all of them.
 //!
 //! The kernel has its own line before each core, and lets whoever runs there run on for a while, so
-//! that a thread with another tenant's request would stand behind one with a flood's. So while
-//! several tenants are here the threads ask for short slices of time, and for a long one in a turn
-//! of a tenant that got more of late than another: the kernel takes the core from the long one.
+//! that a thread with another tenant's request would stand behind one with a flood's. So beside a
+//! tenant that presses, and got much more of late than another, the other's turns have short slices
+//! of time and its own have long ones: the kernel takes the core from the long one. Among equals
+//! that would only cost time.
 //!
 //! A tenant with a rate has a bucket besides. Over it, its connections are left unread (which the
 //! clients' own buffers feel), and only what has waited for [`PATIENCE`] is refused.
@@ -134,6 +135,11 @@ impl Pass {
         self.0 = self.0.saturating_add(Self::of(cost, weight).0);
     }
 
+    /// By half and more.
+    fn is_well_below(self, other: Self) -> bool {
+        self.0.saturating_mul(2) < other.0
+    }
+
     fn before(self, head_start: Self) -> Self {
         Self(self.0.saturating_sub(head_start.0))
     }
@@ -153,6 +159,8 @@ struct Party {
     /// Connections that wait for one.
     waiting: VecDeque<u64>,
     active_at: Instant,
+    /// When it last wanted another turn while it had one.
+    pressed_at: Option<Instant>,
     recent: Recent,
     waits: u64,
     refusals: u64,
@@ -194,6 +202,7 @@ impl Party {
             running: 0,
             waiting: VecDeque::new(),
             active_at: now,
+            pressed_at: None,
             recent: Recent {
                 cost: 0,
                 as_of: now,
@@ -215,6 +224,12 @@ impl Party {
     /// Whether it has, or waits for, a turn.
     fn is_present(&self) -> bool {
         self.running > 0 || !self.waiting.is_empty()
+    }
+
+    /// Whether it wanted more than one turn at a time, a moment ago.
+    fn is_pressing(&self, now: Instant, idle: Duration) -> bool {
+        let pressed_at = self.pressed_at;
+        pressed_at.is_some_and(|at| now.saturating_duration_since(at) < idle)
     }
 
     /// What it got of late, per unit of its weight.
@@ -496,6 +511,9 @@ impl Shares {
                     let unpaid = cost.saturating_sub(MESSAGE_COST);
                     party.pass.add(unpaid, party.share.weight);
                     party.recent.add(cost, now);
+                    if stays || !party.waiting.is_empty() {
+                        party.pressed_at = Some(now);
+                    }
                 } else {
                     party.waiting.retain(|&other| other != seat.connection);
                 }
@@ -588,14 +606,23 @@ impl Table {
 
     /// How long a thread may want to run for a tenant's turn.
     fn time_slice(&self, realm: &Realm, now: Instant, idle: Duration) -> TimeSlice {
+        let Some(party) = self.parties.get(realm) else {
+            return TimeSlice::Usual;
+        };
+        let recent = party.recent(now);
         let others = self.parties.iter().filter(|(other, party)| {
             *other != realm && (party.is_present() || party.is_thinking(now, idle))
         });
-        let least = others.map(|(_, party)| party.recent(now)).min();
-        match (self.parties.get(realm), least) {
-            (Some(party), Some(least)) if party.recent(now) > least => TimeSlice::Long,
-            (_, Some(_)) => TimeSlice::Short,
-            (_, None) => TimeSlice::Usual,
+        let (mut is_pressed, mut has_lesser) = (false, false);
+        for (_, other) in others {
+            let its = other.recent(now);
+            is_pressed |= other.is_pressing(now, idle) && recent.is_well_below(its);
+            has_lesser |= its.is_well_below(recent);
+        }
+        match (has_lesser && party.is_pressing(now, idle), is_pressed) {
+            (true, _) => TimeSlice::Long,
+            (false, true) => TimeSlice::Short,
+            (false, false) => TimeSlice::Usual,
         }
     }
 
@@ -692,28 +719,36 @@ mod tests {
     }
 
     #[test]
-    fn who_got_more_of_late_gives_way_to_who_got_less() {
+    fn who_presses_and_got_more_gives_way_to_who_got_less() {
         let shares = shares_of(4);
         let [flood, other] = [1, 2].map(Seat::new);
         let used = Turn {
             messages: 4,
             ..NOTHING
         };
-        let turn = |seat, name, weight| {
+        let turn = |seat, name, weight, wants_more| {
             assert!(begins(&shares, seat, name, share(weight)));
             let during = TimeSlice::of_this_thread();
-            shares.turn_over(seat, used, share(weight), false);
+            shares.turn_over(seat, used, share(weight), wants_more);
             (during, TimeSlice::of_this_thread())
         };
-        for _ in 0..3 {
-            let alone = (TimeSlice::Usual, TimeSlice::Usual);
-            assert_eq!(turn(&flood, "flood", 1), alone);
+        let usual = (TimeSlice::Usual, TimeSlice::Usual);
+        for _ in 0..5 {
+            assert_eq!(turn(&flood, "flood", 1, true), usual, "alone");
         }
-        let less = (TimeSlice::Short, TimeSlice::Short);
-        assert_eq!(turn(&other, "other", 1), less, "nothing of late");
-        let more = (TimeSlice::Long, TimeSlice::Short);
-        assert_eq!(turn(&flood, "flood", 1), more);
-        assert_eq!(turn(&flood, "flood", 10), less, "by its weight");
+        let short = (TimeSlice::Short, TimeSlice::Short);
+        assert_eq!(turn(&other, "other", 1, false), short);
+        let long = (TimeSlice::Long, TimeSlice::Short);
+        assert_eq!(turn(&flood, "flood", 1, false), long);
+        for _ in 0..2 {
+            turn(&other, "other", 1, false);
+        }
+        assert_eq!(turn(&flood, "flood", 1, false), usual, "no longer much more");
+        // Who waits for each answer presses nobody, however many there are.
+        for _ in 0..20 {
+            turn(&other, "other", 1, false);
+        }
+        assert_eq!(turn(&other, "other", 1, false), usual);
     }
 
     #[test]
