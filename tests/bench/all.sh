@@ -31,7 +31,7 @@ ours='' theirs=''
 end() {
   for process in $ours $theirs; do kill -TERM "$process" 2> /dev/null || true; done
   for process in $ours $theirs; do wait "$process" 2> /dev/null || true; done
-  rm -rf "$scratch"
+  rm -rf "$scratch" "/dev/shm/stockade-bench-peer-$$"
 }
 trap end EXIT
 
@@ -79,7 +79,8 @@ peer() {
   if [ "$lmcache" = - ]; then return; fi
   start_ours
   "$lmcache" server --host 127.0.0.1 --port "${ports[2]}" --http-port "${ports[3]}" --l1-size-gb 2 \
-    --eviction-policy LRU --supported-transfer-mode engine_driven > "$scratch/lmcache.log" 2>&1 &
+    --eviction-policy LRU --supported-transfer-mode engine_driven --shm-name "stockade-bench-peer-$$" \
+    > "$scratch/lmcache.log" 2>&1 &
   theirs=$!
   local other=tcp://127.0.0.1:${ports[2]}
   await "$other"
