@@ -90,7 +90,6 @@ peer() {
   measure --compare "$other" --workload lookup-miss,lookup-hit --tokens 1024,8192,32768,131072 --chunk-kib 16 --plot "$scratch"
   cp "$scratch/latency-over-tokens.svg" "$out/"
   measure --compare "$other" --workload store,retrieve,chat --tokens 256,32768
-  measure --compare "$other" --workload store,retrieve --tokens 256 --chunk-kib 32768
 }
 
 echo_alone() {
