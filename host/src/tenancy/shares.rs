@@ -743,7 +743,11 @@ mod tests {
         for _ in 0..2 {
             turn(&other, "other", 1, false);
         }
-        assert_eq!(turn(&flood, "flood", 1, false), usual, "no longer much more");
+        assert_eq!(
+            turn(&flood, "flood", 1, false),
+            usual,
+            "no longer much more"
+        );
         // Who waits for each answer presses nobody, however many there are.
         for _ in 0..20 {
             turn(&other, "other", 1, false);
