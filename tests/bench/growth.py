@@ -35,7 +35,7 @@ def keys(program, size, seconds):
     with Server(program, "--l1-size-gb", pool / GIB, *flags) as server:
         while (missing := size - server.l1()["total_object_count"]) > 0:
             tokens = min(missing, 4096) * 16
-            server.bench("--workload", "store", "--tokens", tokens, "--chunk-kib", 1, "--turns", 1, "--seconds", min(2, missing / 10**6))
+            server.bench("--workload", "store", "--tokens", tokens, "--chunk-kib", 1, "--turns", 1, "--seconds", max(0.01, min(2, missing / 10**6)))
         flags = ["--tokens", 1024, "--chunk-kib", 1, "--turns", 2, "--seconds", seconds / 2]
         rows = server.bench("--workload", "noop,lookup-miss,lookup-hit", *flags)
         also = {"rss_kib": server.sample()["rss_kib"], "objects": server.l1()["total_object_count"]}
