@@ -19,7 +19,6 @@ import signal
 import sys
 import tempfile
 import time
-import urllib.request
 
 import zmq
 
@@ -70,8 +69,7 @@ class Side:
 
     def metrics(self):
         self.server.process.send_signal(signal.SIGCONT)
-        with urllib.request.urlopen(f"{self.server.http_url}/metrics", timeout=60) as answer:
-            text = answer.read().decode()
+        text = self.server.text("/metrics")
         found = re.findall(r"^(stockade_plugin_rankings_total|\w*evicted\w*_total)(\{.*\})? (\S+)$", text, re.M)
         return {name + labels: float(value) for name, labels, value in found}
 

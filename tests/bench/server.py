@@ -71,6 +71,11 @@ class Server:
     def http(self, path, method="GET"):
         return json.loads(self.text(path, method))
 
+    def metric(self, name):
+        """The sum of a metric's samples, whatever their labels."""
+        samples = re.findall(rf"^{name}(?:{{.*}})? (\S+)$", self.text("/metrics"), re.M)
+        return sum(map(float, samples))
+
     def steer(self, names, action, state):
         """Starts or stops plugins, and waits until all there are have the state."""
         for name in names:

@@ -117,11 +117,9 @@ def judge(samples, minutes, least_slack_kib=1024):
 
 def second_tier(server):
     """Objects written to it and read from it so far, in one directory or another."""
-    text = server.text("/metrics")
-    of = lambda name: sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(name))
     return {
-        "l2_written": of("lmcache_mp_l2_store_completed_requests_total"),
-        "l2_read": of("lmcache_mp_l2_load_completed_requests_total"),
+        "l2_written": server.metric("lmcache_mp_l2_store_completed_requests_total"),
+        "l2_read": server.metric("lmcache_mp_l2_load_completed_requests_total"),
     }
 
 

@@ -3,12 +3,12 @@
 use std::{
     os::unix::fs::PermissionsExt as _,
     path::Path,
-    process::{Child, Command, Stdio},
+    process::{Command, Stdio},
     time::{Duration, Instant},
 };
 
 use rmpv::Value;
-use stockade_tests::{Client, Key, PATIENCE, Server, Worker, map, registration, tokens};
+use stockade_tests::{Client, Key, PATIENCE, Process, Server, Worker, map, registration, tokens};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::UnixStream,
@@ -162,16 +162,6 @@ async fn plugins_learn_nothing_of_passwords() {
     );
 }
 
-/// Kills a process when the test ends, and only then looks at its exit.
-struct Unreaped(Child);
-
-impl Drop for Unreaped {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
 /// The environment variable that turns the next test into a worker.
 const WORKER_OF: &str = "STOCKADE_TEST_WORKER_OF";
 
@@ -190,13 +180,13 @@ async fn a_worker_that_waits_to_be_killed() {
     }
 }
 
-fn spawn_worker(url: &str) -> Unreaped {
+fn spawn_worker(url: &str) -> Process {
     let worker = Command::new(std::env::current_exe().unwrap())
         .args(["--exact", "listeners::a_worker_that_waits_to_be_killed"])
         .env(WORKER_OF, url)
         .stdout(Stdio::null())
         .spawn();
-    Unreaped(worker.unwrap())
+    Process(worker.unwrap())
 }
 
 /// Waits for a number of bytes that are reserved and not committed.

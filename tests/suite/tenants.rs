@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use bytes::Bytes;
 use rmpv::Value;
 use stockade_tests::{
-    Client, Key, Server, Worker, field, lookup, lookup_free, pack, registration, tokens,
+    Client, Key, Process, Server, Worker, field, lookup, lookup_free, pack, registration, tokens,
 };
 
 const CHUNK: usize = 16;
@@ -282,32 +282,28 @@ while True:
 
 /// A [`BRIDGE`] that ends with this.
 struct Bridge {
-    child: std::process::Child,
+    _process: Process,
     url: String,
 }
 
 impl Bridge {
     fn start(uid: u32, socket: &Path) -> Self {
         use std::io::BufRead as _;
-        let mut child = std::process::Command::new("python3")
+        let child = std::process::Command::new("python3")
             .args(["-c", BRIDGE, &uid.to_string(), socket.to_str().unwrap()])
             .stdout(std::process::Stdio::piped())
-            .spawn()
-            .unwrap();
+            .spawn();
+        let mut process = Process(child.unwrap());
         let mut port = String::new();
-        let stdout = child.stdout.as_mut().unwrap();
+        let stdout = process.0.stdout.as_mut().unwrap();
         std::io::BufReader::new(stdout)
             .read_line(&mut port)
             .unwrap();
         let url = format!("tcp://127.0.0.1:{}", port.trim());
-        Self { child, url }
-    }
-}
-
-impl Drop for Bridge {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        Self {
+            _process: process,
+            url,
+        }
     }
 }
 

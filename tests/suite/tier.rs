@@ -11,14 +11,14 @@ use std::{
     io::{Read as _, Write as _},
     net::{TcpListener, TcpStream},
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::{Command, Stdio},
     time::{Duration, Instant},
 };
 
 use rmpv::Value;
 use rustix::process::Signal;
 use serde_json::json;
-use stockade_tests::{Client, Key, Server, Worker, tokens, wait_for};
+use stockade_tests::{Client, Key, Process, Server, Worker, tokens, wait_for};
 
 const CHUNK: usize = 16;
 /// Bytes of one chunk of a [`Worker`].
@@ -654,18 +654,8 @@ fn adapters_that_cannot_be_are_refused_with_the_way_out() {
     }
 }
 
-/// A storage server of a test.
-struct Running(Child);
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-/// Starts one and waits until it listens; says so when there is none.
-fn run(command: &mut Command, directory: &Path, port: u16) -> Option<Running> {
+/// Starts a storage server and waits until it listens; says so when there is none.
+fn run(command: &mut Command, directory: &Path, port: u16) -> Option<Process> {
     let program = command.get_program().to_string_lossy().into_owned();
     let child = command
         .current_dir(directory)
@@ -676,7 +666,7 @@ fn run(command: &mut Command, directory: &Path, port: u16) -> Option<Running> {
         eprintln!("SKIPPED: there is no {program}");
         return None;
     };
-    let running = Running(child);
+    let running = Process(child);
     let deadline = Instant::now() + Duration::from_secs(120);
     while TcpStream::connect(("127.0.0.1", port)).is_err() {
         assert!(Instant::now() < deadline, "{program} does not listen");
@@ -708,7 +698,7 @@ fn redis_command(port: u16, words: &[&str]) -> Option<String> {
 
 /// A Redis of the test's own.
 struct Redis {
-    child: Child,
+    child: Process,
     port: u16,
     directory: tempfile::TempDir,
 }
@@ -731,7 +721,7 @@ impl Redis {
         Some(redis)
     }
 
-    fn spawn(directory: &tempfile::TempDir, port: u16) -> Option<Child> {
+    fn spawn(directory: &tempfile::TempDir, port: u16) -> Option<Process> {
         Command::new("redis-server")
             .args([
                 "--port",
@@ -746,6 +736,7 @@ impl Redis {
             .stdout(Stdio::null())
             .spawn()
             .ok()
+            .map(Process)
     }
 
     fn wait(&self) {
@@ -758,8 +749,8 @@ impl Redis {
         redis_command(self.port, words)
     }
     fn stop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        let _ = self.child.0.kill();
+        let _ = self.child.0.wait();
     }
 
     fn restart(&mut self) {
@@ -775,12 +766,6 @@ impl Redis {
                 json!({"type": "valkey", "startup_nodes": format!("127.0.0.1:{}", self.port), "key_prefix": "fleet"})
             }
         }
-    }
-}
-
-impl Drop for Redis {
-    fn drop(&mut self) {
-        self.stop();
     }
 }
 

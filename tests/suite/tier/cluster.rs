@@ -2,11 +2,11 @@
 
 use std::{
     collections::BTreeSet,
-    process::{Child, Command, Stdio},
+    process::{Command, Stdio},
 };
 
 use serde_json::json;
-use stockade_tests::{Key, Server, Worker, tokens, wait_for};
+use stockade_tests::{Key, Process, Server, Worker, tokens, wait_for};
 
 use super::{CHUNK, chunks, end, free_port, lookup, redis_command, start, store};
 
@@ -18,7 +18,7 @@ const CHUNKS: u8 = 24;
 const FIRST: u8 = 100;
 
 struct Node {
-    child: Child,
+    child: Process,
     port: u16,
     id: String,
     _directory: tempfile::TempDir,
@@ -51,13 +51,6 @@ impl Node {
     }
 }
 
-impl Drop for Node {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
 struct Cluster(Vec<Node>);
 
 impl Cluster {
@@ -82,7 +75,7 @@ impl Cluster {
                 return None;
             };
             let mut node = Node {
-                child,
+                child: Process(child),
                 port,
                 id: String::new(),
                 _directory: directory,
@@ -216,8 +209,8 @@ async fn a_node_of_a_cluster_that_dies_under_load_costs_its_own_values_only() {
     for number in 0..40 {
         if number == 3 {
             let mut node = cluster.0.remove(dying);
-            node.child.kill().unwrap();
-            node.child.wait().unwrap();
+            node.child.0.kill().unwrap();
+            node.child.0.wait().unwrap();
             dead = Some(node);
         }
         // Stores go on meanwhile; nobody waits for theirs.
