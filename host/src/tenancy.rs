@@ -38,10 +38,6 @@ use shares::{Seat, Shares};
 
 /// Fewest and most requests at once for which the server copies.
 const COPIES: (usize, usize) = (2, 8);
-/// Bytes of large requests that a tenant may have in flight while others are there, before more of
-/// them are left unread. An eighth of what all connections may have (`max_inbound_bytes`).
-const IN_FLIGHT_BYTES: usize = 32 << 20;
-
 /// The salt of what nobody may have. Nothing is stored under it, whoever asks.
 pub const DENIED_SALT: &str = "stockade-denied";
 
@@ -406,9 +402,13 @@ impl Tenancy {
     /// tenant has its part of the memory for requests, and others may want theirs.
     fn in_flight_bytes(&self, realm: &Realm) -> usize {
         let held = self.large.held_bytes(realm) + self.copies.held_bytes(realm);
-        match held >= IN_FLIGHT_BYTES && self.shares.has_company(realm) {
-            true => 0,
-            false => usize::MAX,
+        if held < large::part_of_each(usize::MAX) {
+            return usize::MAX;
+        }
+        match self.shares.company(realm) {
+            0 => usize::MAX,
+            others if held < large::part_of_each(others + 1) => usize::MAX,
+            _ => 0,
         }
     }
 
@@ -425,7 +425,7 @@ impl Tenancy {
     /// Whether another tenant's requests are here now, or were a moment ago.
     #[must_use]
     pub fn has_company(&self, realm: &Realm) -> bool {
-        self.shared.load(Ordering::Relaxed) && self.shares.has_company(realm)
+        self.shared.load(Ordering::Relaxed) && self.shares.company(realm) > 0
     }
 
     /// The peer's connection is gone.

@@ -98,6 +98,7 @@ echo_alone() {
   measure --compare-echo --workload noop,chunk-size --clients 1,4,16 --plot "$scratch"
   cp "$scratch/throughput-over-clients.svg" "$out/"
   measure --compare-echo --workload noop --clients 16 --in-flight 16
+  measure --compare-echo --workload lookup-miss,lookup-hit --tokens 1024,8192,32768,131072 --chunk-kib 16
   # What two requests cost on this machine right after a copy of this size, whoever answers them.
   measure --compare-echo --workload store,retrieve --tokens 256 --chunk-kib 256
   measure --compare-echo --workload store,retrieve --tokens 256 --chunk-kib 32768

@@ -167,10 +167,13 @@ def flood(path, depth, tokens, is_idle, going, stop, served):
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     client = Client(path)
     if tokens is None:
-        message = encode("noop")
+        batch = encode("noop") * depth
     else:
-        message = encode("lookup", key(list(range(tokens)), f"flood-{os.getpid()}"), 1)
-    batch = message * depth
+        # Of one request, so that every second one is compared with the one before, and the others are
+        # of another prompt and hashed anew.
+        prompts = [key(list(range(first, first + tokens)), f"flood-{os.getpid()}") for first in (0, 1)]
+        one, other = (encode("lookup", prompt, 1) * 2 for prompt in prompts)
+        batch = (one + other) * (depth // 4)
     while not stop.is_set():
         if not going.wait(0.1):
             continue

@@ -73,15 +73,15 @@ fn lookups_that_ask_a_second_tier_are_waited_for() {
 fn the_echo_is_measured_beside_the_server() {
     let server = Server::start(&[]);
     let output = bench(&server, &["--compare-echo", "--workload", "noop,ping"])
-        .args(["--workload", "store,retrieve", "--tokens", "64"])
-        .args(["--seconds", "0.05"])
+        .args(["--workload", "store,retrieve,lookup-miss,lookup-hit"])
+        .args(["--tokens", "64", "--seconds", "0.05"])
         .output()
         .unwrap();
     let problem = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{problem}");
     let rows: Vec<Value> = serde_json::from_slice(&output.stdout).unwrap();
-    assert_eq!(rows.len(), 7, "an echo cannot ping: {problem}");
-    for pair in [&rows[..2], &rows[3..5], &rows[5..]] {
+    assert_eq!(rows.len(), 11, "an echo cannot ping: {problem}");
+    for pair in [0, 3, 5, 7, 9].map(|first| &rows[first..first + 2]) {
         assert_eq!(pair[0]["workload"], pair[1]["workload"]);
         assert!(pair[0]["rate_speedup"].as_f64().unwrap() > 0.0);
     }

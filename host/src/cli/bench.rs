@@ -27,8 +27,8 @@ pub struct BenchCommand {
     /// A second server that takes turns with the first; X says how many times the first is faster
     #[arg(long, value_name = "URL", conflicts_with = "compare_echo")]
     compare: Option<String>,
-    /// Take turns with a bare ZeroMQ echo instead, for noop and chunk-size; for store and retrieve
-    /// with the same requests to the echo around the same copy
+    /// Take turns with a bare ZeroMQ echo instead, for noop and chunk-size; for lookups, store and
+    /// retrieve with the same requests to the echo, around the same copy
     #[arg(long)]
     compare_echo: bool,
     /// What to do, one after the other
@@ -218,7 +218,7 @@ impl BenchCommand {
     /// meets all of them alike.
     async fn cell(&self, cell: Cell, urls: &[&str]) -> anyhow::Result<Vec<Row>> {
         let mut fleets = Vec::new();
-        let chunk_tokens = match cell.workload.moves_bytes() && self.compare_echo {
+        let chunk_tokens = match cell.workload.has_floor() && self.compare_echo {
             true => Some(
                 client::Client::connect(&self.url)
                     .await?

@@ -22,6 +22,19 @@ const QUANTUM_BYTES: usize = 256 << 10;
 /// The most that one request costs, in quanta; it bounds the rounds until it goes.
 const MAX_COST: u64 = 256;
 
+/// Bytes of requests that all tenants may have waiting and in work while several are there, before
+/// more of them are left unread: half of what all connections may have (`max_inbound_bytes`), so
+/// that there is room for whoever comes.
+const HELD_BYTES: usize = 128 << 20;
+/// Fewest and most tenants that share this.
+const SHARERS: (usize, usize) = (4, 32);
+
+/// Bytes that each of so many tenants may have waiting and in work: 4 to 32 MiB.
+#[must_use]
+pub(super) fn part_of_each(tenants: usize) -> usize {
+    HELD_BYTES / tenants.clamp(SHARERS.0, SHARERS.1)
+}
+
 /// A tenant has too many large requests waiting.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error(
@@ -266,6 +279,16 @@ mod tests {
 
     fn realm(name: &str) -> Realm {
         Realm(Arc::from(name))
+    }
+
+    #[test]
+    fn tenants_of_any_number_leave_room_for_another_one() {
+        for tenants in 0..=SHARERS.1 {
+            assert!(tenants * part_of_each(tenants) <= HELD_BYTES, "{tenants}");
+        }
+        // Nobody is left without, and one alone with another has no more than an eighth of all.
+        assert_eq!(part_of_each(1), 32 << 20);
+        assert_eq!(part_of_each(usize::MAX), 4 << 20);
     }
 
     fn share(weight: u32) -> Share {

@@ -346,12 +346,14 @@ impl Shares {
         }
     }
 
-    /// Whether another tenant wants something now, or did a moment ago.
-    pub(super) fn has_company(&self, realm: &Realm) -> bool {
+    /// How many other tenants want something now, or did a moment ago.
+    pub(super) fn company(&self, realm: &Realm) -> usize {
         let now = Instant::now();
         let table = self.table.lock();
-        let mut others = table.parties.iter().filter(|(other, _)| *other != realm);
-        others.any(|(_, party)| party.is_present() || party.is_thinking(now, self.idle))
+        let others = table.parties.iter().filter(|(other, party)| {
+            *other != realm && (party.is_present() || party.is_thinking(now, self.idle))
+        });
+        others.count()
     }
 
     /// Begins a turn: ready with what it may take.

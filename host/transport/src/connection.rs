@@ -33,6 +33,9 @@ pub(crate) const LINGER: Duration = Duration::from_millis(500);
 const WRITE_CHUNKS: usize = 32;
 /// Bytes read before other connections get their turn.
 const READ_BYTES_PER_TURN: usize = 1 << 20;
+/// Bytes of one read where a turn is limited: the kernel gives the core to nobody else while it
+/// copies them.
+const READ_BYTES_SHARED: usize = 64 << 10;
 /// A timer must have a deadline; nothing is due this far off.
 const FAR: Duration = Duration::from_secs(3600);
 
@@ -522,6 +525,9 @@ impl<H: Handler, S: AsyncRead + AsyncWrite + Unpin> Connection<H, S> {
             return Poll::Pending;
         }
         let mut space = self.session.decoder().space();
+        if self.allowance.bytes != usize::MAX {
+            space.set_limit(space.remaining_mut().min(READ_BYTES_SHARED));
+        }
         let room = space.remaining_mut();
         match ready!(poll_read_buf(Pin::new(&mut self.io), cx, &mut space)) {
             Ok(0) => {

@@ -73,8 +73,8 @@ impl fmt::Debug for TokenIds {
 
 const BYTES_PER_TOKEN: usize = 4;
 
-/// Tokens read between two calls of [`Limits::between`]: some tens of microseconds.
-const TOKENS_AT_A_TIME: usize = 8 << 10;
+/// Tokens read between two calls of [`Limits::between`]: a microsecond or two.
+const TOKENS_AT_A_TIME: usize = 1 << 10;
 
 /// Markers of the two forms that nearly all tokens of a real prompt have.
 const TWO_BYTES: u8 = 0xcd;

@@ -1,8 +1,12 @@
-//! What a transfer costs however fast the server is: the same requests, answered by an echo, around
-//! the same copy. A copy of 32 MiB leaves caches cold and cores asleep, and the requests around it
-//! pay for that whoever answers them.
+//! What a lookup or a transfer costs however fast the server is: the same requests, answered by an
+//! echo, a transfer's around the same copy. A copy of 32 MiB leaves caches cold and cores asleep, and
+//! the requests around it pay for that whoever answers them.
 
-use std::{fs::File, os::unix::fs::FileExt as _, time::Instant};
+use std::{
+    fs::File,
+    os::unix::fs::FileExt as _,
+    time::{Duration, Instant},
+};
 
 use bytes::Bytes;
 use rustix::fs::MemfdFlags;
@@ -19,7 +23,7 @@ pub(super) struct Floor {
 }
 
 impl Floor {
-    /// Connects, and writes what retrieves will read.
+    /// Connects, and writes what retrieves of so many tokens will read; 0 where nothing is moved.
     pub(super) async fn connect(
         url: &str,
         layout: Layout,
@@ -35,6 +39,29 @@ impl Floor {
         };
         floor.copy_in(tokens / layout.chunk_tokens, seed)?;
         Ok(floor)
+    }
+
+    /// The requests of a lookup, those that give its locks back among them if it is a hit.
+    pub(super) async fn lookup(
+        &mut self,
+        prompt: &Prompt,
+        request: &str,
+        is_hit: bool,
+    ) -> anyhow::Result<Duration> {
+        let start = Instant::now();
+        let id = [pack(&request.into())?];
+        let key = [prompt.key(request, None), pack(&1.into())?];
+        self.client.call(Operation::Lookup, &key).await?;
+        self.client
+            .call(Operation::QueryPrefetchStatus, &id)
+            .await?;
+        if is_hit {
+            // Packed once more, as the client of a server does.
+            let key = [prompt.key(request, None), pack(&1.into())?];
+            self.client.call(Operation::FreeLookupLocks, &key).await?;
+        }
+        self.client.call(Operation::EndSession, &id).await?;
+        Ok(start.elapsed())
     }
 
     /// The requests of a store and its copy.

@@ -66,7 +66,12 @@ impl Workload {
 
     /// Whether an echo can answer it.
     pub(super) fn suits_echo(self) -> bool {
-        matches!(self, Self::Noop | Self::ChunkSize) || self.moves_bytes()
+        matches!(self, Self::Noop | Self::ChunkSize) || self.has_floor()
+    }
+
+    /// Whether its requests are sent to an echo as they are to a server.
+    pub(super) fn has_floor(self) -> bool {
+        self.moves_bytes() || matches!(self, Self::LookupMiss | Self::LookupHit)
     }
 
     /// Whether it is a copy between two requests.
@@ -178,11 +183,19 @@ impl LoadClient {
         );
         if let Some(chunk_tokens) = load.echo_chunk_tokens {
             let layout = Layout::of(chunk_tokens, load.chunk_bytes);
-            let floor = Floor::connect(url, layout, load.tokens, load.seed).await?;
+            let moved = match load.workload.moves_bytes() {
+                true => load.tokens,
+                false => 0,
+            };
+            let floor = Floor::connect(url, layout, moved, load.seed).await?;
+            let prompt = match load.workload {
+                Workload::LookupMiss => prompt,
+                _ => whole_chunks(prompt, chunk_tokens),
+            };
             return Ok(Self {
                 load,
                 worker: Kind::Floor(Box::new(floor)),
-                prompt: whole_chunks(prompt, chunk_tokens),
+                prompt,
                 round: 0,
             });
         }
@@ -275,7 +288,7 @@ impl LoadClient {
         let client = match &mut self.worker {
             Kind::Plain(client) => client,
             Kind::Worker(worker) => &mut worker.client,
-            Kind::Floor(_) => bail!("a floor has only transfers"),
+            Kind::Floor(_) => bail!("a floor has no control requests"),
         };
         let start = Instant::now();
         // Uids count up, so the oldest in flight is first.
@@ -302,6 +315,15 @@ impl LoadClient {
         let (seed, round) = (self.load.seed, self.round);
         if let Kind::Floor(floor) = &mut self.worker {
             let transfer = match self.load.workload {
+                Workload::LookupMiss => {
+                    let prompt = self.prompt.clone().renamed(round);
+                    samples.record(floor.lookup(&prompt, &request, false).await?);
+                    return Ok(());
+                }
+                Workload::LookupHit => {
+                    samples.record(floor.lookup(&self.prompt, &request, true).await?);
+                    return Ok(());
+                }
                 Workload::Store => {
                     let prompt = self.prompt.clone().renamed(round);
                     floor.store(&prompt, &request, seed).await?
