@@ -402,5 +402,21 @@ mod tests {
         // Other tokens are hashed anew.
         let others: TokenIds = (1..18).collect();
         assert_eq!(session.chunk_hashes(&hasher, &others, 4), fresh(&others));
+        // Wherever the one token is that differs, in pieces compared one after the other.
+        let long = 3 * BYTES_AT_A_TIME as u32 / TOKEN_BYTES as u32;
+        let piece = long / 3;
+        for place in [0, piece - 1, piece, 2 * piece - 1, long - 1] {
+            let same = tokens(long);
+            session.chunk_hashes(&hasher, &same, usize::MAX);
+            session.hashes[0] = marked;
+            let chunks = session.chunk_hashes(&hasher, &same, usize::MAX);
+            assert_eq!(chunks[0], marked);
+            let other: TokenIds = same
+                .iter()
+                .map(|token| token + 9 * u32::from(token == place))
+                .collect();
+            let chunks = session.chunk_hashes(&hasher, &other, usize::MAX);
+            assert!(chunks == fresh(&other), "{place}");
+        }
     }
 }
