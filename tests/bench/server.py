@@ -91,12 +91,11 @@ class Server:
         return self.http("/status")["storage_manager"]["l1_manager"]
 
     def sample(self):
-        """Memory of its own in KiB without the pool, descriptors that are no connection, and threads."""
-        connections = self.metric("stockade_connections_open")
+        """Memory of its own in KiB without the pool, descriptors and threads."""
         status = pathlib.Path(f"/proc/{self.pid}/status").read_text()
         return {
             "rss_kib": int(re.search(r"RssAnon:\s+(\d+)", status).group(1)),
-            "descriptors": len(os.listdir(f"/proc/{self.pid}/fd")) - int(connections),
+            "descriptors": len(os.listdir(f"/proc/{self.pid}/fd")),
             "threads": int(re.search(r"Threads:\s+(\d+)", status).group(1)),
         }
 

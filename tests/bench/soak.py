@@ -175,6 +175,8 @@ def main():
                 # A fifth of the time, so that a p99 stands on enough rounds.
                 rows = server.bench(*PROBE, "--seconds", interval / 20)
                 sample = {"minute": round((time.monotonic() - begun) / 60, 3), **server.sample()}
+                # Without those of the load, which comes and goes.
+                sample["descriptors"] -= int(server.metric("stockade_connections_open"))
                 for row in rows:
                     sample |= {f"{row['workload']}_p50_us": row["p50_us"], f"{row['workload']}_p99_us": row["p99_us"]}
                     problems += [row["first_error"]] if row["errors"] else []

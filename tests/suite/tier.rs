@@ -749,8 +749,7 @@ impl Redis {
         redis_command(self.port, words)
     }
     fn stop(&mut self) {
-        let _ = self.child.0.kill();
-        let _ = self.child.0.wait();
+        self.child.end();
     }
 
     fn restart(&mut self) {

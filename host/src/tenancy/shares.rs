@@ -348,12 +348,8 @@ impl Shares {
 
     /// How many other tenants want something now, or did a moment ago.
     pub(super) fn company(&self, realm: &Realm) -> usize {
-        let now = Instant::now();
         let table = self.table.lock();
-        let others = table.parties.iter().filter(|(other, party)| {
-            *other != realm && (party.is_present() || party.is_thinking(now, self.idle))
-        });
-        others.count()
+        table.company(realm, Instant::now(), self.idle).count()
     }
 
     /// Begins a turn: ready with what it may take.
@@ -606,17 +602,24 @@ impl Table {
         party
     }
 
+    /// The other tenants that want something now, or did a moment ago.
+    fn company(&self, realm: &Realm, now: Instant, idle: Duration) -> impl Iterator<Item = &Party> {
+        let others = self
+            .parties
+            .iter()
+            .filter(move |(other, _)| *other != realm);
+        let others = others.map(|(_, party)| party);
+        others.filter(move |party| party.is_present() || party.is_thinking(now, idle))
+    }
+
     /// How long a thread may want to run for a tenant's turn.
     fn time_slice(&self, realm: &Realm, now: Instant, idle: Duration) -> TimeSlice {
         let Some(party) = self.parties.get(realm) else {
             return TimeSlice::Usual;
         };
         let recent = party.recent(now);
-        let others = self.parties.iter().filter(|(other, party)| {
-            *other != realm && (party.is_present() || party.is_thinking(now, idle))
-        });
         let (mut is_pressed, mut has_lesser) = (false, false);
-        for (_, other) in others {
+        for other in self.company(realm, now, idle) {
             let its = other.recent(now);
             is_pressed |= other.is_pressing(now, idle) && recent.is_well_below(its);
             has_lesser |= its.is_well_below(recent);

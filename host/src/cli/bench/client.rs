@@ -128,10 +128,20 @@ impl Client {
         prompt: &Prompt,
         request: &str,
     ) -> anyhow::Result<usize> {
+        self.begin_lookup(prompt, request).await?;
+        self.status(request).await
+    }
+
+    /// `lookup` alone.
+    pub(super) async fn begin_lookup(
+        &mut self,
+        prompt: &Prompt,
+        request: &str,
+    ) -> anyhow::Result<()> {
         let key = prompt.key(request, None);
         self.call(Operation::Lookup, &[key, pack(&Value::from(1))?])
             .await?;
-        self.status(request).await
+        Ok(())
     }
 
     /// `query_prefetch_status`, and `wait_prefetch_status` while the second tier is asked: chunks

@@ -2,11 +2,7 @@
 //! echo, a transfer's around the same copy. A copy of 32 MiB leaves caches cold and cores asleep, and
 //! the requests around it pay for that whoever answers them.
 
-use std::{
-    fs::File,
-    os::unix::fs::FileExt as _,
-    time::{Duration, Instant},
-};
+use std::{fs::File, os::unix::fs::FileExt as _, time::Instant};
 
 use bytes::Bytes;
 use rustix::fs::MemfdFlags;
@@ -47,21 +43,24 @@ impl Floor {
         prompt: &Prompt,
         request: &str,
         is_hit: bool,
-    ) -> anyhow::Result<Duration> {
+    ) -> anyhow::Result<Transfer> {
         let start = Instant::now();
+        self.client.begin_lookup(prompt, request).await?;
+        // An echo has no status to understand.
         let id = [pack(&request.into())?];
-        let key = [prompt.key(request, None), pack(&1.into())?];
-        self.client.call(Operation::Lookup, &key).await?;
         self.client
             .call(Operation::QueryPrefetchStatus, &id)
             .await?;
         if is_hit {
-            // Packed once more, as the client of a server does.
-            let key = [prompt.key(request, None), pack(&1.into())?];
-            self.client.call(Operation::FreeLookupLocks, &key).await?;
+            self.client.free_lookup_locks(prompt, request).await?;
         }
-        self.client.call(Operation::EndSession, &id).await?;
-        Ok(start.elapsed())
+        self.client.end_session(request).await?;
+        let server = start.elapsed();
+        Ok(Transfer {
+            server,
+            whole: server,
+            bytes: 0,
+        })
     }
 
     /// The requests of a store and its copy.

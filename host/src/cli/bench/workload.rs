@@ -317,13 +317,9 @@ impl LoadClient {
             let transfer = match self.load.workload {
                 Workload::LookupMiss => {
                     let prompt = self.prompt.clone().renamed(round);
-                    samples.record(floor.lookup(&prompt, &request, false).await?);
-                    return Ok(());
+                    floor.lookup(&prompt, &request, false).await?
                 }
-                Workload::LookupHit => {
-                    samples.record(floor.lookup(&self.prompt, &request, true).await?);
-                    return Ok(());
-                }
+                Workload::LookupHit => floor.lookup(&self.prompt, &request, true).await?,
                 Workload::Store => {
                     let prompt = self.prompt.clone().renamed(round);
                     floor.store(&prompt, &request, seed).await?
