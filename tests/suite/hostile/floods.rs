@@ -49,6 +49,11 @@ async fn connections_over_the_limit_are_closed_and_others_go_on() {
         assert_eq!(client.call(24, &[]).await.value(), Value::from("OK"));
     }
     drop(kept);
+    // Or the fresh client would be one too many.
+    siege
+        .server
+        .metric_becomes("stockade_connections_open", |open| open == 0.0)
+        .await;
     siege.withstood("connections over the limit").await;
 }
 
