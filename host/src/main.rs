@@ -3,7 +3,7 @@
 
 use std::{ffi::OsString, io::Write as _, process::ExitCode};
 
-use stockade::{cli::Command, config::Config, server::Server, telemetry};
+use stockade::{cli::Command, config::Config, server::Server, telemetry, tenancy::give_way_to_all};
 use tokio::signal::unix::{SignalKind, signal};
 
 /// Gives memory back to the system after a burst of large requests; with glibc's allocator
@@ -70,16 +70,26 @@ fn serve(config: Config, warnings: &[String]) -> ExitCode {
     raise_open_files();
     let threads = std::thread::available_parallelism()
         .map_or(2, |cores| cores.get().clamp(2, MAX_WORKER_THREADS));
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(threads)
-        .max_blocking_threads(BLOCKING_THREADS)
-        .thread_name("stockade")
-        .enable_all()
-        .build();
-    let runtime = match runtime {
-        Ok(runtime) => runtime,
-        Err(error) => return fail(EX_UNAVAILABLE, &error),
+    let runtime = || {
+        let mut runtime = tokio::runtime::Builder::new_multi_thread();
+        runtime.max_blocking_threads(BLOCKING_THREADS).enable_all();
+        runtime
     };
+    let main = runtime()
+        .worker_threads(threads)
+        .thread_name("stockade")
+        .build();
+    // One thread fewer, so that floods never have a thread on every core.
+    let yielding = runtime()
+        .worker_threads(threads - 1)
+        .thread_name("stockade yields")
+        .on_thread_start(give_way_to_all)
+        .build();
+    let (runtime, yielding) = match (main, yielding) {
+        (Ok(main), Ok(yielding)) => (main, yielding),
+        (Err(error), _) | (_, Err(error)) => return fail(EX_UNAVAILABLE, &error),
+    };
+    let floods = yielding.handle().clone();
     let result = runtime.block_on(async {
         // Before anything is started, so that an early signal finds its handler.
         let (mut interrupt, mut terminate) = (
@@ -88,7 +98,7 @@ fn serve(config: Config, warnings: &[String]) -> ExitCode {
         );
         let server = Server::prepare(config, log).await?;
         server
-            .run(async move {
+            .run(floods, async move {
                 tokio::select! {
                     _ = interrupt.recv() => {}
                     _ = terminate.recv() => {}
@@ -98,6 +108,7 @@ fn serve(config: Config, warnings: &[String]) -> ExitCode {
     });
     // What still blocks, such as a read from a hanging file system, does not keep us.
     runtime.shutdown_background();
+    yielding.shutdown_background();
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => fail(EX_UNAVAILABLE, &format_args!("{error:#}")),

@@ -192,6 +192,7 @@ impl Server {
     /// When a part cannot be started.
     pub async fn run(
         self,
+        floods: tokio::runtime::Handle,
         shutdown: impl Future<Output = ()> + Send + 'static,
     ) -> anyhow::Result<()> {
         let config = self.config;
@@ -256,7 +257,8 @@ impl Server {
             ServiceHandler(Arc::clone(&service)),
             transport_config(&config),
         )
-        .context("the transport's limits are not usable")?;
+        .context("the transport's limits are not usable")?
+        .yielding_on(floods);
 
         let shm_name = self.engine.shm_name().unwrap_or_default().to_owned();
         let plugin_json = config.plugin_json(self.port, self.http_addr.port(), &shm_name);

@@ -8,13 +8,13 @@
 //! a miss and tells nothing.
 
 mod audit;
+mod giving_way;
 mod large;
 mod line_files;
 mod meter;
 mod reload;
 mod rules;
 mod shares;
-mod time_slice;
 
 use std::sync::{
     Arc,
@@ -27,12 +27,12 @@ use stockade_cache::{CacheSalt, EVERYBODY_ELSE};
 use stockade_transport::{Credentials, Peer, Turn};
 
 pub use audit::{Audit, AuditLines, Denied, DeniedCount};
+pub use giving_way::{GivingWay, breathe, give_way_to_all};
 pub use large::{LargeRequests, TooManyInFlight};
 pub use meter::{Meter, MeterFile, Reading, Sums};
 pub use reload::TenantFile;
 pub use rules::{Binding, HintRules, Rules, TenantRules, Unsalted};
 pub use shares::{Rate, Share, ShareUse};
-pub use time_slice::{GivingWay, breathe};
 
 use shares::{Seat, Shares};
 

@@ -9,10 +9,10 @@
 //! Alone, a tenant has all of them.
 //!
 //! The kernel has its own line before each core, and lets whoever runs there run on for a while, so
-//! that a thread with another tenant's request would stand behind one with a flood's. So beside a
-//! tenant that presses, and got much more of late than another, the other's turns have short slices
-//! of time and its own have long ones: the kernel takes the core from the long one. Among equals
-//! that would only cost time.
+//! that a thread with another tenant's request would stand behind one with a flood's. So a tenant
+//! that presses, beside another that got less of late, takes its turns in the transport's
+//! [yielding lane](Lane::Yielding), whose threads give their core up at once, and of those turns
+//! there is one fewer at a time. Among equals that would only cost time.
 //!
 //! A tenant with a rate has a bucket besides. Over it, its connections are left unread (which the
 //! clients' own buffers feel), and only what has waited for [`PATIENCE`] is refused.
@@ -20,16 +20,19 @@
 use std::{
     collections::{HashMap, VecDeque},
     pin::Pin,
-    sync::atomic::{AtomicBool, AtomicUsize, Ordering},
+    sync::{
+        MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
     task::{Context, Poll, Waker},
     time::{Duration, Instant},
 };
 
 use parking_lot::Mutex;
-use stockade_transport::{Turn, wake_after_sockets};
+use stockade_transport::{Lane, Turn, wake_after_sockets};
 use tokio::time::Sleep;
 
-use super::{Realm, time_slice::TimeSlice};
+use super::Realm;
 
 /// A turn where tenants share. A small request takes tens of microseconds, so this is how long
 /// another tenant's request waits for a thread at the most.
@@ -37,6 +40,7 @@ const TURN: Turn = Turn {
     messages: 4,
     bytes: 8 << 10,
     in_flight_bytes: usize::MAX,
+    lane: Lane::Main,
 };
 /// What a message costs beside its bytes, in bytes that take about as long to work on.
 const MESSAGE_COST: u64 = 2 << 10;
@@ -45,6 +49,8 @@ const MESSAGE_COST: u64 = 2 << 10;
 const HEAD_START: u64 = 2 * (TURN.messages as u64 * MESSAGE_COST + TURN.bytes as u64);
 /// A tenant that did nothing for this long is not waited for.
 const IDLE: Duration = Duration::from_millis(100);
+/// How often those over their rates are let in.
+const LET_IN_EVERY: Duration = Duration::from_millis(5);
 /// How long a request over its tenant's rate waits before it is refused.
 const PATIENCE: Duration = Duration::from_secs(1);
 
@@ -109,6 +115,20 @@ impl Bucket {
     }
 }
 
+/// When a connection over its rate that may go on at `due` is let in: some at a time, as each time
+/// takes a core from somebody. No rate suffers, for what comes meanwhile is less than the burst.
+fn let_in_at(begun: Instant, due: Instant, rate: Rate) -> Instant {
+    let grain = LET_IN_EVERY.min(seconds(rate.burst / 2.0 / rate.per_second));
+    let behind = match grain.as_nanos() {
+        0 => 0,
+        grain => due.saturating_duration_since(begun).as_nanos() % grain,
+    };
+    match u64::try_from(behind) {
+        Ok(behind) if behind > 0 => due + grain - Duration::from_nanos(behind),
+        _ => due,
+    }
+}
+
 fn seconds(value: f64) -> Duration {
     Duration::try_from_secs_f64(value).unwrap_or(Duration::from_secs(3600))
 }
@@ -156,6 +176,10 @@ struct Party {
     last_turn: u64,
     /// Turns in work.
     running: usize,
+    /// When it last had to wait for its rate.
+    over_rate_at: Option<Instant>,
+    /// When it was last in somebody's way.
+    in_the_way_at: Option<Instant>,
     /// Connections that wait for one.
     waiting: VecDeque<u64>,
     active_at: Instant,
@@ -191,6 +215,11 @@ impl Recent {
     }
 }
 
+/// Whether something was a moment ago.
+fn within(at: Option<Instant>, now: Instant, idle: Duration) -> bool {
+    at.is_some_and(|at| now.saturating_duration_since(at) < idle)
+}
+
 impl Party {
     fn new(share: Share, now: Instant) -> Self {
         Self {
@@ -200,6 +229,8 @@ impl Party {
             is_back: false,
             last_turn: 0,
             running: 0,
+            over_rate_at: None,
+            in_the_way_at: None,
             waiting: VecDeque::new(),
             active_at: now,
             pressed_at: None,
@@ -228,8 +259,16 @@ impl Party {
 
     /// Whether it wanted more than one turn at a time, a moment ago.
     fn is_pressing(&self, now: Instant, idle: Duration) -> bool {
-        let pressed_at = self.pressed_at;
-        pressed_at.is_some_and(|at| now.saturating_duration_since(at) < idle)
+        within(self.pressed_at, now, idle)
+    }
+
+    /// Where its turns are taken. What decides that can change from turn to turn, and a
+    /// connection that changes its lane costs as much as some turns: it stays there for a while.
+    fn lane(&self, now: Instant, idle: Duration) -> Lane {
+        match within(self.in_the_way_at, now, idle) {
+            true => Lane::Yielding,
+            false => Lane::Main,
+        }
     }
 
     /// What it got of late, per unit of its weight.
@@ -288,6 +327,8 @@ struct Place {
     /// The tenant that it counts for.
     realm: Realm,
     is_working: bool,
+    /// Where it takes the turn that it has.
+    lane: Lane,
     /// Whether it is to let others go first that can be run, when its turn comes.
     steps_back: bool,
     waker: Option<Waker>,
@@ -318,6 +359,8 @@ struct Table {
     places: HashMap<u64, Place>,
     /// Turns in work, of all tenants.
     running: usize,
+    /// Those of them in the yielding lane.
+    yielding: usize,
     /// The least pass of those that were there when the last turn began. Who comes back from a
     /// rest begins here at least, so that nobody saves up.
     virtual_time: Pass,
@@ -328,7 +371,9 @@ struct Table {
 /// The turns of all connections.
 #[derive(Debug)]
 pub(super) struct Shares {
-    table: Mutex<Table>,
+    /// Without `parking_lot`'s offer of the core while it waits, which takes tens of microseconds.
+    table: std::sync::Mutex<Table>,
+    begun: Instant,
     /// Turns at once.
     turns: usize,
     /// How long a tenant that does nothing is waited for.
@@ -340,15 +385,20 @@ impl Shares {
     #[must_use]
     pub(super) fn new(turns: usize) -> Self {
         Self {
-            table: Mutex::default(),
+            table: std::sync::Mutex::default(),
+            begun: Instant::now(),
             turns: turns.max(1),
             idle: IDLE,
         }
     }
 
+    fn table(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// How many other tenants want something now, or did a moment ago.
     pub(super) fn company(&self, realm: &Realm) -> usize {
-        let table = self.table.lock();
+        let table = self.table();
         table.company(realm, Instant::now(), self.idle).count()
     }
 
@@ -375,7 +425,8 @@ impl Shares {
             && !seat.is_refusing()
             && let Some(wait) = self.take(seat, realm, share, rate)
         {
-            let sleep = pause.insert(Box::pin(tokio::time::sleep(wait)));
+            let until = let_in_at(self.begun, Instant::now() + wait, rate);
+            let sleep = pause.insert(Box::pin(tokio::time::sleep_until(until.into())));
             if sleep.as_mut().poll(cx).is_ready() {
                 cx.waker().wake_by_ref();
             }
@@ -388,13 +439,14 @@ impl Shares {
             (false, taken) => taken,
         };
         let turn = Turn { messages, ..TURN };
-        self.poll_place(seat, realm, share, cx).map(|()| turn)
+        let lane = self.poll_place(seat, realm, share, cx);
+        lane.map(|lane| Turn { lane, ..turn })
     }
 
     /// Takes messages from the tenant's bucket; how long to wait before the turn, if at all.
     fn take(&self, seat: &Seat, realm: &Realm, share: Share, rate: Rate) -> Option<Duration> {
         let now = Instant::now();
-        let mut table = self.table.lock();
+        let mut table = self.table();
         let party = table.party(realm, share, now);
         if party
             .bucket
@@ -414,6 +466,7 @@ impl Shares {
             return None;
         }
         party.waits += 1;
+        party.over_rate_at = Some(now);
         Some(wait.min(PATIENCE))
     }
 
@@ -424,11 +477,11 @@ impl Shares {
         realm: &Realm,
         share: Share,
         cx: &mut Context<'_>,
-    ) -> Poll<()> {
+    ) -> Poll<Lane> {
         let now = Instant::now();
         let mut wakers = Vec::new();
         let turn = {
-            let mut table = self.table.lock();
+            let mut table = self.table();
             if !table.places.contains_key(&seat.connection) {
                 table.stand_in_line(seat.connection, realm, share, now);
                 seat.has_turn.store(true, Ordering::Relaxed);
@@ -452,14 +505,13 @@ impl Shares {
                     cx.waker().wake_by_ref();
                     Poll::Pending
                 }
-                _ => Poll::Ready(()),
+                place => Poll::Ready(place.map_or(Lane::Main, |place| place.lane)),
             }
-            .map(|()| table.time_slice(realm, now, self.idle))
         };
         for waker in &wakers {
             wake_after_sockets(waker);
         }
-        turn.map(TimeSlice::ask)
+        turn
     }
 
     /// Ends a turn, of which this came. With `wants_more` the connection stands in line again,
@@ -475,10 +527,6 @@ impl Shares {
         // A rate decides first whether there is a next turn.
         let stays = wants_more && share.rate.is_none();
         self.leave(seat, unused, cost(used), share, stays);
-        if TimeSlice::of_this_thread() == TimeSlice::Long {
-            // Whoever comes next may be another.
-            TimeSlice::Short.ask();
-        }
     }
 
     /// Frees what a connection that has ended holds.
@@ -491,13 +539,14 @@ impl Shares {
         let now = Instant::now();
         let mut wakers = Vec::new();
         {
-            let mut table = self.table.lock();
+            let mut table = self.table();
             seat.has_turn.store(false, Ordering::Relaxed);
             let Some(place) = table.places.remove(&seat.connection) else {
                 return;
             };
             if place.is_working {
                 table.running -= 1;
+                table.yielding -= usize::from(place.lane == Lane::Yielding);
             }
             if let Some(party) = table.parties.get_mut(&place.realm) {
                 if let Some(rate) = share.rate.filter(|_| unused > 0) {
@@ -534,6 +583,8 @@ impl Shares {
     /// pass (start-time fair queuing over all threads).
     fn dispatch(&self, table: &mut Table, now: Instant, wakers: &mut Vec<Waker>) {
         while table.running < self.turns {
+            // Floods have as many threads, and more turns would keep others from one they can use.
+            let may_yield = table.yielding < self.turns.saturating_sub(1).max(1);
             let mut is_expected = false;
             let mut next: Option<&mut Party> = None;
             let mut least: Option<Pass> = None;
@@ -543,7 +594,8 @@ impl Shares {
                 }
                 is_expected |= party.is_thinking(now, self.idle);
                 let is_before = |other: &&mut Party| party.rank() < other.rank();
-                if !party.waiting.is_empty() && next.as_ref().is_none_or(is_before) {
+                let may_work = may_yield || party.lane(now, self.idle) == Lane::Main;
+                if may_work && !party.waiting.is_empty() && next.as_ref().is_none_or(is_before) {
                     next = Some(party);
                 }
             }
@@ -561,12 +613,16 @@ impl Shares {
             table.running += 1;
             table.virtual_time = table.virtual_time.max(least.unwrap_or_default());
             party.running += 1;
+            let is_back = party.is_back;
             party.last_turn = table.turns;
             party.pass.add(MESSAGE_COST, party.share.weight);
+            let lane = table.lane_of(connection, now, self.idle);
+            table.yielding += usize::from(lane == Lane::Yielding);
             if let Some(place) = table.places.get_mut(&connection) {
                 place.is_working = true;
+                place.lane = lane;
                 // One that comes from a rest has been found by a look at the sockets itself.
-                place.steps_back = !party.is_back;
+                place.steps_back = !is_back;
                 wakers.extend(place.waker.take());
             }
         }
@@ -574,14 +630,14 @@ impl Shares {
 
     /// Forgets tenants that are gone and have nothing in work.
     pub(super) fn retain(&self, keep: impl Fn(&Realm) -> bool) {
-        let parties = &mut self.table.lock().parties;
+        let parties = &mut self.table().parties;
         parties.retain(|realm, party| keep(realm) || party.is_present());
     }
 
     /// What each tenant went through since the start.
     #[must_use]
     pub(super) fn usage(&self) -> Vec<ShareUse> {
-        let table = self.table.lock();
+        let table = self.table();
         let usage = table.parties.iter().map(|(realm, party)| ShareUse {
             realm: realm.clone(),
             waits: party.waits,
@@ -612,22 +668,38 @@ impl Table {
         others.filter(move |party| party.is_present() || party.is_thinking(now, idle))
     }
 
-    /// How long a thread may want to run for a tenant's turn.
-    fn time_slice(&self, realm: &Realm, now: Instant, idle: Duration) -> TimeSlice {
+    /// Where a connection takes the turn that it gets now.
+    fn lane_of(&mut self, connection: u64, now: Instant, idle: Duration) -> Lane {
+        let Some(place) = self.places.get(&connection) else {
+            return Lane::Main;
+        };
+        let realm = place.realm.clone();
+        let is_in_the_way = self.is_in_the_way(&realm, now, idle);
+        let Some(party) = self.parties.get_mut(&realm) else {
+            return Lane::Main;
+        };
+        if is_in_the_way {
+            party.in_the_way_at = Some(now);
+        }
+        party.lane(now, idle)
+    }
+
+    /// Whether a tenant wants more than it gets, beside somebody who got much less of late, or got
+    /// less and takes what it wants; over its rate, beside anybody.
+    fn is_in_the_way(&self, realm: &Realm, now: Instant, idle: Duration) -> bool {
         let Some(party) = self.parties.get(realm) else {
-            return TimeSlice::Usual;
+            return false;
         };
         let recent = party.recent(now);
-        let (mut is_pressed, mut has_lesser) = (false, false);
-        for other in self.company(realm, now, idle) {
-            let its = other.recent(now);
-            is_pressed |= other.is_pressing(now, idle) && recent.is_well_below(its);
-            has_lesser |= its.is_well_below(recent);
-        }
-        match (has_lesser && party.is_pressing(now, idle), is_pressed) {
-            (true, _) => TimeSlice::Long,
-            (false, true) => TimeSlice::Short,
-            (false, false) => TimeSlice::Usual,
+        let is_over_rate = within(party.over_rate_at, now, idle);
+        let mut company = self.company(realm, now, idle);
+        match is_over_rate || party.is_pressing(now, idle) {
+            true => company.any(|other| {
+                let its = other.recent(now);
+                let is_modest = its < recent && !other.is_pressing(now, idle);
+                is_over_rate || is_modest || its.is_well_below(recent)
+            }),
+            false => false,
         }
     }
 
@@ -643,6 +715,7 @@ impl Table {
         let place = Place {
             realm: realm.clone(),
             is_working: false,
+            lane: Lane::Main,
             steps_back: false,
             waker: None,
         };
@@ -670,13 +743,20 @@ mod tests {
         }
     }
 
-    fn begins(shares: &Shares, seat: &Seat, name: &str, share: Share) -> bool {
+    /// Where the connection takes its turn, if it has one.
+    fn lane(shares: &Shares, seat: &Seat, name: &str, share: Share) -> Option<Lane> {
         let mut cx = Context::from_waker(Waker::noop());
         // The second look is that of one which has stepped back.
-        (0..2).any(|_| {
-            let turn = shares.poll_turn(seat, &realm(name), share, &mut cx);
-            turn.is_ready()
-        })
+        (0..2).find_map(
+            |_| match shares.poll_turn(seat, &realm(name), share, &mut cx) {
+                Poll::Ready(turn) => Some(turn.lane),
+                Poll::Pending => None,
+            },
+        )
+    }
+
+    fn begins(shares: &Shares, seat: &Seat, name: &str, share: Share) -> bool {
+        lane(shares, seat, name, share).is_some()
     }
 
     /// Times are nobody's business but a test's own.
@@ -691,6 +771,7 @@ mod tests {
         messages: 0,
         bytes: 0,
         in_flight_bytes: 0,
+        lane: Lane::Main,
     };
 
     #[test]
@@ -708,14 +789,14 @@ mod tests {
         assert!(begins(&shares, &seats[9], "other", share(1)));
         shares.turn_over(&seats[9], NOTHING, share(1), false);
         // It is expected back: the flood gets what is free, but for one turn.
-        let running = |name| shares.table.lock().parties[&realm(name)].running;
+        let running = |name| shares.table().parties[&realm(name)].running;
         assert_eq!(running("flood"), 3);
         shares.turn_over(&seats[1], NOTHING, share(1), true);
         assert_eq!(running("flood"), 3);
         assert!(begins(&shares, &seats[9], "other", share(1)), "at once");
         // It does not come back.
         shares.turn_over(&seats[9], NOTHING, share(1), false);
-        let mut table = shares.table.lock();
+        let mut table = shares.table();
         let other = table.parties.get_mut(&realm("other")).unwrap();
         other.active_at = other.active_at.checked_sub(2 * shares.idle).unwrap();
         drop(table);
@@ -724,40 +805,141 @@ mod tests {
     }
 
     #[test]
-    fn who_presses_and_got_more_gives_way_to_who_got_less() {
+    fn who_presses_and_got_more_yields_to_who_got_less() {
         let shares = shares_of(4);
         let [flood, other] = [1, 2].map(Seat::new);
         let used = Turn {
             messages: 4,
             ..NOTHING
         };
-        let turn = |seat, name, weight, wants_more| {
-            assert!(begins(&shares, seat, name, share(weight)));
-            let during = TimeSlice::of_this_thread();
-            shares.turn_over(seat, used, share(weight), wants_more);
-            (during, TimeSlice::of_this_thread())
+        // A connection that wants more is given its next turn when the one at hand is over.
+        let turn = |seat, name, wants_more| {
+            let lane = lane(&shares, seat, name, share(1));
+            shares.turn_over(seat, used, share(1), wants_more);
+            lane.unwrap()
         };
-        let usual = (TimeSlice::Usual, TimeSlice::Usual);
-        for _ in 0..5 {
-            assert_eq!(turn(&flood, "flood", 1, true), usual, "alone");
+        let forget = || {
+            let mut table = shares.table();
+            let flood = table.parties.get_mut(&realm("flood")).unwrap();
+            let at = flood.in_the_way_at.unwrap();
+            flood.in_the_way_at = at.checked_sub(shares.idle);
+        };
+        for _ in 0..6 {
+            assert_eq!(turn(&flood, "flood", true), Lane::Main, "alone");
         }
-        let short = (TimeSlice::Short, TimeSlice::Short);
-        assert_eq!(turn(&other, "other", 1, false), short);
-        let long = (TimeSlice::Long, TimeSlice::Short);
-        assert_eq!(turn(&flood, "flood", 1, false), long);
-        for _ in 0..2 {
-            turn(&other, "other", 1, false);
-        }
-        assert_eq!(
-            turn(&flood, "flood", 1, false),
-            usual,
-            "no longer much more"
-        );
-        // Who waits for each answer presses nobody, however many there are.
+        assert_eq!(turn(&other, "other", false), Lane::Main);
+        turn(&flood, "flood", true);
+        assert_eq!(turn(&flood, "flood", true), Lane::Yielding);
+        // Who waits for each answer is in nobody's way, however much it gets.
         for _ in 0..20 {
-            turn(&other, "other", 1, false);
+            assert_eq!(turn(&other, "other", false), Lane::Main);
         }
-        assert_eq!(turn(&other, "other", 1, false), usual);
+        turn(&flood, "flood", true);
+        assert_eq!(turn(&flood, "flood", true), Lane::Yielding, "of late");
+        forget();
+        turn(&flood, "flood", true);
+        assert_eq!(turn(&flood, "flood", true), Lane::Main, "now got less");
+        let lanes = [(); 12].map(|()| turn(&flood, "flood", true));
+        assert_eq!((lanes[0], lanes[11]), (Lane::Main, Lane::Yielding));
+    }
+
+    #[test]
+    fn among_those_that_press_who_got_much_more_yields() {
+        let shares = shares_of(4);
+        let [a, b] = [1, 2].map(Seat::new);
+        let used = Turn {
+            messages: 4,
+            ..NOTHING
+        };
+        let turn = |seat, name| {
+            let lane = lane(&shares, seat, name, share(1));
+            shares.turn_over(seat, used, share(1), true);
+            lane.unwrap()
+        };
+        for _ in 0..3 {
+            assert_eq!(turn(&a, "a"), Lane::Main);
+            assert_eq!(turn(&b, "b"), Lane::Main);
+        }
+        let lanes = [(); 5].map(|()| turn(&a, "a"));
+        assert_eq!(lanes[..4], [Lane::Main; 4], "up to twice as much");
+        assert_eq!(lanes[4], Lane::Yielding);
+        assert_eq!(turn(&b, "b"), Lane::Main);
+    }
+
+    #[test]
+    fn those_over_their_rates_are_let_in_some_at_a_time() {
+        let begun = Instant::now();
+        let rate = |per_second, burst| Rate { per_second, burst };
+        let at = |micros, rate| {
+            let due = begun + Duration::from_micros(micros);
+            let at = let_in_at(begun, due, rate);
+            u64::try_from((at - begun).as_micros()).unwrap()
+        };
+        let fast = rate(2000.0, 100.0);
+        let times = [0, 1, 4_999, 5_000, 5_001].map(|due| at(due, fast));
+        assert_eq!(times, [0, 5_000, 5_000, 5_000, 10_000]);
+        // Two messages come in 2 ms.
+        assert_eq!(at(1, rate(1000.0, 4.0)), 2_000);
+        assert_eq!(at(7_001, rate(1.0, 1.0)), 10_000);
+        assert_eq!(at(1, rate(f64::MAX, 1.0)), 1);
+    }
+
+    #[test]
+    fn over_its_rate_a_tenant_yields_to_anybody() {
+        let shares = shares_of(4);
+        let [limited, other] = [1, 2].map(Seat::new);
+        let rate = Rate {
+            per_second: 1000.0,
+            burst: 1.0,
+        };
+        let limits = Share {
+            rate: Some(rate),
+            ..Share::default()
+        };
+        let one = Turn {
+            messages: 1,
+            ..NOTHING
+        };
+        assert_eq!(lane(&shares, &other, "other", share(1)), Some(Lane::Main));
+        shares.turn_over(&other, TURN, share(1), false);
+        let name = realm("limited");
+        assert_eq!(shares.take(&limited, &name, limits, rate), None);
+        assert_eq!(lane(&shares, &limited, "limited", limits), Some(Lane::Main));
+        shares.turn_over(&limited, one, limits, true);
+        // It got less than the other, and wants more than it may have.
+        assert!(shares.take(&limited, &name, limits, rate).is_some());
+        let next = lane(&shares, &limited, "limited", limits);
+        assert_eq!(next, Some(Lane::Yielding));
+    }
+
+    #[test]
+    fn floods_leave_a_turn_to_who_is_not_one_even_if_they_are_next() {
+        let shares = shares_of(2);
+        let floods = [1, 2].map(Seat::new);
+        let quiet = Seat::new(3);
+        let used = Turn {
+            messages: 4,
+            ..NOTHING
+        };
+        assert!(begins(&shares, &quiet, "quiet", share(1)));
+        shares.turn_over(&quiet, NOTHING, share(1), false);
+        assert!(begins(&shares, &floods[0], "flood", share(1)));
+        assert!(!begins(&shares, &floods[1], "flood", share(1)));
+        shares.turn_over(&floods[0], used, share(1), true);
+        let next = floods
+            .each_ref()
+            .map(|seat| lane(&shares, seat, "flood", share(1)));
+        assert_eq!(next, [None, Some(Lane::Yielding)]);
+        let mut table = shares.table();
+        table.parties.get_mut(&realm("quiet")).unwrap().pass = Pass(u128::MAX);
+        drop(table);
+        assert!(begins(&shares, &quiet, "quiet", share(1)));
+        assert!(!begins(&shares, &floods[0], "flood", share(1)));
+        for seat in [&quiet, &floods[0], &floods[1]] {
+            shares.ended(seat);
+        }
+        let table = shares.table();
+        assert_eq!((table.running, table.yielding), (0, 0));
     }
 
     #[test]
@@ -885,7 +1067,7 @@ mod tests {
         shares.ended(&a);
         assert!(begins(&shares, &c, "t", share(1)), "it was next");
         shares.ended(&c);
-        let table = shares.table.lock();
+        let table = shares.table();
         assert!(table.places.is_empty());
         assert_eq!((table.parties[&realm("t")].running, table.running), (0, 0));
     }
@@ -943,7 +1125,7 @@ mod tests {
                 if !begins(&floods.shares, &quiet, "quiet", quiets) {
                     floods.step(&mut next);
                     let is_next = begins(&floods.shares, &quiet, "quiet", quiets);
-                    prop_assert!(is_next, "{:#?}", floods.shares.table.lock());
+                    prop_assert!(is_next, "{:#?}", floods.shares.table());
                 }
                 floods.shares.turn_over(&quiet, NOTHING, quiets, false);
                 if turns > 1 {

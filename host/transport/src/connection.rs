@@ -16,12 +16,13 @@ use bytes::BufMut;
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{TcpStream, UnixStream};
 use tokio::time::{Instant, Sleep};
 use tokio_util::io::poll_read_buf;
 
 use crate::budget::Account;
-use crate::peer::{Ask, Link, Origin, Peer};
-use crate::server::{Handler, Outcome, Shared, Turn, wake_after_sockets};
+use crate::peer::{Ask, Link, Origin, Peer, PeerAddress};
+use crate::server::{Handler, Lane, Outcome, Shared, Turn, wake_after_sockets};
 use crate::stats::{DisconnectReason, add};
 use crate::zmtp::{Event, Frames, Mechanism, Message, Outbound, ProtocolError, Session};
 
@@ -39,8 +40,35 @@ const READ_BYTES_SHARED: usize = 64 << 10;
 /// A timer must have a deadline; nothing is due this far off.
 const FAR: Duration = Duration::from_secs(3600);
 
+/// A socket that another runtime can take over.
+pub(crate) trait Stream: AsyncRead + AsyncWrite + Send + Unpin + Sized + 'static {
+    /// Leaves its runtime for the one at hand.
+    fn moved(self) -> io::Result<Self>;
+}
+
+impl Stream for TcpStream {
+    fn moved(self) -> io::Result<Self> {
+        Self::from_std(self.into_std()?)
+    }
+}
+
+impl Stream for UnixStream {
+    fn moved(self) -> io::Result<Self> {
+        Self::from_std(self.into_std()?)
+    }
+}
+
+/// Why a connection no longer runs in a task.
+pub(crate) enum Exit {
+    /// It is to go on in this lane.
+    Moves(Lane),
+    /// It is over.
+    Ended(DisconnectReason),
+}
+
 pub(crate) struct Connection<H: Handler, S> {
     io: S,
+    lane: Lane,
     shared: Arc<Shared<H>>,
     link: Arc<Link>,
     origin: Origin,
@@ -120,7 +148,7 @@ impl Future for InFlight {
     }
 }
 
-impl<H: Handler, S: AsyncRead + AsyncWrite + Unpin> Connection<H, S> {
+impl<H: Handler, S: Stream> Connection<H, S> {
     pub(crate) fn new(
         io: S,
         shared: Arc<Shared<H>>,
@@ -135,6 +163,7 @@ impl<H: Handler, S: AsyncRead + AsyncWrite + Unpin> Connection<H, S> {
         let handshake_until = now + shared.config.handshake_timeout;
         Self {
             io,
+            lane: Lane::Main,
             link,
             origin,
             peer: None,
@@ -161,22 +190,34 @@ impl<H: Handler, S: AsyncRead + AsyncWrite + Unpin> Connection<H, S> {
         }
     }
 
-    /// Runs the connection to its end. `known` is set as soon as the handler has
-    /// been told of the peer.
-    pub(crate) async fn run(&mut self, known: &mut Option<Arc<Peer>>) -> DisconnectReason {
+    /// Goes on in another lane, on whose runtime this is called.
+    pub(crate) fn moved_to(self, lane: Lane) -> io::Result<Self> {
+        let timer = Box::pin(tokio::time::sleep_until(self.timer.deadline()));
+        let io = self.io.moved()?;
+        Ok(Self {
+            io,
+            lane,
+            timer,
+            ..self
+        })
+    }
+
+    pub(crate) fn address(&self) -> &PeerAddress {
+        &self.origin.address
+    }
+
+    /// Runs the connection to its end, or until it is to go on elsewhere. `known` is set as soon
+    /// as the handler has been told of the peer.
+    pub(crate) async fn run(&mut self, known: &mut Option<Arc<Peer>>) -> Exit {
         poll_fn(|cx| {
             // A panic of the handler ends this connection and no other.
             let turn = std::panic::catch_unwind(AssertUnwindSafe(|| self.poll(cx, known)));
-            turn.unwrap_or(Poll::Ready(DisconnectReason::HandlerPanicked))
+            turn.unwrap_or(Poll::Ready(Exit::Ended(DisconnectReason::HandlerPanicked)))
         })
         .await
     }
 
-    fn poll(
-        &mut self,
-        cx: &mut Context<'_>,
-        known: &mut Option<Arc<Peer>>,
-    ) -> Poll<DisconnectReason> {
+    fn poll(&mut self, cx: &mut Context<'_>, known: &mut Option<Arc<Peer>>) -> Poll<Exit> {
         // Before the flags are read, or a wake between the two would be lost.
         self.link.waker.register(cx.waker());
         let now = Instant::now();
@@ -198,6 +239,11 @@ impl<H: Handler, S: AsyncRead + AsyncWrite + Unpin> Connection<H, S> {
         let peer = self.peer.clone().filter(|_| self.is_open());
         if let Some(peer) = &peer {
             match self.shared.handler.poll_turn(peer, cx) {
+                Poll::Ready(Turn { lane, .. }) if lane != self.lane => {
+                    // The turn is taken there.
+                    self.wants_turn = true;
+                    return Poll::Ready(Exit::Moves(lane));
+                }
                 Poll::Ready(allowance) => {
                     self.allowance = Turn {
                         messages: allowance.messages.max(1),
@@ -209,7 +255,7 @@ impl<H: Handler, S: AsyncRead + AsyncWrite + Unpin> Connection<H, S> {
                     self.waits_for_turn = true;
                     self.wants_turn = true;
                     self.note_pause(now);
-                    return self.poll_timer(cx, now);
+                    return self.poll_timer(cx, now).map(Exit::Ended);
                 }
             }
         }
@@ -220,7 +266,7 @@ impl<H: Handler, S: AsyncRead + AsyncWrite + Unpin> Connection<H, S> {
             let handler = &self.shared.handler;
             handler.turn_over(peer, used, self.wants_turn);
         }
-        outcome
+        outcome.map(Exit::Ended)
     }
 
     /// One turn: gives messages, writes and reads until something must be waited for.

@@ -30,7 +30,7 @@ pub use config::{Config, ConfigError};
 pub use listener::{BindError, Endpoint, EndpointError, ListenOptions, Listener};
 pub use log_limiter::LogLimiter;
 pub use peer::{Credentials, Peer, PeerAddress, SendError};
-pub use server::{Handler, Outcome, Server, Turn, wake_after_sockets};
+pub use server::{Handler, Lane, Outcome, Server, Turn, wake_after_sockets};
 pub use stats::{DisconnectReason, Stats};
 pub use zmtp::{
     Authenticator, Frames, Limit, Limits, Mechanism, Message, Principal, ProtocolError, SocketType,

@@ -9,13 +9,13 @@ use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::runtime::Handle;
 use tokio::task::JoinSet;
 use tokio_util::task::TaskTracker;
 
 use crate::budget::{Account, Budget};
 use crate::config::{Config, ConfigError};
-use crate::connection::{Connection, LINGER};
+use crate::connection::{Connection, Exit, LINGER, Stream};
 use crate::listener::{Accepted, Listener, tune_tcp};
 use crate::log_limiter::LogLimiter;
 use crate::peer::{Ask, Link, Origin, Peer, PeerAddress};
@@ -26,6 +26,16 @@ use crate::zmtp::{Frames, Mechanism, Message};
 const ACCEPT_BACKOFF: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
 /// Longest time between two turns of an idle accept loop, by which it shows that it runs.
 const ACCEPT_TURN: Duration = Duration::from_millis(250);
+
+/// On which of a server's runtimes a connection works.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Lane {
+    /// That on which the server runs.
+    #[default]
+    Main,
+    /// That of [`Server::yielding_on`], whose threads give way to others. Without one, the same.
+    Yielding,
+}
 
 /// What a connection may do in one turn, or did in it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -38,6 +48,9 @@ pub struct Turn {
     /// Bytes of its own requests in flight at which the connection takes no more of them; one that
     /// has none in flight may always take one. Of no meaning for what it did.
     pub in_flight_bytes: usize,
+    /// Where the connection works from now on: it takes its turn there. Of no meaning for what it
+    /// did.
+    pub lane: Lane,
 }
 
 impl Turn {
@@ -46,6 +59,7 @@ impl Turn {
         messages: usize::MAX,
         bytes: usize::MAX,
         in_flight_bytes: usize::MAX,
+        lane: Lane::Main,
     };
 }
 
@@ -77,7 +91,8 @@ pub trait Handler: Send + Sync + 'static {
     /// Whether the peer's connection may work now, and how much before others are due. Asked at
     /// the begin of each of its turns, in which it reads, gives messages and writes. While it is
     /// pending all of that rests, so that the peer's bytes stay with the peer; it must wake `cx`
-    /// then.
+    /// then. Asked once more, about the same turn, by a connection that has changed its
+    /// [lane](Turn::lane) for it.
     fn poll_turn(&self, peer: &Arc<Peer>, cx: &mut Context<'_>) -> Poll<Turn> {
         let _ = (peer, cx);
         Poll::Ready(Turn::UNLIMITED)
@@ -136,6 +151,7 @@ pub enum Outcome {
 /// A ROUTER-like server over any number of listeners.
 pub struct Server<H> {
     shared: Arc<Shared<H>>,
+    yielding: Option<Handle>,
 }
 
 /// What all connections of a server share.
@@ -177,7 +193,15 @@ impl<H: Handler> Server<H> {
                 refusals: LogLimiter::default(),
                 disconnects: LogLimiter::default(),
             }),
+            yielding: None,
         })
+    }
+
+    /// With a runtime for connections in the [yielding lane](Lane::Yielding).
+    #[must_use]
+    pub fn yielding_on(mut self, runtime: Handle) -> Self {
+        self.yielding = Some(runtime);
+        self
     }
 
     /// Its counters, which may be kept and read at any time.
@@ -192,26 +216,51 @@ impl<H: Handler> Server<H> {
     /// Dropped before that, it asks every connection to end in the same way but
     /// does not wait for them.
     pub async fn serve(self, listeners: Vec<Listener>, shutdown: impl Future<Output = ()>) {
-        let tracker = TaskTracker::new();
+        let main = Handle::current();
+        let lanes = Arc::new(Lanes {
+            tasks: TaskTracker::new(),
+            yielding: self.yielding.unwrap_or_else(|| main.clone()),
+            main,
+        });
         let ending = EndOnDrop(&self.shared);
         let mut accepting = JoinSet::new();
         for listener in listeners {
             let shared = Arc::clone(&self.shared);
-            accepting.spawn(accept_from(listener, shared, tracker.clone()));
+            accepting.spawn(accept_from(listener, shared, Arc::clone(&lanes)));
         }
         shutdown.await;
         accepting.shutdown().await;
         drop(ending);
-        tracker.close();
+        lanes.tasks.close();
         // Connections end by themselves in this time; a handler that blocks does not,
         // and must not hold the shutdown up.
         let grace = self.shared.config.drain_grace + LINGER + Duration::from_secs(1);
-        if tokio::time::timeout(grace, tracker.wait()).await.is_err() {
+        if tokio::time::timeout(grace, lanes.tasks.wait())
+            .await
+            .is_err()
+        {
             tracing::warn!(
-                connections = tracker.len(),
+                connections = lanes.tasks.len(),
                 "connections outlived the drain grace; their handler may be blocking"
             );
         }
+    }
+}
+
+/// Where connections' tasks run.
+struct Lanes {
+    tasks: TaskTracker,
+    main: Handle,
+    yielding: Handle,
+}
+
+impl Lanes {
+    fn spawn(&self, lane: Lane, task: impl Future<Output = ()> + Send + 'static) {
+        let runtime = match lane {
+            Lane::Main => &self.main,
+            Lane::Yielding => &self.yielding,
+        };
+        self.tasks.spawn_on(task, runtime);
     }
 }
 
@@ -231,7 +280,7 @@ impl<H> Drop for EndOnDrop<'_, H> {
     }
 }
 
-async fn accept_from<H: Handler>(listener: Listener, shared: Arc<Shared<H>>, tracker: TaskTracker) {
+async fn accept_from<H: Handler>(listener: Listener, shared: Arc<Shared<H>>, lanes: Arc<Lanes>) {
     let mut backoff = ACCEPT_BACKOFF.0;
     loop {
         listener.count_turn();
@@ -250,10 +299,10 @@ async fn accept_from<H: Handler>(listener: Listener, shared: Arc<Shared<H>>, tra
                 match stream {
                     Accepted::Tcp(stream) => {
                         tune_tcp(&stream, shared.config.tcp_user_timeout);
-                        tracker.spawn(admission.run(stream, origin, mechanism));
+                        admission.start(stream, origin, mechanism, lanes.clone());
                     }
                     Accepted::Ipc(stream) => {
-                        tracker.spawn(admission.run(stream, origin, mechanism));
+                        admission.start(stream, origin, mechanism, lanes.clone());
                     }
                 }
             }
@@ -335,14 +384,9 @@ impl<H: Handler> Admission<H> {
         })
     }
 
-    async fn run(
-        mut self,
-        stream: impl AsyncRead + AsyncWrite + Unpin,
-        origin: Origin,
-        mechanism: Mechanism,
-    ) {
-        let address = origin.address.clone();
-        let mut connection = Connection::new(
+    /// Serves a connection in a task of its own.
+    fn start<S: Stream>(self, stream: S, origin: Origin, mechanism: Mechanism, lanes: Arc<Lanes>) {
+        let connection = Connection::new(
             stream,
             Arc::clone(&self.shared),
             Arc::clone(&self.link),
@@ -350,10 +394,37 @@ impl<H: Handler> Admission<H> {
             mechanism,
             Account::new(Arc::clone(&self.shared.budget)),
         );
-        self.reason = connection.run(&mut self.peer).await;
-        // Drops the futures in flight before the handler hears of the end.
-        drop(connection);
-        self.log(&address);
+        let tasks = Arc::clone(&lanes);
+        tasks.spawn(Lane::Main, self.run(connection, lanes));
+    }
+
+    /// Serves it on the runtime at hand, to its end or until it is to be served on another one.
+    async fn run<S: Stream>(mut self, mut connection: Connection<H, S>, lanes: Arc<Lanes>) {
+        match connection.run(&mut self.peer).await {
+            Exit::Moves(lane) => self.go_on(connection, lane, lanes),
+            Exit::Ended(reason) => {
+                let address = connection.address().clone();
+                // Drops the futures in flight before the handler hears of the end.
+                drop(connection);
+                self.end(&address, reason);
+            }
+        }
+    }
+
+    fn go_on<S: Stream>(self, connection: Connection<H, S>, lane: Lane, lanes: Arc<Lanes>) {
+        let tasks = Arc::clone(&lanes);
+        let address = connection.address().clone();
+        tasks.spawn(lane, async move {
+            match connection.moved_to(lane) {
+                Ok(connection) => self.run(connection, lanes).await,
+                Err(error) => self.end(&address, DisconnectReason::Io(error.kind())),
+            }
+        });
+    }
+
+    fn end(mut self, address: &PeerAddress, reason: DisconnectReason) {
+        self.reason = reason;
+        self.log(address);
     }
 
     fn log(&self, address: &PeerAddress) {

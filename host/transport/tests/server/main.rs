@@ -14,6 +14,7 @@ mod backpressure;
 mod handshake;
 mod heartbeat;
 mod hostile;
+mod lanes;
 mod libzmq;
 mod listeners;
 mod shutdown;

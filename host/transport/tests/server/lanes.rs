@@ -1,0 +1,227 @@
+//! Connections that change their lane, and with it their runtime.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::task::{Context, Poll};
+
+use stockade_transport::{
+    Config, DisconnectReason, Handler, Lane, ListenOptions, Listener, Message, Outcome, Peer,
+    Server, Turn,
+};
+use tokio::runtime::Runtime;
+use tokio::sync::{Semaphore, oneshot};
+use zeromq::{DealerSocket, Socket};
+
+use crate::harness::*;
+
+/// Name of the yielding runtime's thread.
+const YIELDING: &str = "yielding";
+/// Messages between two changes of the lane.
+const STAY: usize = 4;
+
+/// Answers with the name of the thread, and changes the lane after every [`STAY`] messages.
+struct Wanderer {
+    handled: AtomicUsize,
+    /// What every third request waits for.
+    later: Arc<Semaphore>,
+    /// Closes the connection when it is about to change its lane for the first time.
+    closes: bool,
+    given_up: AtomicUsize,
+    gone: AtomicUsize,
+}
+
+impl Wanderer {
+    fn new(closes: bool) -> Arc<Self> {
+        Arc::new(Self {
+            handled: AtomicUsize::default(),
+            later: Arc::new(Semaphore::new(0)),
+            closes,
+            given_up: AtomicUsize::default(),
+            gone: AtomicUsize::default(),
+        })
+    }
+}
+
+fn thread() -> String {
+    std::thread::current().name().unwrap_or_default().to_owned()
+}
+
+fn lane_after(handled: usize) -> Lane {
+    match handled / STAY % 2 {
+        0 => Lane::Main,
+        _ => Lane::Yielding,
+    }
+}
+
+impl Handler for Wanderer {
+    fn message(&self, _: &Arc<Peer>, message: Message) -> Outcome {
+        let number = self.handled.fetch_add(1, Ordering::SeqCst);
+        let mut reply = echo(message);
+        reply.push(thread().into());
+        if !number.is_multiple_of(3) {
+            return Outcome::Reply(reply);
+        }
+        let later = Arc::clone(&self.later);
+        Outcome::Later(Box::pin(async move {
+            later.acquire().await.unwrap().forget();
+            Some(reply)
+        }))
+    }
+
+    fn poll_turn(&self, peer: &Arc<Peer>, _: &mut Context<'_>) -> Poll<Turn> {
+        let lane = lane_after(self.handled.load(Ordering::SeqCst));
+        if self.closes && lane == Lane::Yielding {
+            peer.close();
+        }
+        Poll::Ready(Turn {
+            messages: 1,
+            lane,
+            ..Turn::UNLIMITED
+        })
+    }
+
+    fn turn_over(&self, _: &Arc<Peer>, used: Turn, wants_more: bool) {
+        if used == Turn::default() && !wants_more {
+            self.given_up.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+
+    fn disconnected(&self, _: &Arc<Peer>, _: DisconnectReason) {
+        self.gone.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+/// A server with a runtime for the yielding lane.
+struct Lanes {
+    listener: Option<Listener>,
+    runtime: Option<Runtime>,
+    endpoint: String,
+}
+
+impl Lanes {
+    async fn bind(endpoint: &str) -> Self {
+        let endpoint = endpoint.parse().unwrap();
+        let listener = Listener::bind(&endpoint, ListenOptions::default());
+        let listener = listener.await.unwrap();
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .thread_name(YIELDING)
+            .enable_all()
+            .build();
+        Self {
+            endpoint: listener.endpoint().to_string(),
+            listener: Some(listener),
+            runtime: Some(runtime.unwrap()),
+        }
+    }
+
+    /// Serves until what is returned is asked to stop.
+    fn serve(
+        &mut self,
+        handler: &Arc<Wanderer>,
+    ) -> (oneshot::Sender<()>, impl Future<Output = ()> + use<>) {
+        let (stop, stopped) = oneshot::channel::<()>();
+        let server = Server::new(Arc::clone(handler), Config::default()).unwrap();
+        let server = server.yielding_on(self.runtime.as_ref().unwrap().handle().clone());
+        let serving = tokio::spawn(server.serve(vec![self.listener.take().unwrap()], async {
+            let _ = stopped.await;
+        }));
+        (stop, async { soon(serving).await.unwrap() })
+    }
+}
+
+impl Drop for Lanes {
+    fn drop(&mut self) {
+        // It must not be waited for within another runtime.
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_connection_goes_on_in_another_lane_and_loses_nothing() {
+    let directory = tempfile::tempdir().unwrap();
+    let ipc = format!("ipc://{}", directory.path().join("socket").display());
+    for endpoint in ["tcp://127.0.0.1:0", &ipc] {
+        let handler = Wanderer::new(false);
+        let mut lanes = Lanes::bind(endpoint).await;
+        let (stop, serving) = lanes.serve(&handler);
+        let mut dealer = DealerSocket::new();
+        soon(dealer.connect(&lanes.endpoint)).await.unwrap();
+        let all = 20 * STAY;
+        // In one go, so that most of it waits in the connection when it moves.
+        for number in 0..all {
+            send(&mut dealer, &[&number.to_be_bytes()]).await;
+        }
+        let mut threads = vec![None; all];
+        let mut next = async || {
+            let reply = receive(&mut dealer).await;
+            let number = usize::from_be_bytes(reply[0][..].try_into().unwrap());
+            assert_eq!(threads[number].replace(reply[1].clone()), None);
+            number
+        };
+        for number in (0..all).filter(|number| number % 3 != 0) {
+            assert_eq!(next().await, number, "in order");
+        }
+        // These were begun in all lanes that the connection has been in.
+        handler.later.add_permits(all);
+        for _ in (0..all).filter(|number| number % 3 == 0) {
+            assert_eq!(next().await % 3, 0);
+        }
+        for (number, thread) in threads.into_iter().enumerate() {
+            let is_yielding = thread.unwrap() == YIELDING;
+            assert_eq!(
+                is_yielding,
+                lane_after(number) == Lane::Yielding,
+                "{number}"
+            );
+        }
+        stop.send(()).unwrap();
+        serving.await;
+        assert_eq!(handler.gone.load(Ordering::SeqCst), 1);
+    }
+}
+
+#[tokio::test]
+async fn a_server_that_stops_waits_for_connections_in_every_lane() {
+    let handler = Wanderer::new(false);
+    let mut lanes = Lanes::bind("tcp://127.0.0.1:0").await;
+    let (stop, serving) = lanes.serve(&handler);
+    let mut dealer = DealerSocket::new();
+    soon(dealer.connect(&lanes.endpoint)).await.unwrap();
+    // The last one is in flight, and in the yielding lane.
+    let all = 7_usize;
+    for number in 0..all {
+        send(&mut dealer, &[&number.to_be_bytes()]).await;
+    }
+    until("all have begun", || {
+        handler.handled.load(Ordering::SeqCst) == all
+    })
+    .await;
+    stop.send(()).unwrap();
+    handler.later.add_permits(all);
+    for _ in 0..all {
+        receive(&mut dealer).await;
+    }
+    serving.await;
+    assert_eq!(handler.gone.load(Ordering::SeqCst), 1);
+}
+
+#[tokio::test]
+async fn a_connection_that_ends_while_it_changes_its_lane_gives_its_turn_up() {
+    let handler = Wanderer::new(true);
+    let mut lanes = Lanes::bind("tcp://127.0.0.1:0").await;
+    let (stop, serving) = lanes.serve(&handler);
+    let mut dealer = DealerSocket::new();
+    soon(dealer.connect(&lanes.endpoint)).await.unwrap();
+    handler.later.add_permits(STAY);
+    for number in 0..=STAY {
+        send(&mut dealer, &[&number.to_be_bytes()]).await;
+    }
+    until("it is closed", || handler.gone.load(Ordering::SeqCst) == 1).await;
+    assert_eq!(handler.handled.load(Ordering::SeqCst), STAY);
+    assert_eq!(handler.given_up.load(Ordering::SeqCst), 1);
+    stop.send(()).unwrap();
+    serving.await;
+}
