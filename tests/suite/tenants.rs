@@ -572,6 +572,96 @@ async fn over_its_rate_a_tenant_is_refused_and_another_is_not() {
         .await;
 }
 
+/// Of the server's threads that work for floods: nanoseconds that they ran, and whether each has a
+/// nice value of 10 at least and the policy `SCHED_BATCH`.
+fn yielding_threads(pid: i32) -> (u64, bool) {
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+    let read = |path: &Path, name| std::fs::read_to_string(path.join(name)).unwrap();
+    let threads = tasks.map(|task| task.unwrap().path());
+    let mut threads = threads
+        .filter(|path| read(path, "comm") == "stockade yields\n")
+        .peekable();
+    assert!(threads.peek().is_some(), "there are none");
+    threads.fold((0, true), |(ran, all_yield), path| {
+        // Those after the name, which has a blank; the first of them is the third of all.
+        let (_, fields) = read(&path, "stat").split_once(") ").map_or_else(
+            || panic!("not the line of a thread"),
+            |(before, after)| (before.to_owned(), after.to_owned()),
+        );
+        let fields: Vec<i64> = fields
+            .split_whitespace()
+            .skip(1)
+            .map(|field| field.parse().unwrap_or(-1))
+            .collect();
+        let (nice, policy) = (fields[19 - 4], fields[41 - 4]);
+        let its = read(&path, "schedstat");
+        let its: u64 = its.split_whitespace().next().unwrap().parse().unwrap();
+        (ran + its, all_yield && nice >= 10 && policy == 3)
+    })
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_flood_beside_another_is_worked_for_by_threads_that_give_way() {
+    let tables = "[tenants.noisy]\nsalts = ['n']\nlisteners = ['noisy']\n\
+                  [tenants.quiet]\nsalts = ['q']\nlisteners = ['quiet']\n";
+    let house = House::start(&["noisy", "quiet"], tables, &[]);
+    let (before, all_yield) = yielding_threads(house.server.pid());
+    // A test that runs under another policy gives that to its server.
+    let own = std::fs::read_to_string("/proc/self/stat").unwrap();
+    let own = own
+        .rsplit(") ")
+        .next()
+        .unwrap()
+        .split_whitespace()
+        .nth(41 - 3);
+    assert!(all_yield || own != Some("0"));
+
+    let (stop, stopped) = tokio::sync::watch::channel(false);
+    let mut floods = tokio::task::JoinSet::new();
+    for _ in 0..2 {
+        let (url, stopped) = (house.url("noisy"), stopped.clone());
+        floods.spawn(async move {
+            let mut client = Client::connect(&url).await;
+            let mut answered = 0;
+            while !*stopped.borrow() {
+                for _ in 0..64 {
+                    client.post(&Value::from(24), &[]).await;
+                }
+                for _ in 0..64 {
+                    client.receive().await;
+                    answered += 1;
+                }
+            }
+            answered
+        });
+    }
+    let mut quiet = Client::connect(&house.url("quiet")).await;
+    let deadline = std::time::Instant::now() + stockade_tests::PATIENCE;
+    while yielding_threads(house.server.pid()).0 < before + 20_000_000 {
+        assert!(
+            std::time::Instant::now() < deadline,
+            "nothing is done there"
+        );
+        for _ in 0..50 {
+            assert_eq!(quiet.call(24, &[]).await.value(), Value::from("OK"));
+        }
+    }
+    // Alone it has the usual threads again, and loses nothing on the way.
+    drop(quiet);
+    let ran = || yielding_threads(house.server.pid()).0;
+    loop {
+        assert!(std::time::Instant::now() < deadline, "it stays there");
+        let at = ran();
+        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+        if ran() < at + 1_000_000 {
+            break;
+        }
+    }
+    stop.send(true).unwrap();
+    let answered: Vec<u64> = floods.join_all().await;
+    assert!(answered.iter().all(|&count| count > 0), "{answered:?}");
+}
+
 /// Runs the self-test against a server with two tenants; whether it succeeded, and what it said.
 fn selftest(house: &House) -> (bool, serde_json::Value) {
     let config = house.directory.path().join("stockade.toml");

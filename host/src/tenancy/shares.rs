@@ -50,7 +50,7 @@ const HEAD_START: u64 = 2 * (TURN.messages as u64 * MESSAGE_COST + TURN.bytes as
 /// A tenant that did nothing for this long is not waited for.
 const IDLE: Duration = Duration::from_millis(100);
 /// How often those over their rates are let in.
-const LET_IN_EVERY: Duration = Duration::from_millis(5);
+const LET_IN_EVERY: Duration = Duration::from_millis(10);
 /// How long a request over its tenant's rate waits before it is refused.
 const PATIENCE: Duration = Duration::from_secs(1);
 
@@ -155,11 +155,6 @@ impl Pass {
         self.0 = self.0.saturating_add(Self::of(cost, weight).0);
     }
 
-    /// By half and more.
-    fn is_well_below(self, other: Self) -> bool {
-        self.0.saturating_mul(2) < other.0
-    }
-
     fn before(self, head_start: Self) -> Self {
         Self(self.0.saturating_sub(head_start.0))
     }
@@ -190,28 +185,23 @@ struct Party {
     refusals: u64,
 }
 
-/// What was had of late; it halves with every [`IDLE`].
+/// What was had of late; it halves within every [`IDLE`], and at no moment by much, or equals would
+/// seem to differ.
 #[derive(Debug, Clone, Copy)]
 struct Recent {
-    cost: u64,
+    cost: f64,
     as_of: Instant,
 }
 
 impl Recent {
-    fn halvings(self, now: Instant) -> u32 {
-        let steps = now.saturating_duration_since(self.as_of).as_millis() / IDLE.as_millis();
-        u32::try_from(steps).unwrap_or(u32::MAX)
-    }
-
-    fn at(self, now: Instant) -> u64 {
-        self.cost.checked_shr(self.halvings(now)).unwrap_or(0)
+    fn at(self, now: Instant) -> f64 {
+        let age = now.saturating_duration_since(self.as_of);
+        self.cost * (-age.div_duration_f64(IDLE)).exp2()
     }
 
     fn add(&mut self, cost: u64, now: Instant) {
-        self.cost = self.at(now).saturating_add(cost);
-        if self.halvings(now) > 0 {
-            self.as_of = now;
-        }
+        self.cost = self.at(now) + cost as f64;
+        self.as_of = now;
     }
 }
 
@@ -235,7 +225,7 @@ impl Party {
             active_at: now,
             pressed_at: None,
             recent: Recent {
-                cost: 0,
+                cost: 0.0,
                 as_of: now,
             },
             waits: 0,
@@ -272,8 +262,8 @@ impl Party {
     }
 
     /// What it got of late, per unit of its weight.
-    fn recent(&self, now: Instant) -> Pass {
-        Pass::of(self.recent.at(now), self.share.weight)
+    fn recent(&self, now: Instant) -> f64 {
+        self.recent.at(now) / f64::from(self.share.weight.max(1))
     }
 
     /// Whether it has no turn and wants none, but did a moment ago.
@@ -697,7 +687,7 @@ impl Table {
             true => company.any(|other| {
                 let its = other.recent(now);
                 let is_modest = its < recent && !other.is_pressing(now, idle);
-                is_over_rate || is_modest || its.is_well_below(recent)
+                is_over_rate || is_modest || its * 2.0 < recent
             }),
             false => false,
         }
@@ -861,7 +851,7 @@ mod tests {
             assert_eq!(turn(&b, "b"), Lane::Main);
         }
         let lanes = [(); 5].map(|()| turn(&a, "a"));
-        assert_eq!(lanes[..4], [Lane::Main; 4], "up to twice as much");
+        assert_eq!(lanes[..3], [Lane::Main; 3], "less than twice as much");
         assert_eq!(lanes[4], Lane::Yielding);
         assert_eq!(turn(&b, "b"), Lane::Main);
     }
@@ -876,11 +866,11 @@ mod tests {
             u64::try_from((at - begun).as_micros()).unwrap()
         };
         let fast = rate(2000.0, 100.0);
-        let times = [0, 1, 4_999, 5_000, 5_001].map(|due| at(due, fast));
-        assert_eq!(times, [0, 5_000, 5_000, 5_000, 10_000]);
+        let times = [0, 1, 9_999, 10_000, 10_001].map(|due| at(due, fast));
+        assert_eq!(times, [0, 10_000, 10_000, 10_000, 20_000]);
         // Two messages come in 2 ms.
         assert_eq!(at(1, rate(1000.0, 4.0)), 2_000);
-        assert_eq!(at(7_001, rate(1.0, 1.0)), 10_000);
+        assert_eq!(at(17_001, rate(1.0, 1.0)), 20_000);
         assert_eq!(at(1, rate(f64::MAX, 1.0)), 1);
     }
 
@@ -946,15 +936,17 @@ mod tests {
     fn what_was_had_of_late_is_forgotten() {
         let begun = Instant::now();
         let mut recent = Recent {
-            cost: 0,
+            cost: 0.0,
             as_of: begun,
         };
-        recent.add(1000, begun + IDLE / 2);
-        assert_eq!(recent.at(begun + IDLE / 2), 1000);
-        assert_eq!(recent.at(begun + IDLE), 500);
+        recent.add(1000, begun);
+        recent.add(0, begun + IDLE / 2);
+        let at = |recent: Recent, passed| recent.at(begun + passed).round();
+        assert_eq!(at(recent, IDLE / 2), 707.0);
+        assert_eq!(at(recent, IDLE), 500.0);
         recent.add(100, begun + IDLE);
-        assert_eq!(recent.at(begun + 3 * IDLE), 150);
-        assert_eq!(recent.at(begun + 1000 * IDLE), 0);
+        assert_eq!(at(recent, 3 * IDLE), 150.0);
+        assert_eq!(at(recent, 10_000 * IDLE), 0.0);
     }
 
     #[test]
