@@ -91,6 +91,13 @@ impl Drop for GivingWay {
     }
 }
 
+/// Offers this thread's core to others, if it [gives way to all](give_way_to_all).
+pub(super) fn offer() {
+    if GIVES_WAY_TO_ALL.get() {
+        std::thread::yield_now();
+    }
+}
+
 /// Offers this thread's core to others, if it [gives way](GivingWay).
 pub fn breathe() {
     if let Some(left) = PATIENCE_LEFT.get() {

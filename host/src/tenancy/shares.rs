@@ -32,7 +32,7 @@ use parking_lot::Mutex;
 use stockade_transport::{Lane, Turn, wake_after_sockets};
 use tokio::time::Sleep;
 
-use super::Realm;
+use super::{Realm, giving_way::offer};
 
 /// A turn where tenants share. A small request takes tens of microseconds, so this is how long
 /// another tenant's request waits for a thread at the most.
@@ -517,6 +517,11 @@ impl Shares {
         // A rate decides first whether there is a next turn.
         let stays = wants_more && share.rate.is_none();
         self.leave(seat, unused, cost(used), share, stays);
+        if used.bytes >= TURN.bytes {
+            // The next read of a large message may be as long, and who wakes meanwhile stands
+            // behind it if this thread has waited for its like.
+            offer();
+        }
     }
 
     /// Frees what a connection that has ended holds.
