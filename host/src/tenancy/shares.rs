@@ -855,9 +855,9 @@ mod tests {
             assert_eq!(turn(&a, "a"), Lane::Main);
             assert_eq!(turn(&b, "b"), Lane::Main);
         }
-        let lanes = [(); 5].map(|()| turn(&a, "a"));
+        let lanes = [(); 12].map(|()| turn(&a, "a"));
         assert_eq!(lanes[..3], [Lane::Main; 3], "less than twice as much");
-        assert_eq!(lanes[4], Lane::Yielding);
+        assert_eq!(lanes[11], Lane::Yielding);
         assert_eq!(turn(&b, "b"), Lane::Main);
     }
 
@@ -884,7 +884,7 @@ mod tests {
         let shares = shares_of(4);
         let [limited, other] = [1, 2].map(Seat::new);
         let rate = Rate {
-            per_second: 1000.0,
+            per_second: 2.0,
             burst: 1.0,
         };
         let limits = Share {
