@@ -261,6 +261,11 @@ impl Party {
         }
     }
 
+    /// Whether it takes what it wants and is in nobody's way.
+    fn is_modest(&self, now: Instant, idle: Duration) -> bool {
+        !self.is_pressing(now, idle) && self.lane(now, idle) == Lane::Main
+    }
+
     /// What it got of late, per unit of its weight.
     fn recent(&self, now: Instant) -> f64 {
         self.recent.at(now) / f64::from(self.share.weight.max(1))
@@ -578,46 +583,45 @@ impl Shares {
     /// pass (start-time fair queuing over all threads).
     fn dispatch(&self, table: &mut Table, now: Instant, wakers: &mut Vec<Waker>) {
         while table.running < self.turns {
-            // Floods have as many threads, and more turns would keep others from one they can use.
-            let may_yield = table.yielding < self.turns.saturating_sub(1).max(1);
-            let mut is_expected = false;
-            let mut next: Option<&mut Party> = None;
-            let mut least: Option<Pass> = None;
-            for party in table.parties.values_mut() {
-                if party.is_present() {
-                    least = Some(least.map_or(party.pass, |least| least.min(party.pass)));
-                }
-                is_expected |= party.is_thinking(now, self.idle);
-                let is_before = |other: &&mut Party| party.rank() < other.rank();
-                let may_work = may_yield || party.lane(now, self.idle) == Lane::Main;
-                if may_work && !party.waiting.is_empty() && next.as_ref().is_none_or(is_before) {
-                    next = Some(party);
-                }
-            }
-            let Some(party) = next else {
+            // Floods have no more threads than that: of two that press the next one goes on, but
+            // who does not press can use a turn that would only wait.
+            let is_crowded = table.yielding >= self.turns.saturating_sub(1).max(1);
+            let modest = is_crowded.then(|| table.next(|party| party.is_modest(now, self.idle)));
+            let next = modest.flatten().or_else(|| table.next(|_| true));
+            let Some(realm) = next else {
                 return;
             };
+            let parties = table.parties.values();
+            let is_expected = parties.clone().any(|it| it.is_thinking(now, self.idle));
             // Whoever is about to come back finds a thread that listens.
             if is_expected && table.running > 0 && table.running + 1 >= self.turns {
                 return;
             }
+            let present = parties.filter(|party| party.is_present());
+            let least = present.map(|party| party.pass).min().unwrap_or_default();
+            table.virtual_time = table.virtual_time.max(least);
+            let is_in_the_way = table.is_in_the_way(&realm, now, self.idle);
+            let Some(party) = table.parties.get_mut(&realm) else {
+                return;
+            };
             let Some(connection) = party.waiting.pop_front() else {
                 return;
             };
+            if is_in_the_way {
+                party.in_the_way_at = Some(now);
+            }
+            let lane = party.lane(now, self.idle);
             table.turns += 1;
             table.running += 1;
-            table.virtual_time = table.virtual_time.max(least.unwrap_or_default());
+            table.yielding += usize::from(lane == Lane::Yielding);
             party.running += 1;
-            let is_back = party.is_back;
             party.last_turn = table.turns;
             party.pass.add(MESSAGE_COST, party.share.weight);
-            let lane = table.lane_of(connection, now, self.idle);
-            table.yielding += usize::from(lane == Lane::Yielding);
             if let Some(place) = table.places.get_mut(&connection) {
                 place.is_working = true;
                 place.lane = lane;
                 // One that comes from a rest has been found by a look at the sockets itself.
-                place.steps_back = !is_back;
+                place.steps_back = !party.is_back;
                 wakers.extend(place.waker.take());
             }
         }
@@ -663,20 +667,14 @@ impl Table {
         others.filter(move |party| party.is_present() || party.is_thinking(now, idle))
     }
 
-    /// Where a connection takes the turn that it gets now.
-    fn lane_of(&mut self, connection: u64, now: Instant, idle: Duration) -> Lane {
-        let Some(place) = self.places.get(&connection) else {
-            return Lane::Main;
-        };
-        let realm = place.realm.clone();
-        let is_in_the_way = self.is_in_the_way(&realm, now, idle);
-        let Some(party) = self.parties.get_mut(&realm) else {
-            return Lane::Main;
-        };
-        if is_in_the_way {
-            party.in_the_way_at = Some(now);
-        }
-        party.lane(now, idle)
+    /// Whose turn it is, of those that wait for one.
+    fn next(&self, may_work: impl Fn(&Party) -> bool) -> Option<Realm> {
+        let waiting = self.parties.iter().filter(|(_, party)| {
+            let has_asked = !party.waiting.is_empty();
+            has_asked && may_work(party)
+        });
+        let next = waiting.min_by_key(|(_, party)| party.rank());
+        next.map(|(realm, _)| realm.clone())
     }
 
     /// Whether a tenant wants more than it gets, beside somebody who got much less of late, or got
