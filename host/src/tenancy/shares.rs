@@ -185,8 +185,8 @@ struct Party {
     refusals: u64,
 }
 
-/// What was had of late; it halves within every [`IDLE`], and at no moment by much, or equals would
-/// seem to differ.
+/// What was had of late; it halves within the time that a tenant is waited for, and at no moment by
+/// much, or equals would seem to differ.
 #[derive(Debug, Clone, Copy)]
 struct Recent {
     cost: f64,
@@ -194,13 +194,13 @@ struct Recent {
 }
 
 impl Recent {
-    fn at(self, now: Instant) -> f64 {
+    fn at(self, now: Instant, idle: Duration) -> f64 {
         let age = now.saturating_duration_since(self.as_of);
-        self.cost * (-age.div_duration_f64(IDLE)).exp2()
+        self.cost * (-age.div_duration_f64(idle)).exp2()
     }
 
-    fn add(&mut self, cost: u64, now: Instant) {
-        self.cost = self.at(now) + cost as f64;
+    fn add(&mut self, cost: u64, now: Instant, idle: Duration) {
+        self.cost = self.at(now, idle) + cost as f64;
         self.as_of = now;
     }
 }
@@ -267,8 +267,8 @@ impl Party {
     }
 
     /// What it got of late, per unit of its weight.
-    fn recent(&self, now: Instant) -> f64 {
-        self.recent.at(now) / f64::from(self.share.weight.max(1))
+    fn recent(&self, now: Instant, idle: Duration) -> f64 {
+        self.recent.at(now, idle) / f64::from(self.share.weight.max(1))
     }
 
     /// Whether it has no turn and wants none, but did a moment ago.
@@ -557,7 +557,7 @@ impl Shares {
                     party.active_at = now;
                     let unpaid = cost.saturating_sub(MESSAGE_COST);
                     party.pass.add(unpaid, party.share.weight);
-                    party.recent.add(cost, now);
+                    party.recent.add(cost, now, self.idle);
                     if stays || !party.waiting.is_empty() {
                         party.pressed_at = Some(now);
                     }
@@ -683,12 +683,12 @@ impl Table {
         let Some(party) = self.parties.get(realm) else {
             return false;
         };
-        let recent = party.recent(now);
+        let recent = party.recent(now, idle);
         let is_over_rate = within(party.over_rate_at, now, idle);
         let mut company = self.company(realm, now, idle);
         match is_over_rate || party.is_pressing(now, idle) {
             true => company.any(|other| {
-                let its = other.recent(now);
+                let its = other.recent(now, idle);
                 let is_modest = its < recent && !other.is_pressing(now, idle);
                 is_over_rate || is_modest || its * 2.0 < recent
             }),
@@ -849,6 +849,13 @@ mod tests {
             shares.turn_over(seat, used, share(1), true);
             lane.unwrap()
         };
+        // Who comes later has had less, and never twice as much.
+        for _ in 0..3 {
+            assert_eq!(turn(&b, "b"), Lane::Main);
+        }
+        for _ in 0..3 {
+            assert_eq!(turn(&a, "a"), Lane::Main);
+        }
         for _ in 0..3 {
             assert_eq!(turn(&a, "a"), Lane::Main);
             assert_eq!(turn(&b, "b"), Lane::Main);
@@ -942,12 +949,12 @@ mod tests {
             cost: 0.0,
             as_of: begun,
         };
-        recent.add(1000, begun);
-        recent.add(0, begun + IDLE / 2);
-        let at = |recent: Recent, passed| recent.at(begun + passed).round();
+        recent.add(1000, begun, IDLE);
+        recent.add(0, begun + IDLE / 2, IDLE);
+        let at = |recent: Recent, passed| recent.at(begun + passed, IDLE).round();
         assert_eq!(at(recent, IDLE / 2), 707.0);
         assert_eq!(at(recent, IDLE), 500.0);
-        recent.add(100, begun + IDLE);
+        recent.add(100, begun + IDLE, IDLE);
         assert_eq!(at(recent, 3 * IDLE), 150.0);
         assert_eq!(at(recent, 10_000 * IDLE), 0.0);
     }
