@@ -572,32 +572,43 @@ async fn over_its_rate_a_tenant_is_refused_and_another_is_not() {
         .await;
 }
 
+/// The fields of a thread's `stat` behind its name, by their numbers in proc(5) less 3.
+fn stat(task: &Path) -> Option<Vec<String>> {
+    let line = std::fs::read_to_string(task.join("stat")).ok()?;
+    let (_, fields) = line.rsplit_once(") ")?;
+    Some(fields.split_whitespace().map(str::to_owned).collect())
+}
+
+/// `SCHED_OTHER` and `SCHED_BATCH` in `stat`.
+const OTHER: &str = "0";
+const BATCH: &str = "3";
+
+fn policy(stat: &[String]) -> &str {
+    &stat[41 - 3]
+}
+
 /// Of the server's threads that work for floods: nanoseconds that they ran, and whether each has a
 /// nice value of 10 at least and the policy `SCHED_BATCH`.
 fn yielding_threads(pid: i32) -> (u64, bool) {
     let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap();
-    let read = |path: &Path, name| std::fs::read_to_string(path.join(name)).unwrap();
-    let threads = tasks.map(|task| task.unwrap().path());
-    let mut threads = threads
-        .filter(|path| read(path, "comm") == "stockade yields\n")
-        .peekable();
-    assert!(threads.peek().is_some(), "there are none");
-    threads.fold((0, true), |(ran, all_yield), path| {
-        // Those after the name, which has a blank; the first of them is the third of all.
-        let (_, fields) = read(&path, "stat").split_once(") ").map_or_else(
-            || panic!("not the line of a thread"),
-            |(before, after)| (before.to_owned(), after.to_owned()),
-        );
-        let fields: Vec<i64> = fields
-            .split_whitespace()
-            .skip(1)
-            .map(|field| field.parse().unwrap_or(-1))
-            .collect();
-        let (nice, policy) = (fields[19 - 4], fields[41 - 4]);
-        let its = read(&path, "schedstat");
-        let its: u64 = its.split_whitespace().next().unwrap().parse().unwrap();
-        (ran + its, all_yield && nice >= 10 && policy == 3)
-    })
+    // Those that end meanwhile have nothing to read any more.
+    let threads: Vec<_> = tasks
+        .filter_map(|task| {
+            let path = task.ok()?.path();
+            let name = std::fs::read_to_string(path.join("comm")).ok()?;
+            let ran = std::fs::read_to_string(path.join("schedstat")).ok()?;
+            let ran: u64 = ran.split_whitespace().next()?.parse().ok()?;
+            let stat = stat(&path)?;
+            (name == "stockade yields\n").then_some((ran, stat))
+        })
+        .collect();
+    assert!(!threads.is_empty(), "there are none");
+    let yields = |stat: &[String]| {
+        let nice: i32 = stat[19 - 3].parse().unwrap();
+        nice >= 10 && policy(stat) == BATCH
+    };
+    let ran = threads.iter().map(|(ran, _)| ran).sum();
+    (ran, threads.iter().all(|(_, stat)| yields(stat)))
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -607,14 +618,8 @@ async fn a_flood_beside_another_is_worked_for_by_threads_that_give_way() {
     let house = House::start(&["noisy", "quiet"], tables, &[]);
     let (before, all_yield) = yielding_threads(house.server.pid());
     // A test that runs under another policy gives that to its server.
-    let own = std::fs::read_to_string("/proc/self/stat").unwrap();
-    let own = own
-        .rsplit(") ")
-        .next()
-        .unwrap()
-        .split_whitespace()
-        .nth(41 - 3);
-    assert!(all_yield || own != Some("0"));
+    let own = stat(Path::new("/proc/self")).unwrap();
+    assert!(all_yield || policy(&own) != OTHER);
 
     let (stop, stopped) = tokio::sync::watch::channel(false);
     let mut floods = tokio::task::JoinSet::new();

@@ -11,8 +11,9 @@
 //! The kernel has its own line before each core, and lets whoever runs there run on for a while, so
 //! that a thread with another tenant's request would stand behind one with a flood's. So a tenant
 //! that presses, beside another that got less of late, takes its turns in the transport's
-//! [yielding lane](Lane::Yielding), whose threads give their core up at once, and of those turns
-//! there is one fewer at a time. Among equals that would only cost time.
+//! [yielding lane](Lane::Yielding), whose threads give their core up at once; there is one fewer of
+//! them, and while each has a turn, who does not press goes first. Among equals that would only
+//! cost time.
 //!
 //! A tenant with a rate has a bucket besides. Over it, its connections are left unread (which the
 //! clients' own buffers feel), and only what has waited for [`PATIENCE`] is refused.

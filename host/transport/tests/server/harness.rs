@@ -111,11 +111,19 @@ impl TestServer {
         config: Config,
         handler: impl Handler,
     ) -> Self {
+        let server = Server::new(handler, config).unwrap();
+        Self::serve(endpoint, options, server).await
+    }
+
+    pub(crate) async fn serve(
+        endpoint: &str,
+        options: ListenOptions,
+        server: Server<impl Handler>,
+    ) -> Self {
         let listener = Listener::bind(&endpoint.parse().unwrap(), options)
             .await
             .unwrap();
         let endpoint = listener.endpoint().clone();
-        let server = Server::new(handler, config).unwrap();
         let stats = server.stats();
         let (stop, stopped) = oneshot::channel::<()>();
         let task = tokio::spawn(server.serve(vec![listener], async {

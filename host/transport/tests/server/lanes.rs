@@ -5,12 +5,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll};
 
 use stockade_transport::{
-    Config, DisconnectReason, Handler, Lane, ListenOptions, Listener, Message, Outcome, Peer,
-    Server, Turn,
+    Config, DisconnectReason, Handler, Lane, ListenOptions, Message, Outcome, Peer, Server, Turn,
 };
 use tokio::runtime::Runtime;
-use tokio::sync::{Semaphore, oneshot};
-use zeromq::{DealerSocket, Socket};
+use tokio::sync::Semaphore;
 
 use crate::harness::*;
 
@@ -92,49 +90,29 @@ impl Handler for Wanderer {
     }
 }
 
-/// A server with a runtime for the yielding lane.
-struct Lanes {
-    listener: Option<Listener>,
-    runtime: Option<Runtime>,
-    endpoint: String,
-}
+/// The runtime of the yielding lane.
+struct Yielding(Option<Runtime>);
 
-impl Lanes {
-    async fn bind(endpoint: &str) -> Self {
-        let endpoint = endpoint.parse().unwrap();
-        let listener = Listener::bind(&endpoint, ListenOptions::default());
-        let listener = listener.await.unwrap();
+impl Yielding {
+    /// A server that has it.
+    async fn serve(endpoint: &str, handler: &Arc<Wanderer>) -> (Self, TestServer) {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
             .thread_name(YIELDING)
             .enable_all()
-            .build();
-        Self {
-            endpoint: listener.endpoint().to_string(),
-            listener: Some(listener),
-            runtime: Some(runtime.unwrap()),
-        }
-    }
-
-    /// Serves until what is returned is asked to stop.
-    fn serve(
-        &mut self,
-        handler: &Arc<Wanderer>,
-    ) -> (oneshot::Sender<()>, impl Future<Output = ()> + use<>) {
-        let (stop, stopped) = oneshot::channel::<()>();
+            .build()
+            .unwrap();
         let server = Server::new(Arc::clone(handler), Config::default()).unwrap();
-        let server = server.yielding_on(self.runtime.as_ref().unwrap().handle().clone());
-        let serving = tokio::spawn(server.serve(vec![self.listener.take().unwrap()], async {
-            let _ = stopped.await;
-        }));
-        (stop, async { soon(serving).await.unwrap() })
+        let server = server.yielding_on(runtime.handle().clone());
+        let server = TestServer::serve(endpoint, ListenOptions::default(), server).await;
+        (Self(Some(runtime)), server)
     }
 }
 
-impl Drop for Lanes {
+impl Drop for Yielding {
     fn drop(&mut self) {
         // It must not be waited for within another runtime.
-        if let Some(runtime) = self.runtime.take() {
+        if let Some(runtime) = self.0.take() {
             runtime.shutdown_background();
         }
     }
@@ -146,10 +124,8 @@ async fn a_connection_goes_on_in_another_lane_and_loses_nothing() {
     let ipc = format!("ipc://{}", directory.path().join("socket").display());
     for endpoint in ["tcp://127.0.0.1:0", &ipc] {
         let handler = Wanderer::new(false);
-        let mut lanes = Lanes::bind(endpoint).await;
-        let (stop, serving) = lanes.serve(&handler);
-        let mut dealer = DealerSocket::new();
-        soon(dealer.connect(&lanes.endpoint)).await.unwrap();
+        let (_yielding, server) = Yielding::serve(endpoint, &handler).await;
+        let mut dealer = server.dealer().await;
         let all = 20 * STAY;
         // In one go, so that most of it waits in the connection when it moves.
         for number in 0..all {
@@ -178,8 +154,7 @@ async fn a_connection_goes_on_in_another_lane_and_loses_nothing() {
                 "{number}"
             );
         }
-        stop.send(()).unwrap();
-        serving.await;
+        soon(server.stop()).await.unwrap();
         assert_eq!(handler.gone.load(Ordering::SeqCst), 1);
     }
 }
@@ -187,10 +162,8 @@ async fn a_connection_goes_on_in_another_lane_and_loses_nothing() {
 #[tokio::test]
 async fn a_server_that_stops_waits_for_connections_in_every_lane() {
     let handler = Wanderer::new(false);
-    let mut lanes = Lanes::bind("tcp://127.0.0.1:0").await;
-    let (stop, serving) = lanes.serve(&handler);
-    let mut dealer = DealerSocket::new();
-    soon(dealer.connect(&lanes.endpoint)).await.unwrap();
+    let (_yielding, server) = Yielding::serve("tcp://127.0.0.1:0", &handler).await;
+    let mut dealer = server.dealer().await;
     // The last one is in flight, and in the yielding lane.
     let all = 7_usize;
     for number in 0..all {
@@ -200,22 +173,20 @@ async fn a_server_that_stops_waits_for_connections_in_every_lane() {
         handler.handled.load(Ordering::SeqCst) == all
     })
     .await;
-    stop.send(()).unwrap();
+    let stopped = server.stop();
     handler.later.add_permits(all);
     for _ in 0..all {
         receive(&mut dealer).await;
     }
-    serving.await;
+    soon(stopped).await.unwrap();
     assert_eq!(handler.gone.load(Ordering::SeqCst), 1);
 }
 
 #[tokio::test]
 async fn a_connection_that_ends_while_it_changes_its_lane_gives_its_turn_up() {
     let handler = Wanderer::new(true);
-    let mut lanes = Lanes::bind("tcp://127.0.0.1:0").await;
-    let (stop, serving) = lanes.serve(&handler);
-    let mut dealer = DealerSocket::new();
-    soon(dealer.connect(&lanes.endpoint)).await.unwrap();
+    let (_yielding, server) = Yielding::serve("tcp://127.0.0.1:0", &handler).await;
+    let mut dealer = server.dealer().await;
     handler.later.add_permits(STAY);
     // One after the other, so that it does not want more when it is to move.
     for number in 0..STAY {
@@ -225,6 +196,5 @@ async fn a_connection_that_ends_while_it_changes_its_lane_gives_its_turn_up() {
     assert_eq!(handler.handled.load(Ordering::SeqCst), STAY);
     let (begun, over) = (&handler.turns.0, &handler.turns.1);
     assert_eq!(begun.load(Ordering::SeqCst), over.load(Ordering::SeqCst));
-    stop.send(()).unwrap();
-    serving.await;
+    soon(server.stop()).await.unwrap();
 }
