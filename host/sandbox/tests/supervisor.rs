@@ -86,12 +86,15 @@ impl Den {
 
 fn start(config: SupervisorConfig) -> Supervisor {
     let supervisor = Supervisor::discover(config).unwrap();
-    let contract = Contract {
+    supervisor.start(&contract()).unwrap();
+    supervisor
+}
+
+fn contract() -> Contract {
+    Contract {
         config_json: "{\"port\":5555}".to_owned(),
         extra_config_json: "{\"n\":1}".to_owned(),
-    };
-    supervisor.start(&contract).unwrap();
-    supervisor
+    }
 }
 
 /// The plugin's status once it is as `wanted` says.
@@ -758,6 +761,39 @@ async fn files_that_come_change_and_go_are_noticed() {
     };
     tokio::time::timeout(PATIENCE, are_gone).await.unwrap();
     // Nobody touched this one.
+    let status = supervisor.status("stays").unwrap();
+    assert_eq!(status.running_since_unix_ms, stays.running_since_unix_ms);
+    supervisor.shutdown(Duration::from_secs(2)).await;
+}
+
+/// What happens between loading and the first look at the files is no less noticed.
+#[tokio::test]
+async fn files_that_come_change_and_go_before_they_are_watched_are_noticed() {
+    let den = Den::new();
+    for name in ["stays", "changes", "goes"] {
+        put(&den, name, "sleeper");
+    }
+    put(&den, "refused", "unknown_import");
+    let mut config = den.config();
+    config.watch = true;
+    let supervisor = Supervisor::discover(config).unwrap();
+    put(&den, "comes", "waits_for_stop");
+    put(&den, "changes", "waits_for_stop");
+    fs::remove_file(den.plugins().join("goes.wat")).unwrap();
+    supervisor.start(&contract()).unwrap();
+    let stays = until_state(&supervisor, "stays", PluginState::Running).await;
+    let is_noticed = async {
+        while supervisor.status("comes").is_err() || supervisor.status("goes").is_ok() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, is_noticed).await.unwrap();
+    until_printed(&supervisor, "comes", "ready").await;
+    until_printed(&supervisor, "changes", "ready").await;
+    for name in ["stays", "refused"] {
+        let status = supervisor.status(name).unwrap();
+        assert_eq!(status.last_reload, None, "{name}");
+    }
     let status = supervisor.status("stays").unwrap();
     assert_eq!(status.running_since_unix_ms, stays.running_since_unix_ms);
     supervisor.shutdown(Duration::from_secs(2)).await;

@@ -25,7 +25,9 @@ type Look = HashMap<PathBuf, (PluginKind, Stamp)>;
 /// Watches until the supervisor is gone.
 pub(super) async fn run(plugins: Weak<Plugins>, workshop: Arc<Workshop>) {
     let mut seen = look(&workshop).await.unwrap_or_default();
-    let mut settled = seen.clone();
+    // Nothing yet: what came or changed between loading and this first look is told from what was
+    // loaded by reading it once more.
+    let mut settled = Look::new();
     let mut complaint = None;
     loop {
         tokio::time::sleep(INTERVAL).await;
@@ -51,15 +53,9 @@ pub(super) async fn run(plugins: Weak<Plugins>, workshop: Arc<Workshop>) {
                 settled.insert(path.clone(), *found);
             }
         }
-        let gone: Vec<PathBuf> = settled
-            .keys()
-            .filter(|path| !now.contains_key(*path) && !seen.contains_key(*path))
-            .cloned()
-            .collect();
-        for path in gone {
-            settled.remove(&path);
-            plugins.remove(&path);
-        }
+        let is_gone = |path: &PathBuf| !now.contains_key(path) && !seen.contains_key(path);
+        settled.retain(|path, _| !is_gone(path));
+        plugins.remove(is_gone);
         seen = now;
     }
 }
@@ -105,7 +101,7 @@ async fn changed(
         return;
     };
     match known {
-        Some(_) if !found.manifest.enabled => plugins.remove(&path),
+        Some(_) if !found.manifest.enabled => plugins.remove(|it| *it == path),
         Some(plugin) => {
             if plugin.is_other(&found) {
                 // What comes of it is logged and shown; nobody waits.
@@ -158,11 +154,11 @@ impl Plugins {
         }
     }
 
-    /// Forgets a plugin whose file is gone; its task ends its run as at the end of the server.
-    fn remove(&self, path: &std::path::Path) {
+    /// Forgets plugins whose files are gone; their tasks end their runs as at the end of the server.
+    fn remove(&self, is_gone: impl Fn(&PathBuf) -> bool) {
         let mut registry = self.registry.write();
         registry.plugins.retain(|plugin| {
-            let stays = plugin.path != path;
+            let stays = !is_gone(&plugin.path);
             if !stays {
                 let name = &plugin.name;
                 tracing::info!(plugin = &**name, "plugin `{name}` was removed, and stops");
