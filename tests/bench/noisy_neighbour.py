@@ -226,15 +226,20 @@ class Noise:
                 child.kill()
 
 
-def waited_us(pid):
-    """What the threads of a process have waited for a core, all together."""
-    total = 0
+def waited(pid):
+    """Nanoseconds that each thread of a process has waited for a core."""
+    threads = {}
     for thread in pathlib.Path(f"/proc/{pid}/task").iterdir():
         try:
-            total += int((thread / "schedstat").read_text().split()[1])
+            threads[thread.name] = int((thread / "schedstat").read_text().split()[1])
         except (FileNotFoundError, ProcessLookupError):
             pass  # It has ended.
-    return total / 1e3
+    return threads
+
+
+def waited_us(before, after):
+    """What the threads that are left have waited in between, all together."""
+    return sum(waits - before.get(thread, 0) for thread, waits in after.items()) / 1e3
 
 
 def window(client, pid, seconds, times):
@@ -242,7 +247,7 @@ def window(client, pid, seconds, times):
     noop = encode("noop")
     lookup = encode("lookup", key(tokens, "quiet"), 1)
     query, end = encode("query_prefetch_status", "quiet"), encode("end_session", "quiet")
-    before = waited_us(os.getpid()), waited_us(pid)
+    before = waited(os.getpid()), waited(pid)
     calls = 0
     until = time.monotonic() + seconds
     gc.disable()
@@ -257,10 +262,8 @@ def window(client, pid, seconds, times):
         client.exchange(end)
         calls += 4
     gc.enable()
-    for name, began, is_now in (
-        ("client", before[0], waited_us(os.getpid())), ("server", before[1], waited_us(pid)),
-    ):
-        times[name].append((is_now - began) / max(calls, 1))
+    for name, began, process in ("client", before[0], os.getpid()), ("server", before[1], pid):
+        times[name].append(waited_us(began, waited(process)) / max(calls, 1))
 
 
 WINDOWS = ("calm", "elsewhere", "here")
