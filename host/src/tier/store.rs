@@ -22,6 +22,8 @@ use super::{Backend, Tier, name_of};
 
 /// Objects whose presence is asked for by one call.
 const BATCH: usize = 16;
+/// Objects at a time of a commit that several write.
+const SPLIT: usize = 4;
 
 /// What becomes of an object in memory once it is written down.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,6 +38,8 @@ pub enum StorePolicy {
 pub(super) struct Descent {
     key: ObjectKey,
     bytes: u64,
+    /// Whether it is the first one of its commit.
+    is_first: bool,
     /// Adapters that have not had their turn.
     remaining: AtomicUsize,
     /// Whether one of them did not take it.
@@ -46,6 +50,21 @@ pub(super) struct Descent {
 struct Queue {
     descents: VecDeque<Arc<Descent>>,
     bytes: u64,
+}
+
+impl Queue {
+    /// How many of the first ones go to one of `writers`: whole commits, as many as is fair, or the
+    /// beginning of one that is longer.
+    ///
+    /// Where stores come faster than they are written, memory takes commits back before their turn, or
+    /// in the midst of it. What is written of one by then is of use as far as it has no gap.
+    fn part(&self, writers: usize) -> usize {
+        // A part for each writer, or one would write a prompt while the others wait.
+        let fair = self.descents.len().div_ceil(writers).min(BATCH);
+        let begins_commit = |&at: &usize| self.descents.get(at).is_none_or(|it| it.is_first);
+        let whole = (1..=fair).rev().find(begins_commit);
+        whole.unwrap_or(fair.min(SPLIT))
+    }
 }
 
 /// The objects that wait for one adapter.
@@ -78,18 +97,25 @@ impl Lane {
         self.in_work.load(Ordering::Relaxed)
     }
 
-    fn push(&self, descent: Arc<Descent>, max_items: usize, max_bytes: u64) -> bool {
+    /// Queues one commit, in its order; returns how many of it had room.
+    fn push(&self, commit: &[Arc<Descent>], max_items: usize, max_bytes: u64) -> usize {
+        let mut taken = 0;
         {
             let mut queue = self.queue.lock();
-            let bytes = queue.bytes.saturating_add(descent.bytes);
-            if queue.descents.len() >= max_items || bytes > max_bytes {
-                return false;
+            for descent in commit {
+                let bytes = queue.bytes.saturating_add(descent.bytes);
+                if queue.descents.len() >= max_items || bytes > max_bytes {
+                    break;
+                }
+                queue.bytes = bytes;
+                queue.descents.push_back(Arc::clone(descent));
+                taken += 1;
             }
-            queue.bytes = bytes;
-            queue.descents.push_back(descent);
         }
-        self.filled.notify_one();
-        true
+        if taken > 0 {
+            self.filled.notify_one();
+        }
+        taken
     }
 
     /// Takes out what waits of the salts that are wanted.
@@ -116,8 +142,7 @@ impl Lane {
         loop {
             let (taken, is_more) = {
                 let mut queue = self.queue.lock();
-                // A part for each writer, or one would write a prompt while the others wait.
-                let count = queue.descents.len().div_ceil(self.writers).min(BATCH);
+                let count = queue.part(self.writers);
                 let taken: Vec<_> = queue.descents.drain(..count).collect();
                 queue.bytes -= taken.iter().map(|descent| descent.bytes).sum::<u64>();
                 // Counted under the lock, so that nobody sees them neither waiting nor in work.
@@ -136,24 +161,29 @@ impl Lane {
 }
 
 impl Tier {
-    /// Tells that objects of `bytes` each were committed. Queues them, or drops them if too many
-    /// wait; never waits.
+    /// Tells that objects of `bytes` each were committed together. Queues them, or drops the last
+    /// ones if too many wait; never waits.
     pub fn stored(&self, keys: impl IntoIterator<Item = ObjectKey>, bytes: u64) {
-        for key in keys {
-            let descent = Arc::new(Descent {
+        let descent = |(at, key)| {
+            Arc::new(Descent {
                 key,
                 bytes,
+                is_first: at == 0,
                 remaining: AtomicUsize::new(self.backends.len()),
                 failed: AtomicBool::new(false),
-            });
-            for (index, backend) in self.backends.iter().enumerate() {
-                let (items, most) = (self.config.store_queue_items, self.config.store_queue_bytes);
-                if backend.lane.push(Arc::clone(&descent), items, most) {
-                    self.metrics.store_submitted(&descent.key);
-                } else {
-                    self.metrics.store_dropped(index, "queue_full");
-                    self.settle(&descent, false);
-                }
+            })
+        };
+        let commit: Vec<_> = keys.into_iter().enumerate().map(descent).collect();
+        let (items, most) = (self.config.store_queue_items, self.config.store_queue_bytes);
+        for (index, backend) in self.backends.iter().enumerate() {
+            let taken = backend.lane.push(&commit, items, most);
+            let (taken, dropped) = commit.split_at(taken);
+            for descent in taken {
+                self.metrics.store_submitted(&descent.key);
+            }
+            for descent in dropped {
+                self.metrics.store_dropped(index, "queue_full");
+                self.settle(descent, false);
             }
         }
     }
@@ -279,5 +309,71 @@ impl Tier {
         {
             self.engine.release(std::slice::from_ref(&descent.key));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use stockade_cache::{ChunkHash, KeyScope};
+
+    fn lane(writers: usize, commits: &[u8]) -> Lane {
+        let lane = Lane::new(writers);
+        let scope = Arc::new(KeyScope {
+            model_name: "m".into(),
+            kv_rank: 0,
+            object_group_id: 0,
+            cache_salt: CacheSalt::default(),
+        });
+        for (number, &chunks) in (0..).zip(commits) {
+            let descent = |at| {
+                Arc::new(Descent {
+                    key: ObjectKey::new(Arc::clone(&scope), ChunkHash([number; 32])),
+                    bytes: 1,
+                    is_first: at == 0,
+                    remaining: AtomicUsize::new(1),
+                    failed: AtomicBool::new(false),
+                })
+            };
+            let commit: Vec<_> = (0..chunks).map(descent).collect();
+            assert_eq!(lane.push(&commit, usize::MAX, u64::MAX), commit.len());
+        }
+        lane
+    }
+
+    /// How many each take gets until nothing is left.
+    async fn parts(lane: &Lane) -> Vec<usize> {
+        let mut parts = Vec::new();
+        while lane.waiting().0 > 0 {
+            parts.push(lane.take().await.len());
+        }
+        parts
+    }
+
+    #[tokio::test]
+    async fn a_commit_is_one_writers_unless_it_is_long() {
+        // Alone, it is for all writers.
+        assert_eq!(parts(&lane(4, &[14])).await[..3], [4, 3, 2]);
+        // Among others, it is begun by the one who ends it.
+        assert_eq!(parts(&lane(1, &[7; 5])).await, [14, 14, 7]);
+        assert_eq!(
+            parts(&lane(1, &[1, 15, 2, 40, 3])).await,
+            [16, 2, 4, 4, 4, 4, 4, 4, 16, 3]
+        );
+        // Many small ones share a batch.
+        assert_eq!(parts(&lane(2, &[1; 64])).await[..3], [16, 16, 16]);
+    }
+
+    #[test]
+    fn of_a_commit_that_has_no_room_the_beginning_is_taken() {
+        let lane = Lane::new(1);
+        let whole = super::tests::lane(1, &[5]);
+        let commit: Vec<_> = whole.queue.lock().descents.iter().cloned().collect();
+        assert_eq!(lane.push(&commit, 3, u64::MAX), 3);
+        assert!(lane.queue.lock().descents[0].is_first);
+        assert_eq!(lane.push(&commit, 3, u64::MAX), 0);
+        let lane = Lane::new(1);
+        assert_eq!(lane.push(&commit, usize::MAX, 4), 4);
+        assert_eq!(lane.waiting(), (4, 4));
     }
 }
