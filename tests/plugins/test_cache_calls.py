@@ -6,6 +6,7 @@ server with storage below it, while a client stores there.
 It needs a built server and the compilers of plugin-sdk/toolchain.sh; what is missing is said.
 """
 
+import contextlib
 import json
 import shutil
 import subprocess
@@ -48,11 +49,13 @@ class CacheCalls(unittest.TestCase):
             with pages.Server(command, directory) as server:
                 # Beside the load, compiling could take longer than it may.
                 self.until_they_run(server)
-                for language in LANGUAGES:
-                    report, rounds[language] = self.report(server, language, rounds[language])
-                    done = (report["pinned"], report["evicted"], report["loaded"])
-                    self.assertEqual(done, (1, 1, 1))
-                    self.assertTrue(report["is_shown_pinned"])
+                # Nothing can be loaded that no worker has a layout for, so one stays.
+                with self.client(server, "ping", 600):
+                    for language in LANGUAGES:
+                        report, rounds[language] = self.report(server, language, rounds[language])
+                        done = (report["pinned"], report["evicted"], report["loaded"])
+                        self.assertEqual(done, (1, 1, 1))
+                        self.assertTrue(report["is_shown_pinned"])
                 self.assertEqual(server.stop(), 0)
 
     def until_they_run(self, server):
@@ -69,15 +72,20 @@ class CacheCalls(unittest.TestCase):
     def report(self, server, language, rounds):
         """What the plugin did, once what it evicted had been written down and the client left it alone, and
         how many rounds it has counted: each more than the one before, also in another life of the server."""
-        # It ends, since storage is slower than this client: while it goes on, what the pool holds is
-        # written down only about when it is evicted, and a round that finds both may never come.
-        load = [pages.binary(), "bench", "--url", f"tcp://{server.zmq}", "--workload", "store"]
-        load += ["--turns", "1", "--seconds", "2", "--tokens", "4096", "--chunk-kib", "64", "--json"]
-        with subprocess.Popen(load, stdout=subprocess.DEVNULL) as load:
+        # The load ends, since storage is slower: while it goes on, what the pool holds is written down
+        # only about when it is evicted, and a round that finds both may never come.
+        with self.client(server, "store", 2):
+            return self.first_whole_round(server, language, rounds)
+
+    @contextlib.contextmanager
+    def client(self, server, workload, seconds):
+        command = [pages.binary(), "bench", "--url", f"tcp://{server.zmq}", "--workload", workload]
+        command += ["--turns", "1", "--seconds", str(seconds), "--tokens", "4096", "--chunk-kib", "64", "--json"]
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
             try:
-                return self.first_whole_round(server, language, rounds)
+                yield
             finally:
-                load.kill()
+                process.kill()
 
     def first_whole_round(self, server, language, rounds):
         deadline = time.monotonic() + pages.PATIENCE_SECONDS
