@@ -26,6 +26,16 @@ else
   echo "THERE IS NO MOTO: neither the second tier in S3 nor the uploader is tested"
 fi
 
+# libzmq with CURVE, through pyzmq.
+traces=${CARGO_TARGET_DIR:-target}/traces-venv libzmq=
+[[ -x $traces/bin/python ]] || python3 -m venv "$traces"
+if "$traces/bin/pip" install --quiet --requirement tests/traces/requirements.txt; then
+  libzmq=$(realpath -s "$traces/bin/python")
+  export STOCKADE_TEST_PYTHON=${STOCKADE_TEST_PYTHON:-$libzmq}
+else
+  echo "NEITHER TRACES NOR LIBZMQ ARE TESTED: the packages of tests/traces/requirements.txt cannot be had"
+fi
+
 say "crates"
 # All but those of stockade-tests, which come last.
 mapfile -t tests < <(cargo metadata --no-deps --format-version 1 --locked | python3 -c '
@@ -68,12 +78,13 @@ else
 fi
 
 say "traces, with a receiver of OpenTelemetry's own"
-traces=${CARGO_TARGET_DIR:-target}/traces-venv
-[[ -x $traces/bin/python ]] || python3 -m venv "$traces"
-if "$traces/bin/pip" install --quiet --requirement tests/traces/requirements.txt; then
-  "$traces/bin/python" tests/traces/test_traces.py
-else
-  echo "TRACES ARE NOT TESTED: the packages of tests/traces/requirements.txt cannot be had"
+if [[ -n $libzmq ]]; then
+  "$libzmq" tests/traces/test_traces.py
+fi
+
+say "users by password and by key, with libzmq"
+if [[ -n $libzmq ]]; then
+  "$libzmq" tests/users/test_users.py "${CARGO_TARGET_DIR:-target}/debug/stockade"
 fi
 
 say "pages about plugins, and the plugins that come with the server"

@@ -5,6 +5,7 @@ mod config_check;
 mod log_level;
 mod plugin;
 mod remote;
+mod secret_key;
 mod selftest;
 mod shell;
 mod simulate;
@@ -20,6 +21,7 @@ pub use bench::BenchCommand;
 pub use config_check::ConfigCommand;
 pub use log_level::LogLevelCommand;
 pub use plugin::PluginCommand;
+pub use secret_key::CurveKeygenCommand;
 pub use selftest::SelftestCommand;
 pub use simulate::SimulateCommand;
 pub use status::StatusCommand;
@@ -62,6 +64,8 @@ pub enum Tool {
     Simulate(Box<SimulateCommand>),
     /// Check the settings that `serve` would start with
     Config(Box<ConfigCommand>),
+    /// Make a key pair for a listener with mechanism = "curve", or for one of its users
+    CurveKeygen(CurveKeygenCommand),
     /// Print a script that completes this command line in a shell
     Completions {
         /// The shell
@@ -95,6 +99,7 @@ impl Tool {
             Self::Selftest(command) => command.run(),
             Self::Simulate(command) => command.run(),
             Self::Config(command) => print(&command.check()?),
+            Self::CurveKeygen(command) => command.run(),
             Self::Completions { shell, json } => {
                 let script = shell::completions(&mut Cli::command(), shell);
                 match json {

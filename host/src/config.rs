@@ -17,7 +17,7 @@ use serde::Deserialize;
 use stockade_cache::{PolicyKind, Tenant};
 use stockade_sandbox::{NativePolicy, Policy};
 
-pub use listeners::{DEFAULT as DEFAULT_LISTENER, ListenerConfig, Users};
+pub use listeners::{DEFAULT as DEFAULT_LISTENER, ListenerConfig};
 pub use settings::Settings;
 
 use crate::{

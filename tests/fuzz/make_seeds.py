@@ -118,11 +118,20 @@ def greeting(mechanism):
     return b"\xff" + bytes(8) + b"\x7f\x03\x01" + mechanism.ljust(20, b"\0") + bytes(32)
 
 
+# What follows the padding of a HELLO that libzmq made for a server whose secret key is 32 times 7.
+CURVE_HELLO = bytes.fromhex(
+    "d0891e7486e277536cd3cab2d893b867faad20c7ca78fada0781d9ac0f85186a0000000000000001f0e09db863fc2670"
+    "0cadbbab7f257a912eb0d180555f0ee6535d0a14a8e934938f3055e91eeb9a97d572e06905525913b724af82cc87740d"
+    "b530ac13d630cd5d4b8bc1f0783380a8b7ed6832b6c48000"
+)
+
+
 def main():
     metadata = b"\x0bSocket-Type" + struct.pack(">I", 6) + b"DEALER" + b"\x08Identity" + struct.pack(">I", 2) + b"id"
     null = greeting(b"NULL") + command(b"\x05READY" + metadata)
     plain = greeting(b"PLAIN") + command(b"\x05HELLO\x04user\x06secret") + command(b"\x08INITIATE" + metadata)
     ping = command(b"\x04PING\x00\x0acontext")
+    hello = greeting(b"CURVE") + command(b"\x05HELLO\x01\0" + bytes(72) + CURVE_HELLO)
     requests = []
     for number, line in enumerate((GOLDEN / "recorded.jsonl").read_text().splitlines()):
         record = json.loads(line)
@@ -137,6 +146,7 @@ def main():
         "null": b"\0" + null + stream,
         "null-pieces": b"\x0e" + null + ping + stream,
         "plain": b"\x01" + plain + ping + stream,
+        "curve": b"\x03" + hello + command(b"\x08INITIATE" + bytes(241)) + stream,
         "large": b"\0" + null + zmtp([b"uid", bytes(2000)]) + b"\x02" + struct.pack(">Q", 1 << 40),
     }.items():
         write("zmtp_decoder", name, data)

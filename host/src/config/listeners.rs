@@ -2,14 +2,14 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    fmt,
+    hash::Hash,
     os::unix::fs::{MetadataExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
     sync::Arc,
 };
 
 use serde::Deserialize;
-use stockade_transport::{Authenticator, Endpoint, ListenOptions, Mechanism, Principal};
+use stockade_transport::{Authenticator, Curve, Endpoint, ListenOptions, Mechanism, Principal};
 
 /// Name of the listener that `--host` and `--port` describe.
 pub const DEFAULT: &str = "default";
@@ -29,6 +29,7 @@ pub(super) struct ListenerTable {
     endpoint: Option<String>,
     mechanism: Option<String>,
     users_file: Option<PathBuf>,
+    secret_key_file: Option<PathBuf>,
     ipc_mode: Option<String>,
 }
 
@@ -41,26 +42,28 @@ pub struct ListenerConfig {
     pub endpoint: Option<Endpoint>,
     /// Permission bits of an ipc socket file.
     pub ipc_mode: u32,
-    /// Who may come in; `None` for everybody who can connect.
-    pub users: Option<Users>,
+    /// How clients prove who they are; with [`Mechanism::Null`], everybody may come in.
+    pub mechanism: Mechanism,
 }
 
-/// Users of a PLAIN listener. Passwords are kept as hashes and never shown.
-#[derive(Clone)]
-pub struct Users(Arc<HashMap<Vec<u8>, (Principal, blake3::Hash)>>);
+/// Users of a PLAIN listener by name. Passwords are kept as hashes and never shown.
+struct Passwords(HashMap<Vec<u8>, (Principal, blake3::Hash)>);
 
-impl fmt::Debug for Users {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Users({} users)", self.0.len())
-    }
-}
-
-impl Authenticator for Users {
+impl Authenticator for Passwords {
     fn plain(&self, username: &[u8], password: &[u8]) -> Option<Principal> {
         let given = blake3::hash(password);
         let (principal, expected) = self.0.get(username)?;
         // The comparison of hashes takes the same time for all of them.
         (*expected == given).then(|| principal.clone())
+    }
+}
+
+/// Users of a CURVE listener by public key.
+struct PublicKeys(HashMap<[u8; 32], Principal>);
+
+impl Authenticator for PublicKeys {
+    fn curve(&self, public_key: &[u8; 32]) -> Option<Principal> {
+        self.0.get(public_key).cloned()
     }
 }
 
@@ -70,10 +73,7 @@ impl ListenerConfig {
     pub fn options(&self) -> ListenOptions {
         ListenOptions {
             name: Arc::clone(&self.name),
-            mechanism: match &self.users {
-                Some(users) => Mechanism::Plain(Arc::new(users.clone())),
-                None => Mechanism::Null,
-            },
+            mechanism: self.mechanism.clone(),
             ipc_mode: self.ipc_mode,
         }
     }
@@ -83,7 +83,7 @@ impl ListenerConfig {
             name: Arc::from(name),
             endpoint,
             ipc_mode: ListenOptions::default().ipc_mode,
-            users: None,
+            mechanism: Mechanism::Null,
         }
     }
 }
@@ -144,27 +144,12 @@ impl ListenerTable {
                 ));
             }
         };
-        let users = match (self.mechanism.as_deref().unwrap_or("null"), self.users_file) {
-            ("null", None) => None,
-            ("null", Some(_)) => {
-                return Err(format!(
-                    "listener {name}: users-file is for mechanism = \"plain\"; set it or leave the file out"
-                ));
-            }
-            ("plain", Some(path)) => {
-                Some(read_users(&path).map_err(|problem| format!("listener {name}: {problem}"))?)
-            }
-            ("plain", None) => {
-                return Err(format!(
-                    "listener {name}: mechanism plain needs a users-file with a line NAME:PASSWORD per user"
-                ));
-            }
-            (other, _) => {
-                return Err(format!(
-                    "listener {name}: mechanism {other} is not served; give null or plain"
-                ));
-            }
-        };
+        let mechanism = mechanism(
+            self.mechanism.as_deref().unwrap_or("null"),
+            self.users_file.as_deref(),
+            self.secret_key_file.as_deref(),
+        )
+        .map_err(|problem| format!("listener {name}: {problem}"))?;
         let ipc_mode = match self.ipc_mode.as_deref() {
             None => ListenOptions::default().ipc_mode,
             Some(text) => u32::from_str_radix(text, 8)
@@ -178,57 +163,137 @@ impl ListenerTable {
             name: Arc::from(name),
             endpoint,
             ipc_mode,
-            users,
+            mechanism,
         })
     }
 }
 
-/// Reads `NAME:PASSWORD` lines; blank lines and those that begin with `#` are skipped.
-///
-/// No sentence about the file shows what is in it.
-fn read_users(path: &Path) -> Result<Users, String> {
+/// How clients of a listener prove who they are, as its table says.
+fn mechanism(
+    name: &str,
+    users: Option<&Path>,
+    secret_key: Option<&Path>,
+) -> Result<Mechanism, String> {
+    match (name, users, secret_key) {
+        ("null", None, None) => Ok(Mechanism::Null),
+        ("null", Some(_), _) => Err(
+            "users-file is for mechanism = \"plain\" and \"curve\"; set one or leave the file out"
+                .to_owned(),
+        ),
+        ("null" | "plain", _, Some(_)) => Err(
+            "secret-key-file is for mechanism = \"curve\"; set it or leave the file out".to_owned(),
+        ),
+        ("plain", Some(users), None) => {
+            let users = read_users(users, "PASSWORD", |user, password| {
+                let is_bounded = [user, password]
+                    .iter()
+                    .all(|text| text.len() <= MAX_PLAIN_BYTES);
+                is_bounded.then(|| {
+                    let hash = blake3::hash(password.as_bytes());
+                    (user.as_bytes().to_vec(), (Principal::new(user), hash))
+                })
+            })?;
+            Ok(Mechanism::Plain(Arc::new(Passwords(users))))
+        }
+        ("plain", None, None) => Err(
+            "mechanism plain needs a users-file with a line NAME:PASSWORD per user".to_owned(),
+        ),
+        ("curve", Some(users), Some(secret_key)) => {
+            let secret = read_bounded(secret_key, "secret-key-file", true)?;
+            let secret = curve_key(secret.trim_end()).ok_or_else(|| {
+                format!(
+                    "secret-key-file {} must hold one key of 40 characters (Z85); `stockade curve-keygen` makes one",
+                    secret_key.display()
+                )
+            })?;
+            let users = read_users(users, "PUBLIC-KEY", |user, key| {
+                Some((curve_key(key)?, Principal::new(user)))
+            })?;
+            let curve = Curve::new(secret, Arc::new(PublicKeys(users)));
+            Ok(Mechanism::Curve(Arc::new(curve)))
+        }
+        ("curve", _, _) => Err(
+            "mechanism curve needs a secret-key-file, which `stockade curve-keygen` makes, and a users-file with a line NAME:PUBLIC-KEY per user"
+                .to_owned(),
+        ),
+        (other, _, _) => Err(format!(
+            "mechanism {other} is not served; give null, plain or curve"
+        )),
+    }
+}
+
+/// A key of CURVE in Z85, as ZeroMQ writes it: 40 characters for 32 bytes.
+fn curve_key(text: &str) -> Option<[u8; 32]> {
+    if text.len() != 40 {
+        return None;
+    }
+    z85::decode(text).ok()?.try_into().ok()
+}
+
+/// What is in a file, which nobody else may read if it is secret. No sentence about it shows that.
+fn read_bounded(path: &Path, field: &str, is_secret: bool) -> Result<String, String> {
     let shown = path.display();
-    let cannot = |error: std::io::Error| format!("users-file {shown} cannot be read: {error}");
+    let cannot = |error: std::io::Error| format!("{field} {shown} cannot be read: {error}");
     let metadata = std::fs::metadata(path).map_err(cannot)?;
     if !metadata.is_file() || metadata.size() > MAX_USERS_BYTES {
         return Err(format!(
-            "users-file {shown} must be a file of at most {MAX_USERS_BYTES} bytes"
+            "{field} {shown} must be a file of at most {MAX_USERS_BYTES} bytes"
         ));
     }
-    if metadata.permissions().mode() & 0o077 != 0 {
+    if is_secret && metadata.permissions().mode() & 0o077 != 0 {
         return Err(format!(
-            "users-file {shown} holds passwords and can be read by others; run chmod 600 on it"
+            "{field} {shown} holds secrets and can be read by others; run chmod 600 on it"
         ));
     }
-    let text = std::fs::read_to_string(path).map_err(cannot)?;
+    std::fs::read_to_string(path).map_err(cannot)
+}
+
+/// Reads lines of a name, a colon and `what`; blank lines and those that begin with `#` are skipped.
+/// `entry` gives what identifies a user and what is known of them.
+fn read_users<K: Eq + Hash, V>(
+    path: &Path,
+    what: &str,
+    entry: impl Fn(&str, &str) -> Option<(K, V)>,
+) -> Result<HashMap<K, V>, String> {
+    let shown = path.display();
+    // Public keys may be read by anybody.
+    let text = read_bounded(path, "users-file", what == "PASSWORD")?;
     let mut users = HashMap::new();
+    let mut names = HashSet::new();
     for (number, line) in (1..).zip(text.lines()) {
         if line.trim().is_empty() || line.starts_with('#') {
             continue;
         }
-        let bounded = |text: &str| (1..=MAX_PLAIN_BYTES).contains(&text.len());
-        let (name, password) = line
+        let (name, (key, value)) = line
             .split_once(':')
-            .filter(|(name, password)| bounded(name) && bounded(password))
+            .filter(|(name, secret)| !name.is_empty() && !secret.is_empty())
+            .and_then(|(name, secret)| Some((name, entry(name, secret)?)))
             .ok_or_else(|| {
-                format!("users-file {shown} line {number}: give NAME:PASSWORD, each 1 to {MAX_PLAIN_BYTES} bytes")
+                let form = match what {
+                    "PASSWORD" => "each 1 to 255 bytes",
+                    _ => "the key in 40 characters (Z85)",
+                };
+                format!("users-file {shown} line {number}: give NAME:{what}, {form}")
             })?;
-        let user = (Principal::new(name), blake3::hash(password.as_bytes()));
-        if users.insert(name.as_bytes().to_vec(), user).is_some() {
+        if !names.insert(name) || users.insert(key, value).is_some() {
             return Err(format!(
-                "users-file {shown} line {number}: this name is given twice"
+                "users-file {shown} line {number}: this name or key is given twice"
             ));
         }
     }
     if users.is_empty() {
         return Err(format!("users-file {shown} has no users"));
     }
-    Ok(Users(Arc::new(users)))
+    Ok(users)
 }
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+    #![allow(
+        clippy::unwrap_used,
+        clippy::panic,
+        reason = "a test fails by panicking"
+    )]
     use super::*;
 
     fn table(text: &str) -> Result<Vec<ListenerConfig>, String> {
@@ -258,7 +323,9 @@ mod tests {
         let file = users_file("# who may\nann:se:cret\n\nbob:x\n", 0o600);
         let listeners = table(&plain(&file)).unwrap();
         assert_eq!(listeners.len(), 2);
-        let users = listeners[1].users.clone().unwrap();
+        let Mechanism::Plain(users) = listeners[1].mechanism.clone() else {
+            panic!("not PLAIN");
+        };
         assert_eq!(users.plain(b"ann", b"se:cret"), Some(Principal::new("ann")));
         for (name, password) in [
             ("ann", "x"),
@@ -274,6 +341,63 @@ mod tests {
             );
         }
         assert!(!format!("{listeners:?}").contains("cret"));
+    }
+
+    fn curve(secret: &tempfile::NamedTempFile, users: &tempfile::NamedTempFile) -> String {
+        format!(
+            "[[listener]]\nname = 'a'\nendpoint = 'tcp://127.0.0.1:0'\nmechanism = 'curve'\nsecret-key-file = {:?}\nusers-file = {:?}\n",
+            secret.path(),
+            users.path()
+        )
+    }
+
+    /// Keys that libzmq made: a public one and its secret.
+    const PUBLIC: &str = "{xwPk15q:[m/PgMM]uI}F]BZ{6+od]2#*!ksPrRC";
+    const SECRET: &str = "Ej)hT%iSWzVl=A%IfvmxQ83[Gc!3haR$Vzn<EtrU";
+
+    #[test]
+    fn a_curve_listener_knows_its_users_by_their_keys() {
+        let secret = users_file(&format!("{SECRET}\n"), 0o600);
+        let other = z85::encode([3; 32]);
+        let users = users_file(&format!("# who may\nann:{PUBLIC}\nbob:{other}\n"), 0o600);
+        let listeners = table(&curve(&secret, &users)).unwrap();
+        let Mechanism::Curve(server) = &listeners[1].mechanism else {
+            panic!("not CURVE");
+        };
+        assert_eq!(z85::encode(server.public_key()), PUBLIC);
+        assert!(!format!("{listeners:?}").contains("Ej)h"));
+        for (text, problem) in [
+            ("ann:short\n".to_owned(), "line 1"),
+            (format!("ann:{PUBLIC}x\n"), "line 1"),
+            (format!("ann:{PUBLIC}\nbob:{PUBLIC}\n"), "line 2"),
+            (format!("ann:{PUBLIC}\nann:{other}\n"), "line 2"),
+            (format!(":{PUBLIC}\n"), "line 1"),
+            ("\n".to_owned(), "no users"),
+        ] {
+            let error = table(&curve(&secret, &users_file(&text, 0o600))).unwrap_err();
+            assert!(error.contains(problem), "{text}: {error}");
+        }
+        for (text, mode, problem) in [
+            (SECRET, 0o640, "chmod 600"),
+            ("", 0o600, "curve-keygen"),
+            (&SECRET[..39], 0o600, "curve-keygen"),
+            (
+                "~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~",
+                0o600,
+                "curve-keygen",
+            ),
+            (
+                "#########################################",
+                0o600,
+                "curve-keygen",
+            ),
+        ] {
+            let error = table(&curve(&users_file(text, mode), &users)).unwrap_err();
+            assert!(
+                error.contains(problem) && !error.contains("Ej)h"),
+                "{text}: {error}"
+            );
+        }
     }
 
     #[test]
@@ -306,8 +430,16 @@ mod tests {
             ("name = 'a'\nendpoint = 'udp://x'", "udp://x"),
             ("name = 'default'\nendpoint = 'tcp://127.0.0.1:0'", "--host"),
             (
-                "name = 'a'\nendpoint = 'tcp://127.0.0.1:0'\nmechanism = 'curve'",
-                "curve",
+                "name = 'a'\nendpoint = 'tcp://127.0.0.1:0'\nmechanism = 'gssapi'",
+                "gssapi",
+            ),
+            (
+                "name = 'a'\nendpoint = 'tcp://127.0.0.1:0'\nmechanism = 'curve'\nusers-file = '/x'",
+                "secret-key-file",
+            ),
+            (
+                "name = 'a'\nendpoint = 'tcp://127.0.0.1:0'\nmechanism = 'plain'\nsecret-key-file = '/x'",
+                "secret-key-file is for",
             ),
             (
                 "name = 'a'\nendpoint = 'tcp://127.0.0.1:0'\nmechanism = 'plain'",

@@ -34,7 +34,7 @@ pub(super) struct TenantSettings {
     cap_gb: Option<f64>,
     /// Listeners that its connections come through; all of them if it names peers only.
     listeners: BTreeSet<String>,
-    /// PLAIN users that are its own.
+    /// Users of PLAIN and CURVE listeners that are its own.
     users: BTreeSet<String>,
     /// Users whose local processes are its own.
     uids: BTreeSet<u32>,

@@ -27,7 +27,7 @@ pub enum Unsalted {
 pub struct Binding {
     /// Names of listeners; empty for all of them.
     pub listeners: BTreeSet<String>,
-    /// PLAIN users.
+    /// Users of PLAIN and CURVE listeners.
     pub users: BTreeSet<String>,
     /// Users of local processes.
     pub uids: BTreeSet<u32>,

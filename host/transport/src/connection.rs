@@ -449,7 +449,7 @@ impl<H: Handler, S: Stream> Connection<H, S> {
             self.clock.message = None;
         }
         self.release();
-        if !self.session.decoder().is_mid_message() {
+        if !self.session.is_mid_message() {
             self.clock.message = None;
         } else if self.clock.message.is_none() {
             self.clock.message = Some(now);
@@ -473,7 +473,7 @@ impl<H: Handler, S: Stream> Connection<H, S> {
         }
         if too_large {
             add(&self.shared.stats.too_large, 1);
-            if self.session.decoder().is_stopped() {
+            if self.session.is_stopped() {
                 self.drain(DisconnectReason::MessageTooLarge, now);
             }
         }
@@ -504,8 +504,8 @@ impl<H: Handler, S: Stream> Connection<H, S> {
     /// Bytes that must be covered before the next read. What it will allocate is
     /// part of them, or a connection would give back at once what it waits for.
     fn wanted_bytes(&mut self) -> usize {
-        let decoder = self.session.decoder();
-        decoder.held_bytes() + decoder.next_growth() + self.in_flight_bytes
+        let held = self.session.held_bytes() + self.in_flight_bytes;
+        held + self.session.decoder().next_growth()
     }
 
     fn release(&mut self) {

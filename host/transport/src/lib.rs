@@ -33,5 +33,6 @@ pub use peer::{Credentials, Peer, PeerAddress, SendError};
 pub use server::{Handler, Lane, Outcome, Server, Turn, wake_after_sockets};
 pub use stats::{DisconnectReason, Stats};
 pub use zmtp::{
-    Authenticator, Frames, Limit, Limits, Mechanism, Message, Principal, ProtocolError, SocketType,
+    Authenticator, Curve, Frames, Limit, Limits, Mechanism, Message, Principal, ProtocolError,
+    SocketType, curve_public_key,
 };

@@ -124,7 +124,7 @@ impl Peer {
         }
     }
 
-    /// Who it proved to be; `None` without PLAIN.
+    /// Who it proved to be; `None` without PLAIN and CURVE.
     pub fn principal(&self) -> Option<&Principal> {
         self.info.principal.as_ref()
     }

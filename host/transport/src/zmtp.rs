@@ -2,7 +2,7 @@
 //!
 //! ZMTP is the protocol that ZeroMQ sockets speak over a byte stream
 //! (<https://rfc.zeromq.org/spec/37/>). This module plays the accepting ROUTER:
-//! [`Session`] greets, runs the NULL or PLAIN mechanism, and then turns the
+//! [`Session`] greets, runs the NULL, PLAIN or CURVE mechanism, and then turns the
 //! stream into [`Message`]s. Peers that announce 3.0 are served too; they
 //! never get a `PING`.
 //!
@@ -10,12 +10,14 @@
 //! have arrived, and what goes over a limit is skipped instead of stored.
 
 mod command;
+mod curve;
 mod decoder;
 mod frame;
 mod greeting;
 mod outbound;
 mod session;
 
+pub use curve::{Curve, curve_public_key};
 pub use decoder::{Decoder, Item, Limit, Limits, Message};
 pub use outbound::Outbound;
 pub use session::{Authenticator, Event, Mechanism, PeerInfo, Principal, Session, SocketType};
@@ -39,17 +41,28 @@ pub enum ProtocolError {
     UnsupportedVersion(u8),
     /// The mechanism in the greeting is not the one of this listener.
     #[error(
-        "the greeting asks for another security mechanism than this listener's; set plain_username and plain_password only for a PLAIN listener"
+        "the greeting asks for another security mechanism than this listener's; set plain_username and plain_password only for a PLAIN listener, and curve_serverkey only for a CURVE one"
     )]
     MechanismMismatch,
-    /// A PLAIN peer claims the server's role.
+    /// A PLAIN or CURVE peer claims the server's role.
     #[error(
-        "the greeting claims the server role of the mechanism; unset the client's plain_server option"
+        "the greeting claims the server role of the mechanism; unset the client's plain_server or curve_server option"
     )]
     PeerIsServer,
     /// Username and password were refused.
     #[error("the username or password of HELLO is wrong")]
     AuthenticationFailed,
+    /// The public key of a CURVE peer is nobody's.
+    #[error("the client's CURVE key is none of the listener's users")]
+    UnknownKey,
+    /// Something encrypted cannot be opened, or was seen before.
+    #[error(
+        "a CURVE box cannot be opened; set the client's curve_serverkey to this listener's public key"
+    )]
+    CurveBox,
+    /// The system gave no random numbers for a key.
+    #[error("the system has no random numbers for the keys of a connection")]
+    NoRandomness,
     /// `Socket-Type` is missing or cannot talk to a ROUTER.
     #[error("the metadata's Socket-Type cannot talk to a ROUTER; use DEALER, REQ or ROUTER")]
     SocketType,

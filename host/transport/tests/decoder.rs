@@ -10,10 +10,13 @@ use std::io::IoSlice;
 use std::sync::Arc;
 
 use bytes::{BufMut, Bytes};
+use crypto_box::{Nonce, SalsaBox, SecretKey, aead::Aead as _};
 use proptest::collection::vec;
 use proptest::prelude::*;
 use stockade_transport::zmtp::{Decoder, Event, Item, Outbound, Session};
-use stockade_transport::{Authenticator, Limits, Mechanism, Message, Principal, ProtocolError};
+use stockade_transport::{
+    Authenticator, Curve, Limits, Mechanism, Message, Principal, ProtocolError,
+};
 
 const LIMITS: Limits = Limits {
     max_frame_bytes: 150_000,
@@ -118,6 +121,10 @@ impl Authenticator for AnyPassword {
     fn plain(&self, _: &[u8], _: &[u8]) -> Option<Principal> {
         Some(Principal::new("anyone"))
     }
+
+    fn curve(&self, _: &[u8; 32]) -> Option<Principal> {
+        Some(Principal::new("anyone"))
+    }
 }
 
 proptest! {
@@ -205,5 +212,56 @@ proptest! {
         }
         prop_assert!(ready || !whole, "a whole handshake was refused");
         prop_assert!(out.queued_bytes() < 64 * 2200, "answers grew beyond the input");
+    }
+
+    #[test]
+    fn nobody_gets_in_by_curve_with_arbitrary_bytes(
+        kept in 0..300_usize,
+        damage in proptest::option::of((0..266_usize, 1..255_u8)),
+        noise in vec(any::<u8>(), 0..2000),
+    ) {
+        let mut stream = vec![0; 64];
+        (stream[0], stream[9], stream[10]) = (0xff, 0x7f, 3);
+        stream[12..17].copy_from_slice(b"CURVE");
+        let (server, client) = (SecretKey::from([7; 32]), SecretKey::from([9; 32]));
+        let between = SalsaBox::new(&server.public_key(), &client);
+        let boxed = between.encrypt(&Nonce::from(*b"CurveZMQHELLO---\0\0\0\0\0\0\0\x01"), &[0; 64][..]);
+        stream.extend_from_slice(b"\x04\xc8\x05HELLO\x01\0");
+        stream.extend_from_slice(&[0; 72]);
+        stream.extend_from_slice(client.public_key().as_bytes());
+        stream.extend_from_slice(b"\0\0\0\0\0\0\0\x01");
+        stream.extend_from_slice(&boxed.unwrap());
+        prop_assert_eq!(stream.len(), 266);
+        if let Some((at, change)) = damage {
+            stream[at] ^= change;
+        }
+        stream.truncate(kept);
+        let mut whole = stream.clone();
+        stream.extend_from_slice(&noise);
+        // Long enough for an INITIATE that holds nothing true.
+        whole.extend_from_slice(b"\x06\0\0\0\0\0\0\x01\x2c\x08INITIATE");
+        whole.extend(noise.iter().copied().chain(std::iter::repeat(7)).take(300 - 9));
+
+        for stream in [stream, whole] {
+            let mechanism = Mechanism::Curve(Arc::new(Curve::new([7; 32], Arc::new(AnyPassword))));
+            let mut out = Outbound::default();
+            let mut session = Session::accept(mechanism, LIMITS, &mut out);
+            let mut rest = &stream[..];
+            'fed: while !rest.is_empty() {
+                let mut space = session.decoder().space();
+                let count = space.remaining_mut().min(rest.len());
+                space.put_slice(&rest[..count]);
+                rest = &rest[count..];
+                loop {
+                    match session.next(&mut out) {
+                        Ok(Some(event)) => prop_assert!(false, "{:?}", event),
+                        Ok(None) => break,
+                        Err(_) => break 'fed,
+                    }
+                }
+            }
+            // Its greeting, WELCOME and an ERROR.
+            prop_assert!(out.queued_bytes() < 400, "answers grew");
+        }
     }
 }

@@ -2,11 +2,13 @@
 //! which bytes come change nothing.
 #![no_main]
 
+use std::sync::Arc;
+
 use bytes::BufMut;
 use libfuzzer_sys::fuzz_target;
 use stockade_fuzz as _;
 use stockade_transport::{
-    Limits, Mechanism, Principal, ProtocolError,
+    Curve, Limits, Mechanism, Principal, ProtocolError,
     zmtp::{Authenticator, Event, Outbound, Session},
 };
 
@@ -26,6 +28,10 @@ struct Anybody;
 impl Authenticator for Anybody {
     fn plain(&self, username: &[u8], _password: &[u8]) -> Option<Principal> {
         (username != b"nobody").then(|| Principal::new("somebody"))
+    }
+
+    fn curve(&self, _public_key: &[u8; 32]) -> Option<Principal> {
+        Some(Principal::new("somebody"))
     }
 }
 
@@ -63,9 +69,10 @@ fuzz_target!(|input: &[u8]| {
     let Some((&choice, stream)) = input.split_first() else {
         return;
     };
-    let mechanism = || match choice & 1 {
-        0 => Mechanism::Null,
-        _ => Mechanism::Plain(std::sync::Arc::new(Anybody)),
+    let mechanism = || match choice & 3 {
+        0 | 2 => Mechanism::Null,
+        1 => Mechanism::Plain(Arc::new(Anybody)),
+        _ => Mechanism::Curve(Arc::new(Curve::new([7; 32], Arc::new(Anybody)))),
     };
     let whole = events(mechanism(), stream, usize::MAX);
     let pieces = events(mechanism(), stream, 1 + usize::from(choice >> 1));

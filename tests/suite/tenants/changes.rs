@@ -101,7 +101,7 @@ async fn tenants_change_while_they_work_and_nobody_meets_or_waits_for_ever() {
 }
 
 /// A DEALER that gives a user and a password, spoken by hand: the library of these tests has no
-/// PLAIN. `tests/lmcache/plain_users.py` does the same with libzmq.
+/// PLAIN. `tests/users/test_users.py` does the same with libzmq, and with CURVE.
 struct PlainClient(UnixStream);
 
 impl PlainClient {

@@ -2,8 +2,7 @@
 
 use std::{
     fs,
-    io::{Read as _, Write as _},
-    os::unix::fs::OpenOptionsExt as _,
+    io::Write as _,
     path::{Path, PathBuf},
 };
 
@@ -18,7 +17,7 @@ use stockade_sandbox::{
     wasm::{self, ModuleFacts},
 };
 
-use super::super::{print, print_json};
+use super::super::{print, print_json, secret_key};
 use crate::{config::PluginSettings, plugin_host::flood, server::wasm_config};
 
 /// Settings of the server that the plugin would run in.
@@ -363,21 +362,8 @@ impl Drop for Scratch {
 /// # Errors
 /// When the file exists or cannot be written.
 pub(super) fn keygen(file: &Path, is_json: bool) -> anyhow::Result<()> {
-    let mut random = [0; 32];
-    fs::File::open("/dev/urandom")
-        .and_then(|mut source| source.read_exact(&mut random))
-        .context("no random numbers can be had")?;
-    let key = SecretKey::from_random(&random);
-    let mut output = fs::OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(file)
-        .with_context(|| format!("{} cannot be created", file.display()))?;
-    output
-        .write_all(key.to_text().as_bytes())
-        .and_then(|()| output.sync_all())
-        .with_context(|| file.display().to_string())?;
+    let key = SecretKey::from_random(&secret_key::random()?);
+    secret_key::create(file, &key.to_text())?;
     match is_json {
         true => print_json(&json!({
             "secret_key_file": file.display().to_string(),

@@ -13,7 +13,7 @@ use anyhow::{Context as _, bail};
 use clap::Args;
 use comfy_table::{Table, presets::NOTHING};
 use serde::Serialize;
-use stockade_transport::{Credentials, Endpoint};
+use stockade_transport::{Credentials, Endpoint, Mechanism};
 
 use super::super::{
     bench::client::{Client, Layout, Prompt, Worker},
@@ -161,7 +161,7 @@ fn door(
     let rules: &Rules = &config.tenant_rules;
     for listener in &config.listeners {
         // The client that this program has speaks NULL only.
-        if listener.users.is_some() {
+        if !matches!(listener.mechanism, Mechanism::Null) {
             continue;
         }
         let is_local = matches!(listener.endpoint, Some(Endpoint::Ipc(_)));
@@ -204,7 +204,7 @@ fn door(
         });
     }
     bail!(
-        "tenant {} cannot be tried: this user reaches none of its listeners without a password; run it as one of its users, or leave it out with --skip {}",
+        "tenant {} cannot be tried: this user reaches none of its listeners without a password or key; run it as one of its users, or leave it out with --skip {}",
         tenant.name,
         tenant.name
     )

@@ -66,7 +66,7 @@ impl Command {
 }
 
 impl Metadata {
-    fn parse(mut rest: Bytes) -> Result<Self, ProtocolError> {
+    pub(super) fn parse(mut rest: Bytes) -> Result<Self, ProtocolError> {
         let mut metadata = Self::default();
         while !rest.is_empty() {
             let name = take_short(&mut rest)?;

@@ -44,7 +44,7 @@ impl Default for Limits {
 }
 
 impl Limits {
-    fn max_skipped_bytes(&self) -> u64 {
+    pub(super) fn max_skipped_bytes(&self) -> u64 {
         (self.max_message_bytes as u64).saturating_mul(u64::from(self.skip_factor))
     }
 }

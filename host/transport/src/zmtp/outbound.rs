@@ -5,6 +5,7 @@ use std::io::IoSlice;
 
 use bytes::{Buf, Bytes, BytesMut};
 
+use super::curve::Sealer;
 use super::frame::Header;
 
 /// Frames below this are copied into one run of bytes; copying them costs less
@@ -28,6 +29,8 @@ pub struct Outbound {
     ends: VecDeque<u64>,
     /// Position in the stream of the first unwritten byte.
     position: u64,
+    /// Under CURVE, what seals each frame.
+    sealer: Option<Sealer>,
 }
 
 impl Outbound {
@@ -56,7 +59,21 @@ impl Outbound {
         self.queued += bytes.len();
     }
 
+    /// From now on, seals what is queued.
+    pub(super) fn seal_with(&mut self, sealer: Sealer) {
+        self.sealer = Some(sealer);
+    }
+
     fn push_frame(&mut self, command: bool, more: bool, frame: Bytes) {
+        let Some(sealer) = &mut self.sealer else {
+            return self.push_plain(command, more, frame);
+        };
+        if let Some(sealed) = sealer.seal(command, more, &frame) {
+            self.push_plain(false, false, sealed.freeze());
+        }
+    }
+
+    fn push_plain(&mut self, command: bool, more: bool, frame: Bytes) {
         let before = self.tail.len();
         Header::put(&mut self.tail, command, more, frame.len());
         self.queued += self.tail.len() - before + frame.len();
@@ -137,6 +154,7 @@ impl Outbound {
         if self.is_empty() {
             *self = Self {
                 position: self.position,
+                sealer: self.sealer.take(),
                 ..Self::default()
             };
         }

@@ -8,18 +8,30 @@ use bytes::{Buf, Bytes};
 
 use super::ProtocolError;
 use super::command::{self, Command, Metadata};
+use super::curve::{self, Curve, Negotiation, Opener};
 use super::decoder::{Decoder, Item, Limits, Message};
 use super::greeting::{GREETING_BYTES, Greeting, mechanism_name, server_greeting};
 use super::outbound::Outbound;
 
 const NULL: [u8; 20] = mechanism_name(b"NULL");
 const PLAIN: [u8; 20] = mechanism_name(b"PLAIN");
+const CURVE: [u8; 20] = mechanism_name(b"CURVE");
 
-/// Judges the username and password of PLAIN peers.
+/// Judges who wants to come in. Runs on the connection's task, so it must not block.
 pub trait Authenticator: Send + Sync + 'static {
-    /// Who this is, or `None` to refuse. Runs on the connection's task, so it
-    /// must not block, and it should compare in constant time.
-    fn plain(&self, username: &[u8], password: &[u8]) -> Option<Principal>;
+    /// Who a PLAIN peer is, or `None` to refuse, as for all unless this is implemented.
+    /// It should compare in constant time.
+    fn plain(&self, username: &[u8], password: &[u8]) -> Option<Principal> {
+        let _ = (username, password);
+        None
+    }
+
+    /// Who a CURVE peer is, which has proven to have the secret of this public key, or `None`
+    /// to refuse, as for all unless this is implemented.
+    fn curve(&self, public_key: &[u8; 32]) -> Option<Principal> {
+        let _ = public_key;
+        None
+    }
 }
 
 /// The name of an authenticated peer.
@@ -46,6 +58,8 @@ pub enum Mechanism {
     Null,
     /// Username and password in clear text: for loopback, ipc and trusted networks.
     Plain(Arc<dyn Authenticator>),
+    /// By a key pair; all traffic is encrypted.
+    Curve(Arc<Curve>),
 }
 
 impl fmt::Debug for Mechanism {
@@ -53,6 +67,7 @@ impl fmt::Debug for Mechanism {
         f.write_str(match self {
             Self::Null => "Null",
             Self::Plain(_) => "Plain",
+            Self::Curve(_) => "Curve",
         })
     }
 }
@@ -76,7 +91,7 @@ pub struct PeerInfo {
     /// The identity it chose, empty by default. Peers may choose the same one:
     /// it routes nothing here.
     pub identity: Bytes,
-    /// Who it is, under PLAIN.
+    /// Who it is, under PLAIN and CURVE.
     pub principal: Option<Principal>,
     /// Whether it speaks ZMTP 3.1 and thus answers `PING`.
     pub heartbeats: bool,
@@ -99,6 +114,8 @@ enum Phase {
     NullReady,
     PlainHello,
     PlainInitiate(Principal),
+    CurveHello,
+    CurveInitiate(Box<Negotiation>),
     Traffic,
 }
 
@@ -107,7 +124,10 @@ pub struct Session {
     mechanism: Mechanism,
     phase: Phase,
     heartbeats: bool,
+    limits: Limits,
     decoder: Decoder,
+    /// Under CURVE, what opens the frames that the decoder gives.
+    opener: Option<Opener>,
 }
 
 impl Session {
@@ -117,16 +137,44 @@ impl Session {
         let (name, as_server) = match mechanism {
             Mechanism::Null => (NULL, false),
             Mechanism::Plain(_) => (PLAIN, true),
+            Mechanism::Curve(_) => (CURVE, true),
         };
         out.push_raw(&server_greeting(name, as_server));
-        let mut decoder = Decoder::new(limits);
+        // The messages of CURVE are of one frame each for the decoder.
+        let overhead = match mechanism {
+            Mechanism::Curve(_) => curve::OVERHEAD_BYTES,
+            Mechanism::Null | Mechanism::Plain(_) => 0,
+        };
+        let mut decoder = Decoder::new(Limits {
+            max_frame_bytes: limits.max_frame_bytes.saturating_add(overhead),
+            max_message_bytes: limits.max_message_bytes.saturating_add(overhead),
+            ..limits
+        });
         decoder.set_commands_only(true);
         Self {
             mechanism,
             phase: Phase::Greeting,
             heartbeats: false,
+            limits,
             decoder,
+            opener: None,
         }
+    }
+
+    /// Bytes of memory held for input that has not been returned by `next`.
+    pub fn held_bytes(&self) -> usize {
+        self.decoder.held_bytes() + self.opener.as_ref().map_or(0, Opener::held_bytes)
+    }
+
+    /// Whether a message or command has begun and not ended.
+    pub fn is_mid_message(&self) -> bool {
+        self.decoder.is_mid_message() || self.opener.as_ref().is_some_and(Opener::is_mid_message)
+    }
+
+    /// Whether a message was too long even to be skipped: no further event will come, and the
+    /// connection must be closed.
+    pub fn is_stopped(&self) -> bool {
+        self.decoder.is_stopped() || self.opener.as_ref().is_some_and(Opener::is_over)
     }
 
     /// The decoder, for the reader of the socket to fill.
@@ -148,12 +196,23 @@ impl Session {
             self.greeted(greeting, out)?;
         }
         loop {
-            let command = match self.decoder.next()? {
-                None => return Ok(None),
-                Some(Item::Message(message)) => return Ok(Some(Event::Message(message))),
-                Some(Item::Command(body)) => Command::parse(body)?,
+            let Some(mut item) = self.decoder.next()? else {
+                return Ok(None);
             };
-            if let Some(event) = self.command(command, out)? {
+            if let Some(opener) = &mut self.opener {
+                let Some(opened) = opener.open(item)? else {
+                    continue;
+                };
+                item = opened;
+            }
+            let event = match item {
+                Item::Message(message) => return Ok(Some(Event::Message(message))),
+                Item::Command(body) => match self.phase {
+                    Phase::CurveHello | Phase::CurveInitiate(_) => self.curve(&body, out)?,
+                    _ => self.command(Command::parse(body)?, out)?,
+                },
+            };
+            if let Some(event) = event {
                 return Ok(Some(event));
             }
         }
@@ -177,6 +236,12 @@ impl Session {
                     return Err(ProtocolError::PeerIsServer);
                 }
                 self.phase = Phase::PlainHello;
+            }
+            Mechanism::Curve(_) if greeting.mechanism == CURVE => {
+                if greeting.as_server {
+                    return Err(ProtocolError::PeerIsServer);
+                }
+                self.phase = Phase::CurveHello;
             }
             _ => return Err(ProtocolError::MechanismMismatch),
         }
@@ -225,32 +290,76 @@ impl Session {
         }
     }
 
+    /// A command of the handshake of CURVE.
+    fn curve(&mut self, body: &[u8], out: &mut Outbound) -> Result<Option<Event>, ProtocolError> {
+        let Mechanism::Curve(curve) = &self.mechanism else {
+            return Err(ProtocolError::OutOfOrder);
+        };
+        if body.starts_with(b"\x05ERROR") {
+            return Err(ProtocolError::PeerError);
+        }
+        let Phase::CurveInitiate(negotiation) = &self.phase else {
+            let (negotiation, welcome) = curve.hello(body)?;
+            out.push_command(welcome);
+            self.phase = Phase::CurveInitiate(Box::new(negotiation));
+            return Ok(None);
+        };
+        let initiated = negotiation.initiate(curve, body)?;
+        let Some(principal) = curve.authenticator().curve(&initiated.client_key) else {
+            out.push_command(command::error("400"));
+            return Err(ProtocolError::UnknownKey);
+        };
+        let socket_type = socket_type(&initiated.metadata, out)?;
+        let (opener, sealer, ready) = negotiation.complete(&initiated, self.limits)?;
+        out.push_command(ready);
+        out.seal_with(sealer);
+        self.opener = Some(opener);
+        Ok(Some(self.traffic(
+            socket_type,
+            &initiated.metadata,
+            Some(principal),
+        )))
+    }
+
     fn ready(
         &mut self,
         metadata: Metadata,
         principal: Option<Principal>,
         out: &mut Outbound,
     ) -> Result<Option<Event>, ProtocolError> {
-        let socket_type = match metadata.socket_type.as_deref() {
-            Some(b"DEALER") => SocketType::Dealer,
-            Some(b"REQ") => SocketType::Req,
-            Some(b"ROUTER") => SocketType::Router,
-            _ => {
-                out.push_command(command::error("use a DEALER, REQ or ROUTER socket"));
-                return Err(ProtocolError::SocketType);
-            }
-        };
+        let socket_type = socket_type(&metadata, out)?;
         if let Phase::PlainInitiate(_) = self.phase {
             out.push_command(command::ready());
         }
+        Ok(Some(self.traffic(socket_type, &metadata, principal)))
+    }
+
+    fn traffic(
+        &mut self,
+        socket_type: SocketType,
+        metadata: &Metadata,
+        principal: Option<Principal>,
+    ) -> Event {
         self.phase = Phase::Traffic;
         self.decoder.set_commands_only(false);
-        Ok(Some(Event::Ready(PeerInfo {
+        Event::Ready(PeerInfo {
             socket_type,
             // A copy, so that it does not keep the read buffer for as long as the peer lives.
             identity: Bytes::copy_from_slice(&metadata.identity),
             principal,
             heartbeats: self.heartbeats,
-        })))
+        })
+    }
+}
+
+fn socket_type(metadata: &Metadata, out: &mut Outbound) -> Result<SocketType, ProtocolError> {
+    match metadata.socket_type.as_deref() {
+        Some(b"DEALER") => Ok(SocketType::Dealer),
+        Some(b"REQ") => Ok(SocketType::Req),
+        Some(b"ROUTER") => Ok(SocketType::Router),
+        _ => {
+            out.push_command(command::error("use a DEALER, REQ or ROUTER socket"));
+            Err(ProtocolError::SocketType)
+        }
     }
 }

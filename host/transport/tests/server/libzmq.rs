@@ -4,8 +4,9 @@ use std::process::Stdio;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crypto_box::SecretKey;
 use stockade_transport::{
-    Authenticator, Config, ListenOptions, Mechanism, Message, Outcome, Principal,
+    Authenticator, Config, Curve, ListenOptions, Mechanism, Message, Outcome, Principal,
 };
 use tokio::process::Command;
 
@@ -17,7 +18,16 @@ impl Authenticator for TeamA {
     fn plain(&self, username: &[u8], password: &[u8]) -> Option<Principal> {
         (username == b"team-a" && password == b"secret").then(|| Principal::new("team-a"))
     }
+
+    fn curve(&self, public_key: &[u8; 32]) -> Option<Principal> {
+        let is_known = *public_key == *SecretKey::from(CLIENT).public_key().as_bytes();
+        is_known.then(|| Principal::new("team-a"))
+    }
 }
+
+/// Secret keys of CURVE.
+const SERVER: [u8; 32] = [7; 32];
+const CLIENT: [u8; 32] = [9; 32];
 
 /// Runs where `python3`, or the interpreter in `STOCKADE_TEST_PYTHON`, has pyzmq;
 /// elsewhere it says so and passes.
@@ -34,8 +44,8 @@ async fn libzmq_is_content() {
         return;
     }
     let config = Config {
-        heartbeat_interval: Duration::from_millis(100),
-        heartbeat_timeout: Duration::from_millis(600),
+        heartbeat_interval: Duration::from_millis(300),
+        heartbeat_timeout: Duration::from_secs(2),
         ..Config::default()
     };
     let handler = || {
@@ -50,11 +60,24 @@ async fn libzmq_is_content() {
         mechanism: Mechanism::Plain(Arc::new(TeamA)),
         ..ListenOptions::default()
     };
-    let plain = TestServer::listen("tcp://127.0.0.1:0", options, config, handler()).await;
+    let plain = TestServer::listen("tcp://127.0.0.1:0", options, config.clone(), handler()).await;
+    let curve = Curve::new(SERVER, Arc::new(TeamA));
+    let hex = |key: [u8; 32]| key.map(|byte| format!("{byte:02x}")).concat();
+    let keys = [
+        hex(curve.public_key()),
+        hex(SecretKey::from(CLIENT).public_key().to_bytes()),
+        hex(CLIENT),
+    ];
+    let options = ListenOptions {
+        mechanism: Mechanism::Curve(Arc::new(curve)),
+        ..ListenOptions::default()
+    };
+    let curve = TestServer::listen("tcp://127.0.0.1:0", options, config, handler()).await;
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/server/libzmq_peer.py");
     let peer = Command::new(&python)
         .arg(script)
-        .args([null.endpoint.to_string(), plain.endpoint.to_string()])
+        .args([&null, &plain, &curve].map(|server| server.endpoint.to_string()))
+        .args(keys)
         .kill_on_drop(true)
         .output();
     let output = tokio::time::timeout(Duration::from_secs(60), peer)
@@ -66,6 +89,7 @@ async fn libzmq_is_content() {
         "{}",
         String::from_utf8_lossy(&output.stderr)
     );
-    assert_eq!(null.stats.disconnects("heartbeat_timeout"), 0);
-    assert_eq!(plain.stats.disconnects("heartbeat_timeout"), 0);
+    for (name, server) in [("null", null), ("plain", plain), ("curve", curve)] {
+        assert_eq!(server.stats.disconnects("heartbeat_timeout"), 0, "{name}");
+    }
 }

@@ -1,4 +1,5 @@
-"""What libzmq, through pyzmq, does with the server: run as `libzmq_peer.py NULL_ENDPOINT PLAIN_ENDPOINT`.
+"""What libzmq, through pyzmq, does with the server: run as `libzmq_peer.py NULL_ENDPOINT PLAIN_ENDPOINT
+CURVE_ENDPOINT` and the CURVE keys: the server's public one, the client's public and secret one.
 
 The server echoes, closes the connection on `close me`, and knows one user, team-a.
 """
@@ -7,9 +8,11 @@ import sys
 import time
 
 import zmq
+from zmq.utils import z85
 from zmq.utils.monitor import recv_monitor_message
 
-null, plain = sys.argv[1:]
+null, plain, curve = sys.argv[1:4]
+server_key, public_key, secret_key = (z85.encode(bytes.fromhex(key)) for key in sys.argv[4:])
 context = zmq.Context()
 context.setsockopt(zmq.LINGER, 0)
 
@@ -29,27 +32,36 @@ def echoes(peer, *frames):
     assert answer == list(frames), (frames, answer)
 
 
+keys = {"CURVE_SERVERKEY": server_key, "CURVE_PUBLICKEY": public_key, "CURVE_SECRETKEY": secret_key}
 for kind in (zmq.DEALER, zmq.REQ):
-    peer = socket(kind, null)
-    for size in (0, 1, 255, 256, 65536, 520_000, 5 << 20):
-        echoes(peer, b"uid", b"", bytes(size))
-    peer.close()
+    for endpoint, options in ((null, {}), (curve, keys)):
+        peer = socket(kind, endpoint, **options)
+        for size in (0, 1, 255, 256, 65536, 520_000, 5 << 20):
+            echoes(peer, b"uid", b"", bytes(size))
+        peer.close()
 
 # A ROUTER must name the peer it sends to, so it is only seen to connect: below.
-peer = socket(zmq.DEALER, null, IDENTITY=b"me")
-for at in range(3000):
-    peer.send_multipart([b"%d" % at, b"x" * (at % 700)])
-for at in range(3000):
-    assert peer.recv_multipart()[0] == b"%d" % at
-peer.close()
+for endpoint, options in ((null, {}), (curve, keys)):
+    peer = socket(zmq.DEALER, endpoint, IDENTITY=b"me", **options)
+    for at in range(3000):
+        peer.send_multipart([b"%d" % at, b"x" * (at % 700)])
+    for at in range(3000):
+        assert peer.recv_multipart()[0] == b"%d" % at
+    peer.close()
 
-# Heartbeats of the client every 20 ms with a TTL of 100 ms, through 1 s of silence.
-peer = socket(zmq.DEALER, null, HEARTBEAT_IVL=20, HEARTBEAT_TTL=100, HEARTBEAT_TIMEOUT=500)
-events = peer.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-echoes(peer, b"before")
-time.sleep(1)
-echoes(peer, b"after")
-assert not events.poll(0), "the heartbeats did not keep the connection"
+# Heartbeats of the client every 100 ms with a TTL of 1 s, through 3 s of silence.
+for endpoint, options in ((curve, keys), (null, {})):
+    peer = socket(
+        zmq.DEALER, endpoint, HEARTBEAT_IVL=100, HEARTBEAT_TTL=1000, HEARTBEAT_TIMEOUT=2500, **options
+    )
+    events = peer.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+    echoes(peer, b"before")
+    time.sleep(3)
+    echoes(peer, b"after")
+    assert not events.poll(0), "the heartbeats did not keep the connection"
+    if endpoint == curve:
+        peer.disable_monitor()
+        peer.close()
 # The server closes; libzmq comes back by itself.
 peer.send(b"close me")
 assert events.poll(10_000), "the server did not close"
@@ -58,14 +70,15 @@ peer.disable_monitor()
 peer.close()
 
 # No heartbeats of its own: the server's PINGs must be answered by libzmq.
-peer = socket(zmq.DEALER, null)
-events = peer.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-echoes(peer, b"before")
-time.sleep(1)
-assert not events.poll(0), "dropped although libzmq answers PING"
-echoes(peer, b"after")
-peer.disable_monitor()
-peer.close()
+for endpoint, options in ((null, {}), (curve, keys)):
+    peer = socket(zmq.DEALER, endpoint, **options)
+    events = peer.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+    echoes(peer, b"before")
+    time.sleep(3)
+    assert not events.poll(0), "dropped although libzmq answers PING"
+    echoes(peer, b"after")
+    peer.disable_monitor()
+    peer.close()
 
 user = {"PLAIN_USERNAME": b"team-a", "PLAIN_PASSWORD": b"secret"}
 peer = socket(zmq.DEALER, plain, **user)
@@ -98,5 +111,19 @@ handshake(plain, AUTH, PROTOCOL, **{**user, "PLAIN_PASSWORD": b"guess"})
 handshake(plain, PROTOCOL)
 handshake(null, PROTOCOL, **user)
 handshake(null, IN, kind=zmq.ROUTER)
+
+handshake(curve, IN, **keys)
+handshake(curve, IN, kind=zmq.ROUTER, **keys)
+handshake(curve, PROTOCOL)
+handshake(curve, PROTOCOL, **user)
+handshake(null, PROTOCOL, **keys)
+# A stranger's key; a key whose secret the client does not have; another server's key.
+other_public, other_secret = zmq.curve_keypair()
+handshake(curve, AUTH, **{**keys, "CURVE_PUBLICKEY": other_public, "CURVE_SECRETKEY": other_secret})
+for wrong in ({"CURVE_SECRETKEY": other_secret}, {"CURVE_SERVERKEY": other_public}):
+    peer = socket(zmq.DEALER, curve, **{**keys, **wrong})
+    peer.send(b"anybody?")
+    assert not peer.poll(500), wrong
+    peer.close()
 context.destroy()
 print("libzmq", zmq.zmq_version(), "is content")

@@ -11,6 +11,7 @@ mod harness;
 mod round_trip;
 
 mod backpressure;
+mod curve;
 mod handshake;
 mod heartbeat;
 mod hostile;
