@@ -242,7 +242,7 @@ fn read_bounded(path: &Path, field: &str, is_secret: bool) -> Result<String, Str
     }
     if is_secret && metadata.permissions().mode() & 0o077 != 0 {
         return Err(format!(
-            "{field} {shown} holds secrets and can be read by others; run chmod 600 on it"
+            "{field} {shown} can be read by others; run chmod 600 on it"
         ));
     }
     std::fs::read_to_string(path).map_err(cannot)
