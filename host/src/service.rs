@@ -43,7 +43,10 @@ use rustix::{
 use serde_json::{Value, json};
 use stockade_cache::{CacheEngine, CacheSalt, KeyScope, TokenHasher, kv_rank};
 use stockade_sandbox::Supervisor;
-use stockade_transport::{DisconnectReason, Frames, Handler, Limit, Message, Outcome, Peer, Turn};
+use stockade_transport::{
+    DisconnectReason, Frames, Handler, Limit, Message, Outcome, Peer, PeerAddress, ProtocolError,
+    Turn,
+};
 use stockade_wire::{
     CacheKey, Envelope, InstanceId, Operation, Request, Response, error_reply, reply,
 };
@@ -68,7 +71,9 @@ use crate::coordinator::CoordinatorEvents;
 use crate::{
     plugin_host::EventLog,
     telemetry::CauseLimiter,
-    tenancy::{self, Caller, DENIED_SALT, Denial, GivingWay, Tenancy, TooManyInFlight},
+    tenancy::{
+        self, Caller, DENIED_SALT, Denial, Denied, GivingWay, Realm, Tenancy, TooManyInFlight,
+    },
     tier::Tier,
     traces::{Answered, Place, Traces},
 };
@@ -921,6 +926,25 @@ fn number(id: InstanceId) -> Value {
 pub struct ServiceHandler(pub Arc<Service>);
 
 impl Handler for ServiceHandler {
+    fn refused(&self, address: &PeerAddress, listener: &str, error: ProtocolError) {
+        let is_about_who = matches!(
+            error,
+            ProtocolError::MechanismMismatch
+                | ProtocolError::AuthenticationFailed
+                | ProtocolError::UnknownKey
+                | ProtocolError::CurveBox
+        );
+        if is_about_who {
+            self.0.tenancy.audit().record(Denied {
+                realm: &Realm::open(),
+                origin: &format!("{address} through listener {listener}"),
+                reason: Denial::Unauthenticated,
+                operation: "connect",
+                salt: None,
+            });
+        }
+    }
+
     fn message(&self, peer: &Arc<Peer>, message: Message) -> Outcome {
         let service = &self.0;
         let frames = match message {

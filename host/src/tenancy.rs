@@ -86,6 +86,8 @@ pub enum Denial {
     ForeignSalt,
     /// There is no salt, and the tenant refuses such requests.
     Unsalted,
+    /// A connection whose password or key is nobody's, or that gave none where one is asked for.
+    Unauthenticated,
     /// The connection belongs to no tenant, and its listener has tenants.
     Stranger,
     /// The caller may not touch everybody's objects.
@@ -109,6 +111,7 @@ impl Denial {
         match self {
             Self::ForeignSalt => "foreign_salt",
             Self::Unsalted => "unsalted",
+            Self::Unauthenticated => "unauthenticated",
             Self::Stranger => "stranger",
             Self::Scope => "scope",
             Self::OverRate => "over_rate",

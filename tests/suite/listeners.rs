@@ -137,6 +137,9 @@ async fn listeners_serve_side_by_side_each_with_its_own_rule() {
             failures >= 5.0
         })
         .await;
+    let (_, metrics) = server.http("GET", "/metrics", "").await;
+    let denied = "stockade_tenant_denied_total{tenant=\"(none)\",reason=\"unauthenticated\"} 5";
+    assert!(metrics.lines().any(|line| line == denied), "{metrics}");
     for path in ["/config", "/status", "/metrics", "/v1/plugins"] {
         let body = server.http("GET", path, "").await.1;
         assert!(!body.contains("horse"), "{path}: {body}");

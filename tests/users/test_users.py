@@ -9,11 +9,13 @@ own client gives no user, so the frames are written here; `tests/lmcache/tenants
 listeners and LMCache's client.
 """
 
+import json
 import os
 import pathlib
 import subprocess
 import sys
 import tempfile
+import time
 
 import msgspec
 import zmq
@@ -131,6 +133,19 @@ def keys(binary, directory):
     return f'mechanism = "curve"\nusers-file = "{users}"\nsecret-key-file = "{secret}"\n', known, strangers
 
 
+def is_in(audit, seconds=30):
+    """Whether somebody was refused as unauthenticated; the lines are written when there is time."""
+    wanted = ("unauthenticated", "connect", "listener users")
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        lines = [json.loads(line) for path in audit.iterdir() for line in path.read_text().rpartition("\n")[0].splitlines()]
+        told = {(line["reason"], line["operation"], line["origin"].partition(" through ")[2]) for line in lines}
+        if wanted in told:
+            return True
+        time.sleep(0.05)
+    return False
+
+
 def try_users(binary, users):
     with tempfile.TemporaryDirectory() as directory:
         directory = pathlib.Path(directory)
@@ -139,7 +154,8 @@ def try_users(binary, users):
         config = directory / "stockade.toml"
         config.write_text(f'[[listener]]\nname = "users"\nendpoint = "{url}"\n{table}{TENANTS}')
         subprocess.run([binary, "config", "check", "--l1-size-gb", "1", "--config", config], check=True, stdout=subprocess.DEVNULL)
-        with Server(binary, "--config", config, "--l1-size-gb", "0.0625") as server:
+        audit = directory / "audit"
+        with Server(binary, "--config", config, "--l1-size-gb", "0.0625", "--audit-log-dir", audit) as server:
             ann, bob, eve = (Client(url, **gives) for gives in known.values())
             check("ann stores", store(ann, 1), True)
             check("ann finds", ann.found("a"), 1)
@@ -150,6 +166,7 @@ def try_users(binary, users):
             for what, gives in strangers.items():
                 check(what, Client(url, **gives).call("noop", patience_ms=1000), "no answer")
             check("ann still finds", ann.found("d"), 1)
+            check("it is in the audit log", is_in(audit), True)
             for secret in (*PASSWORDS.values(), *(path.read_text().strip() for path in directory.glob("*.key"))):
                 assert secret not in server.log(), "a secret is in the log"
 

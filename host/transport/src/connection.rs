@@ -483,6 +483,10 @@ impl<H: Handler, S: Stream> Connection<H, S> {
         let reason = if self.peer.is_some() {
             DisconnectReason::Protocol(error)
         } else {
+            let Origin {
+                address, listener, ..
+            } = &self.origin;
+            self.shared.handler.refused(address, listener, error);
             DisconnectReason::HandshakeFailed(error)
         };
         self.drain(reason, now);

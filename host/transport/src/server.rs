@@ -20,7 +20,7 @@ use crate::listener::{Accepted, Listener, tune_tcp};
 use crate::log_limiter::LogLimiter;
 use crate::peer::{Ask, Link, Origin, Peer, PeerAddress};
 use crate::stats::{DisconnectReason, Stats, add};
-use crate::zmtp::{Frames, Mechanism, Message};
+use crate::zmtp::{Frames, Mechanism, Message, ProtocolError};
 
 /// First and last wait after an accept that failed for want of something.
 const ACCEPT_BACKOFF: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
@@ -80,6 +80,11 @@ pub fn wake_after_sockets(waker: &Waker) {
 /// `connected`, then any number of `message`, then `disconnected`. They must not
 /// block; what takes time goes into [`Outcome::Later`].
 pub trait Handler: Send + Sync + 'static {
+    /// The handshake of a connection failed. It is no peer, and nothing else is told of it.
+    fn refused(&self, address: &PeerAddress, listener: &str, error: ProtocolError) {
+        let _ = (address, listener, error);
+    }
+
     /// A peer completed its handshake.
     fn connected(&self, peer: &Arc<Peer>) {
         let _ = peer;
@@ -113,6 +118,10 @@ pub trait Handler: Send + Sync + 'static {
 }
 
 impl<H: Handler> Handler for Arc<H> {
+    fn refused(&self, address: &PeerAddress, listener: &str, error: ProtocolError) {
+        (**self).refused(address, listener, error);
+    }
+
     fn connected(&self, peer: &Arc<Peer>) {
         (**self).connected(peer);
     }
