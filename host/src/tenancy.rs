@@ -38,6 +38,7 @@ use shares::{Seat, Shares};
 
 /// Fewest and most requests at once for which the server copies.
 const COPIES: (usize, usize) = (2, 8);
+
 /// The salt of what nobody may have. Nothing is stored under it, whoever asks.
 pub const DENIED_SALT: &str = "stockade-denied";
 

@@ -18,17 +18,8 @@ import random
 import tempfile
 import time
 
-from noisy_neighbour import Client, configuration, key, prompt, register, store
+from noisy_neighbour import Client, configuration, found, register, store
 from server import ROOT, Server
-
-
-def found(client, seed, chunks):
-    request = f"f{seed}"
-    client.call("lookup", key(prompt(seed, chunks), request), 1)
-    while (hit := client.call("query_prefetch_status", request)) is None:
-        time.sleep(0.001)
-    client.call("end_session", request)
-    return hit
 
 
 def is_writing(server):

@@ -159,7 +159,9 @@ def store(client, instance, segment, seed, chunks=1):
 def found(client, seed, chunks=1):
     request = f"f{seed}"
     client.call("lookup", key(prompt(seed, chunks), request), 1)
-    chunks_found = client.call("query_prefetch_status", request)
+    # None while a second tier is asked.
+    while (chunks_found := client.call("query_prefetch_status", request)) is None:
+        time.sleep(0.001)
     client.call("end_session", request)
     return chunks_found
 

@@ -184,7 +184,8 @@ fn mechanism(
             "secret-key-file is for mechanism = \"curve\"; set it or leave the file out".to_owned(),
         ),
         ("plain", Some(users), None) => {
-            let users = read_users(users, "PASSWORD", |user, password| {
+            let form = format!("NAME:PASSWORD, each 1 to {MAX_PLAIN_BYTES} bytes");
+            let users = read_users(users, &form, true, |user, password| {
                 let is_bounded = [user, password]
                     .iter()
                     .all(|text| text.len() <= MAX_PLAIN_BYTES);
@@ -206,7 +207,9 @@ fn mechanism(
                     secret_key.display()
                 )
             })?;
-            let users = read_users(users, "PUBLIC-KEY", |user, key| {
+            let form = "NAME:PUBLIC-KEY, the key in 40 characters (Z85)";
+            // Public keys may be read by anybody.
+            let users = read_users(users, form, false, |user, key| {
                 Some((curve_key(key)?, Principal::new(user)))
             })?;
             let curve = Curve::new(secret, Arc::new(PublicKeys(users)));
@@ -248,16 +251,16 @@ fn read_bounded(path: &Path, field: &str, is_secret: bool) -> Result<String, Str
     std::fs::read_to_string(path).map_err(cannot)
 }
 
-/// Reads lines of a name, a colon and `what`; blank lines and those that begin with `#` are skipped.
-/// `entry` gives what identifies a user and what is known of them.
+/// Reads lines of a name, a colon and what proves it; blank lines and those that begin with `#` are
+/// skipped. `form` says what a line looks like, `entry` gives what identifies a user and what is known of them.
 fn read_users<K: Eq + Hash, V>(
     path: &Path,
-    what: &str,
+    form: &str,
+    is_secret: bool,
     entry: impl Fn(&str, &str) -> Option<(K, V)>,
 ) -> Result<HashMap<K, V>, String> {
     let shown = path.display();
-    // Public keys may be read by anybody.
-    let text = read_bounded(path, "users-file", what == "PASSWORD")?;
+    let text = read_bounded(path, "users-file", is_secret)?;
     let mut users = HashMap::new();
     let mut names = HashSet::new();
     for (number, line) in (1..).zip(text.lines()) {
@@ -268,13 +271,7 @@ fn read_users<K: Eq + Hash, V>(
             .split_once(':')
             .filter(|(name, secret)| !name.is_empty() && !secret.is_empty())
             .and_then(|(name, secret)| Some((name, entry(name, secret)?)))
-            .ok_or_else(|| {
-                let form = match what {
-                    "PASSWORD" => "each 1 to 255 bytes",
-                    _ => "the key in 40 characters (Z85)",
-                };
-                format!("users-file {shown} line {number}: give NAME:{what}, {form}")
-            })?;
+            .ok_or_else(|| format!("users-file {shown} line {number}: give {form}"))?;
         if !names.insert(name) || users.insert(key, value).is_some() {
             return Err(format!(
                 "users-file {shown} line {number}: this name or key is given twice"

@@ -127,6 +127,26 @@ impl Authenticator for AnyPassword {
     }
 }
 
+/// What a session makes of a stream, up to its end or the first error.
+fn events(session: &mut Session, stream: &[u8], out: &mut Outbound) -> Vec<Event> {
+    let mut events = Vec::new();
+    let mut rest = stream;
+    while !rest.is_empty() {
+        let mut space = session.decoder().space();
+        let count = space.remaining_mut().min(rest.len());
+        space.put_slice(&rest[..count]);
+        rest = &rest[count..];
+        loop {
+            match session.next(out) {
+                Ok(Some(event)) => events.push(event),
+                Ok(None) => break,
+                Err(_) => return events,
+            }
+        }
+    }
+    events
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(200))]
 
@@ -191,23 +211,14 @@ proptest! {
         };
         let mut out = Outbound::default();
         let mut session = Session::accept(mechanism, LIMITS, &mut out);
-        let mut rest = &stream[..];
         let mut ready = false;
-        'fed: while !rest.is_empty() {
-            let mut space = session.decoder().space();
-            let count = space.remaining_mut().min(rest.len());
-            space.put_slice(&rest[..count]);
-            rest = &rest[count..];
-            loop {
-                match session.next(&mut out) {
-                    Ok(Some(Event::Ready(_))) => {
-                        prop_assert!(!ready, "ready twice");
-                        ready = true;
-                    }
-                    Ok(Some(_)) => prop_assert!(ready, "an event before the handshake ended"),
-                    Ok(None) => break,
-                    Err(_) => break 'fed,
+        for event in events(&mut session, &stream, &mut out) {
+            match event {
+                Event::Ready(_) => {
+                    prop_assert!(!ready, "ready twice");
+                    ready = true;
                 }
+                _ => prop_assert!(ready, "an event before the handshake ended"),
             }
         }
         prop_assert!(ready || !whole, "a whole handshake was refused");
@@ -246,20 +257,8 @@ proptest! {
             let mechanism = Mechanism::Curve(Arc::new(Curve::new([7; 32], Arc::new(AnyPassword))));
             let mut out = Outbound::default();
             let mut session = Session::accept(mechanism, LIMITS, &mut out);
-            let mut rest = &stream[..];
-            'fed: while !rest.is_empty() {
-                let mut space = session.decoder().space();
-                let count = space.remaining_mut().min(rest.len());
-                space.put_slice(&rest[..count]);
-                rest = &rest[count..];
-                loop {
-                    match session.next(&mut out) {
-                        Ok(Some(event)) => prop_assert!(false, "{:?}", event),
-                        Ok(None) => break,
-                        Err(_) => break 'fed,
-                    }
-                }
-            }
+            let events = events(&mut session, &stream, &mut out);
+            prop_assert!(events.is_empty(), "{:?}", events);
             // Its greeting, WELCOME and an ERROR.
             prop_assert!(out.queued_bytes() < 400, "answers grew");
         }

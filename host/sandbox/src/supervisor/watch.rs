@@ -156,6 +156,14 @@ impl Plugins {
 
     /// Forgets plugins whose files are gone; their tasks end their runs as at the end of the server.
     fn remove(&self, is_gone: impl Fn(&PathBuf) -> bool) {
+        // Asked after every look, and mostly for nothing, which nobody should wait for.
+        let is_any = {
+            let registry = self.registry.read();
+            registry.plugins.iter().any(|plugin| is_gone(&plugin.path))
+        };
+        if !is_any {
+            return;
+        }
         let mut registry = self.registry.write();
         registry.plugins.retain(|plugin| {
             let stays = !is_gone(&plugin.path);

@@ -38,6 +38,7 @@ const COMMAND: u8 = 0b10;
 /// The server's half of CURVE: its key, and who may come in.
 pub struct Curve {
     secret: SecretKey,
+    public: [u8; 32],
     authenticator: Arc<dyn Authenticator>,
 }
 
@@ -53,13 +54,14 @@ impl Curve {
     pub fn new(secret: [u8; 32], authenticator: Arc<dyn Authenticator>) -> Self {
         Self {
             secret: SecretKey::from(secret),
+            public: curve_public_key(secret),
             authenticator,
         }
     }
 
     /// The key that clients need to know before they connect.
     pub fn public_key(&self) -> [u8; 32] {
-        self.secret.public_key().to_bytes()
+        self.public
     }
 
     pub(super) fn authenticator(&self) -> &dyn Authenticator {
@@ -90,11 +92,7 @@ impl Curve {
         let mut boxed = BytesMut::with_capacity(KEY_BYTES + COOKIE_BYTES);
         boxed.put_slice(secret.public_key().as_bytes());
         boxed.put_slice(&cookie);
-        let tag = seal(&to_client, b"WELCOME-", &nonce, &mut boxed)?;
-        let mut welcome = command::bare("WELCOME");
-        welcome.put_slice(&nonce);
-        welcome.put_slice(&tag);
-        welcome.put_slice(&boxed);
+        let welcome = sealed("WELCOME", &to_client, b"WELCOME-", &nonce, boxed)?;
         let negotiation = Negotiation {
             between: Arc::new(SalsaBox::new(&client, &secret)),
             client,
@@ -149,7 +147,7 @@ impl Negotiation {
         let (vouch_nonce, vouch) = identity[KEY_BYTES..].split_at(LONG_NONCE_BYTES);
         let vouched = open(&long_term, b"VOUCH---", vouch_nonce, vouch)?;
         let (for_key, for_server) = vouched.split_at(KEY_BYTES.min(vouched.len()));
-        if for_key != self.client.as_bytes() || for_server != curve.public_key() {
+        if for_key != self.client.as_bytes() || for_server != curve.public {
             return Err(ProtocolError::CurveBox);
         }
         Ok(Initiated {
@@ -178,13 +176,15 @@ impl Negotiation {
             between: Arc::clone(&self.between),
             nonce: 0,
         };
-        let mut metadata = command::ready().split_off(command::bare("READY").len());
+        let metadata = command::ready().split_off(command::bare("READY").len());
         let nonce = sealer.next_nonce();
-        let tag = seal(&sealer.between, b"CurveZMQREADY---", &nonce, &mut metadata)?;
-        let mut ready = command::bare("READY");
-        ready.put_slice(&nonce);
-        ready.put_slice(&tag);
-        ready.put_slice(&metadata);
+        let ready = sealed(
+            "READY",
+            &self.between,
+            b"CurveZMQREADY---",
+            &nonce,
+            metadata,
+        )?;
         Ok((opener, sealer, ready))
     }
 }
@@ -245,22 +245,13 @@ impl Opener {
         }
         let len = payload.len() as u64;
         if let Some(skipped) = &mut self.skipped {
-            *skipped = skipped.saturating_add(len).saturating_add(2);
-            if *skipped > self.limits.max_skipped_bytes() {
-                return Err(ProtocolError::EndlessMessage);
-            }
+            self.limits.skip(skipped, len)?;
             if is_last {
                 self.skipped = None;
             }
             return Ok(None);
         }
-        let limit = if payload.len() > self.limits.max_frame_bytes {
-            Limit::FrameBytes
-        } else if self.bytes.saturating_add(payload.len()) > self.limits.max_message_bytes {
-            Limit::MessageBytes
-        } else if self.frames.len() >= self.limits.max_frames {
-            Limit::Frames
-        } else {
+        let Some(limit) = self.limits.exceeded(self.frames.len(), self.bytes, len) else {
             self.bytes += payload.len();
             self.frames.push(payload);
             if !is_last {
@@ -373,15 +364,22 @@ fn open(
     Ok(plain)
 }
 
-fn seal(
+/// The body of a command of the handshake: a nonce, and `plain` in a box.
+fn sealed(
+    name: &str,
     between: &SalsaBox,
     prefix: &[u8],
     short: &[u8],
-    plain: &mut [u8],
-) -> Result<Tag, ProtocolError> {
-    between
-        .encrypt_in_place_detached(&nonce(prefix, short)?, &[], plain)
-        .map_err(|_| ProtocolError::CurveBox)
+    mut plain: BytesMut,
+) -> Result<BytesMut, ProtocolError> {
+    let tag = between
+        .encrypt_in_place_detached(&nonce(prefix, short)?, &[], &mut plain)
+        .map_err(|_| ProtocolError::CurveBox)?;
+    let mut body = command::bare(name);
+    body.put_slice(short);
+    body.put_slice(&tag);
+    body.put_slice(&plain);
+    Ok(body)
 }
 
 fn array<const N: usize>(bytes: &[u8]) -> Option<[u8; N]> {

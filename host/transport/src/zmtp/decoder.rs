@@ -44,8 +44,31 @@ impl Default for Limits {
 }
 
 impl Limits {
-    pub(super) fn max_skipped_bytes(&self) -> u64 {
+    fn max_skipped_bytes(&self) -> u64 {
         (self.max_message_bytes as u64).saturating_mul(u64::from(self.skip_factor))
+    }
+
+    /// Which limit a message of so many frames and bytes goes over with another frame of `len`.
+    pub(super) fn exceeded(&self, frames: usize, bytes: usize, len: u64) -> Option<Limit> {
+        if len > self.max_frame_bytes as u64 {
+            Some(Limit::FrameBytes)
+        } else if (bytes as u64).saturating_add(len) > self.max_message_bytes as u64 {
+            Some(Limit::MessageBytes)
+        } else if frames >= self.max_frames {
+            Some(Limit::Frames)
+        } else {
+            None
+        }
+    }
+
+    /// Counts a frame of `len` that is thrown away.
+    pub(super) fn skip(&self, skipped: &mut u64, len: u64) -> Result<(), ProtocolError> {
+        // Headers count too, or empty frames could go on for ever.
+        *skipped = skipped.saturating_add(len).saturating_add(2);
+        match *skipped > self.max_skipped_bytes() {
+            true => Err(ProtocolError::EndlessMessage),
+            false => Ok(()),
+        }
     }
 }
 
@@ -330,33 +353,25 @@ impl Decoder {
         if self.commands_only {
             return Err(ProtocolError::OutOfOrder);
         }
-        let max_skipped = self.limits.max_skipped_bytes();
         if let Some(skipped) = &mut self.skipped {
-            // Headers count too, or empty frames could go on for ever.
-            *skipped = skipped.saturating_add(len).saturating_add(2);
-            if *skipped > max_skipped {
-                return Err(ProtocolError::EndlessMessage);
-            }
+            self.limits.skip(skipped, len)?;
             self.state = State::Skip { left: len, more };
             return Ok(None);
         }
-        let announced = (self.message_bytes as u64).saturating_add(len);
-        let limit = if len > self.limits.max_frame_bytes as u64 {
-            Limit::FrameBytes
-        } else if announced > self.limits.max_message_bytes as u64 {
-            Limit::MessageBytes
-        } else if self.frames.len() >= self.limits.max_frames {
-            Limit::Frames
-        } else {
+        let exceeded = self
+            .limits
+            .exceeded(self.frames.len(), self.message_bytes, len);
+        let Some(limit) = exceeded else {
             // Within `max_frame_bytes`, hence within `usize`.
             let len = usize::try_from(len).unwrap_or(usize::MAX);
             self.message_bytes = self.message_bytes.saturating_add(len);
             self.state = State::Payload { len, more, command };
             return Ok(None);
         };
+        let announced = (self.message_bytes as u64).saturating_add(len);
         self.message_bytes = 0;
         self.skipped = Some(announced);
-        self.state = if announced > max_skipped {
+        self.state = if announced > self.limits.max_skipped_bytes() {
             State::Stopped
         } else {
             State::Skip { left: len, more }

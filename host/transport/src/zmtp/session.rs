@@ -134,17 +134,13 @@ impl Session {
     /// Starts a connection; its greeting is queued on `out` at once, since peers
     /// may wait for it before they send theirs.
     pub fn accept(mechanism: Mechanism, limits: Limits, out: &mut Outbound) -> Self {
-        let (name, as_server) = match mechanism {
-            Mechanism::Null => (NULL, false),
-            Mechanism::Plain(_) => (PLAIN, true),
-            Mechanism::Curve(_) => (CURVE, true),
+        // The messages of CURVE are of one frame each for the decoder.
+        let (name, as_server, overhead) = match mechanism {
+            Mechanism::Null => (NULL, false, 0),
+            Mechanism::Plain(_) => (PLAIN, true, 0),
+            Mechanism::Curve(_) => (CURVE, true, curve::OVERHEAD_BYTES),
         };
         out.push_raw(&server_greeting(name, as_server));
-        // The messages of CURVE are of one frame each for the decoder.
-        let overhead = match mechanism {
-            Mechanism::Curve(_) => curve::OVERHEAD_BYTES,
-            Mechanism::Null | Mechanism::Plain(_) => 0,
-        };
         let mut decoder = Decoder::new(Limits {
             max_frame_bytes: limits.max_frame_bytes.saturating_add(overhead),
             max_message_bytes: limits.max_message_bytes.saturating_add(overhead),
